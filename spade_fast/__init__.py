@@ -1,1 +1,47 @@
-"""SPADE: prune a trained network for one image, then explain the sparse trace that is left."""
+"""SPADE: prune a trained network for one image, then explain the sparse trace that is left.
+
+>>> import spade_fast as sf
+>>> net = sf.load_model("efficientnet_lite0")
+>>> trace = sf.trace(net, photo)  # a PIL image
+>>> with trace.applied(net):
+...     ...  # any interpretability method
+>>> sf.explain(net, photo, trace=trace).save("out")
+"""
+
+from importlib.metadata import version
+
+from spade_fast import presets, reference
+from spade_fast.augmentation import Augmentation
+from spade_fast.errors import InvalidInputError, MissingDependencyError, SpadeError
+from spade_fast.images import load_image
+from spade_fast.layers import hessian
+from spade_fast.models import LoadedModel, load_checkpoint, load_model
+from spade_fast.plans import SparsityPlan
+from spade_fast.preprocessing import Preprocess
+from spade_fast.solver import Solution, solve
+from spade_fast.tracer import trace, trace_many
+from spade_fast.traces import LayerTrace, Trace
+
+__version__ = version("spade-fast")
+
+__all__ = [
+    "Augmentation",
+    "InvalidInputError",
+    "LayerTrace",
+    "LoadedModel",
+    "MissingDependencyError",
+    "Preprocess",
+    "Solution",
+    "SpadeError",
+    "SparsityPlan",
+    "Trace",
+    "hessian",
+    "load_checkpoint",
+    "load_image",
+    "load_model",
+    "presets",
+    "reference",
+    "solve",
+    "trace",
+    "trace_many",
+]

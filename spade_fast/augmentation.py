@@ -49,9 +49,7 @@ class Views:
     def __getitem__(self, index: slice) -> Views:
         """Give some of the views: ``views[start:stop]``."""
         if not isinstance(index, slice):
-            raise InvalidInputError(
-                f"views are indexed by a slice, not {index!r}: use views[i : i + 1] for one"
-            )
+            raise InvalidInputError(f"views are indexed by a slice, not {index!r}: use views[i : i + 1] for one")
         return Views(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
 
@@ -187,7 +185,7 @@ class Augmentation:
 
         Cropping, antialiased bilinear resizing and the flip are two batched matrix products,
         ``rows @ image @ columns^T``, with weights of their own for each view. Rendering ``views[a:b]`` gives
-        the same values, to rounding; peak memory is about ``(3 h + w) W + h H + 12 h w`` numbers a view.
+        the same values, to rounding; peak memory is a few times ``(3 h + w) W + h H`` numbers a view.
 
         Parameters
         ----------
@@ -271,15 +269,15 @@ def _resize_weights(
 ) -> Tensor:
     """Give weights [n, size, image_size] that crop, flip and resize along one axis.
 
-    Output pixel i of a crop of `length` pixels from `start` lies at ``c_i = start + (i + 1/2) length / size``.
-    Input pixel x in the crop has weight ``max(0, 1 - |x + 1/2 - c_i| / max(1, length / size))``, normalised
+    Output pixel i of a crop lies at ``c_i = start + (i + 1/2) length / size``. Input pixel x in the crop has
+    weight ``max(0, 1 - |x + 1/2 - c_i| / max(1, length / size))``, normalised
     to sum 1: a triangle as wide as the downsampling asks for, as in torch's antialiased bilinear resize.
     """
-    step = length / size
+    step = length.double() / size
     output = (torch.arange(size, dtype=torch.float64) + 0.5).expand(len(start), size)
     output = torch.where(flip[:, None], size - output, output)
-    centre = start[:, None] + output * step[:, None].double()
-    # Whole and fractional part apart: in float32 a position of some thousands would cost the weights 4 digits.
+    centre = start[:, None] + output * step[:, None]
+    # Whole and fractional part apart: in float32 a position of some thousands costs the weights 4 digits.
     whole = centre.floor()
     offset = (0.5 - (centre - whole)).to(like)
     x = torch.arange(image_size, dtype=like.dtype, device=like.device)

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -47,7 +48,9 @@ def load_image(path: str | os.PathLike[str], *, background: tuple[int, int, int]
         with Image.open(path) as image:
             # Not by making Pillow's warning an error: warning filters are shared by all threads.
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"it has {image.width} x {image.height} pixels")
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS}"
+                )
             return rgb_image(image, background=background)
     except InvalidInputError as error:
         raise InvalidInputError(f"{where}: {error}") from (error.__cause__ or error)
@@ -59,15 +62,17 @@ def load_image(path: str | os.PathLike[str], *, background: tuple[int, int, int]
         if os.path.getsize(path) == 0:
             raise InvalidInputError(f"{where} is empty (0 bytes): copy or download it again") from error
         raise InvalidInputError(
-            f"{where} is not an image in a format Pillow {Image.__version__} reads: convert it to PNG or JPEG"
+            f"{where} is not an image in a format Pillow {PIL.__version__} reads: convert it to PNG or JPEG"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidInputError(
-            f"{where} is too large to decode safely ({error}; the limit is {Image.MAX_IMAGE_PIXELS}): make it "
-            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+            f"{where} is too large to decode safely ({error}): make it smaller, "
+            "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         ) from error
-    except OSError as error:
-        raise InvalidInputError(f"{where} cannot be opened ({error}): check that it may be read") from error
+    except Exception as error:
+        raise InvalidInputError(
+            f"{where} cannot be opened ({type(error).__name__}: {error}): check that it is whole and may be read"
+        ) from error
 
 
 def rgb_image(image: Image.Image, *, background: tuple[int, int, int] = _WHITE) -> Image.Image:
@@ -99,9 +104,7 @@ def rgb_image(image: Image.Image, *, background: tuple[int, int, int] = _WHITE) 
     if len(background) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in background):
         raise InvalidInputError(f"background is {background!r}: pass red, green, blue as integers in 0..255")
     if 0 in image.size:
-        raise InvalidInputError(
-            f"the image has no pixels ({image.width} x {image.height}): pass at least 1 x 1"
-        )
+        raise InvalidInputError(f"the image has no pixels ({image.width} x {image.height}): pass at least 1 x 1")
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
@@ -117,8 +120,8 @@ def rgb_image(image: Image.Image, *, background: tuple[int, int, int] = _WHITE) 
     # On a damaged file Pillow's decoders raise nearly every type there is.
     except Exception as error:
         raise InvalidInputError(
-            f"the image cannot be decoded ({type(error).__name__}: {error}): the file is damaged or cut short; "
-            "copy or download it again"
+            f"the image cannot be decoded ({type(error).__name__}: {error}): the file is damaged or cut "
+            "short; copy or download it again"
         ) from error
 
 

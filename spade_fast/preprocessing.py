@@ -66,7 +66,7 @@ class Preprocess:
                 f"input_size is {self.input_size} and resize_size {self.resize_size}: "
                 "pass 0 < input_size <= resize_size"
             )
-        if self.interpolation not in _RESAMPLING:
+        if self.interpolation not in list(_RESAMPLING):
             raise InvalidInputError(
                 f"interpolation is {self.interpolation!r}: pass one of {', '.join(map(repr, _RESAMPLING))}"
             )
@@ -97,8 +97,8 @@ class Preprocess:
         short, long = sorted(image.size)
         if long > _MAX_ASPECT_RATIO * short:
             raise InvalidInputError(
-                f"the image is {width} x {height} pixels, its long side more than {_MAX_ASPECT_RATIO} times the "
-                "short one: cut out the part to explain, or pass a tensor of the size you want"
+                f"the image is {width} x {height} pixels, its long side more than {_MAX_ASPECT_RATIO} times "
+                "the short one: cut out the part to explain, or pass a tensor of the size you want"
             )
         # Truncated as in torchvision, so that both see the same pixels.
         long = int(self.resize_size * long / short)
@@ -162,9 +162,7 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the fields as plain JSON types, for `from_dict`."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
@@ -193,21 +191,18 @@ class Preprocess:
                 raise InvalidInputError(f"unknown preprocessing key {key!r}: {hint}")
         missing = [key for key in ("mean", "std") if key not in values]
         if missing:
-            raise InvalidInputError(
-                f"preprocessing key {missing[0]!r} is missing: pass three numbers, one per channel"
-            )
+            raise InvalidInputError(f"preprocessing key {missing[0]!r} is missing: pass three numbers, one per channel")
         return cls(**values)
 
 
 def _three_numbers(name: str, values: Any) -> tuple[float, float, float]:
-    try:
-        red, green, blue = (float(value) for value in values)
-    except (TypeError, ValueError):
-        red = math.nan
-    if not math.isfinite(red) or not math.isfinite(green) or not math.isfinite(blue):
-        raise InvalidInputError(
-            f"{name} is {values!r}: pass three finite numbers, in units of pixel values 0..1"
-        )
+    if (
+        not isinstance(values, (tuple, list))
+        or len(values) != 3
+        or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    ):
+        raise InvalidInputError(f"{name} is {values!r}: pass three finite numbers, in units of pixel values 0..1")
+    red, green, blue = map(float, values)
     return red, green, blue
 
 

@@ -37,16 +37,16 @@ def conv2d_gram_(
         gram[group] += columns @ columns.T
 
 
-def upper_factor_of_inverse(hessian: Tensor) -> Tensor:
+def factor(hessian: Tensor) -> Tensor | None:
     """Upper triangular U [G, d, d] with H^-1 = U^T U: Cholesky, inverse, Cholesky (SparseGPT algorithm 1).
 
-    Raises
-    ------
-    torch.linalg.LinAlgError
-        If a Hessian is not positive definite.
+    None where `hessian` [G, d, d] or its computed inverse is not positive definite.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    if info.any():
+        return None
+    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if info.any() or not upper.isfinite().all() else upper
 
 
 def count_to_prune(candidates: int, sparsity: float) -> int:
@@ -55,16 +55,16 @@ def count_to_prune(candidates: int, sparsity: float) -> int:
 
 
 def prune_columns(
-    weight: Tensor, hessian: Tensor, sparsity: float, block_size: int, published_count: bool
+    weight: Tensor, upper: Tensor, sparsity: float, block_size: int, published_count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain form of :func:`spade_fast.ops.prune_columns`, from the damped Hessian itself.
+    """Plain form of :func:`spade_fast.ops.prune_columns`, from the inverse Hessian's factor.
 
     Parameters
     ----------
     weight
         [G, r, d].
-    hessian
-        [G, d, d], positive definite.
+    upper
+        [G, d, d], from :func:`factor`.
     sparsity, block_size, published_count
         As there. The published rule fails at sparsity 1, where its threshold lies past the last score; here it
         then prunes everything.
@@ -74,7 +74,6 @@ def prune_columns(
     weight, mask, loss
         As there.
     """
-    upper = upper_factor_of_inverse(hessian)
     remaining = weight.clone()  # what error propagation has made of the weights so far
     sparse = torch.zeros_like(weight)
     mask = torch.ones_like(weight, dtype=torch.bool)

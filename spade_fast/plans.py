@@ -1,0 +1,128 @@
+"""Which layers are pruned, and how far."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from spade_fast.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Target sparsities by layer.
+
+    A key names a layer exactly ("layer4.2.conv3") or a block by prefix ("layer4.2", "layer4"). The longest match
+    wins. Layers that no key matches get `default`.
+
+    Attributes
+    ----------
+    targets
+        Key to share of weights to prune, 0..1.
+    default
+        Target of all other layers; None leaves them dense.
+
+    Raises
+    ------
+    InvalidInputError
+        If a sparsity is not a number within 0..1.
+    """
+
+    targets: Mapping[str, float] = field(default_factory=dict)
+    default: float | None = None
+
+    def __post_init__(self) -> None:
+        checked = {key: check_sparsity(value, f"sparsity of {key!r}") for key, value in self.targets.items()}
+        object.__setattr__(self, "targets", MappingProxyType(checked))
+        if self.default is not None:
+            object.__setattr__(self, "default", check_sparsity(self.default, "default sparsity"))
+
+    @classmethod
+    def uniform(cls, sparsity: float, *, layers: Iterable[str] | None = None) -> SparsityPlan:
+        """One target for the given layers or block prefixes; without `layers`, for all of them."""
+        if layers is None:
+            return cls(default=sparsity)
+        return cls(targets=dict.fromkeys([layers] if isinstance(layers, str) else layers, sparsity))
+
+    @classmethod
+    def from_mapping(cls, targets: Mapping[str, float]) -> SparsityPlan:
+        """The given targets; every other layer stays dense."""
+        return cls(targets=targets)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> SparsityPlan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises
+        ------
+        InvalidInputError
+            If the file cannot be read or is not a plan; the message names the file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InvalidInputError(f"cannot read the sparsity plan {os.fspath(path)!r}: {error}") from error
+        is_plan = isinstance(content, dict) and set(content) <= {"targets", "default"}
+        if not is_plan or not isinstance(content.get("targets", {}), dict):
+            raise InvalidInputError(
+                f"{os.fspath(path)!r} is not a sparsity plan: it must hold an object with 'targets' (layer or "
+                "block name to sparsity) and, if wanted, 'default'"
+            )
+        try:
+            return cls(targets=content.get("targets", {}), default=content.get("default"))
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{os.fspath(path)!r}: {error}") from error
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        text = json.dumps({"targets": dict(self.targets), "default": self.default}, indent=2)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def match(self, layer: str) -> str | None:
+        """The longest key that names `layer` or one of its blocks."""
+        matches = (key for key in self.targets if is_prefix(key, layer))
+        return max(matches, key=len, default=None)
+
+    def target(self, layer: str) -> float | None:
+        """Target sparsity of `layer`, None where it stays dense."""
+        key = self.match(layer)
+        return self.default if key is None else self.targets[key]
+
+    def check_keys(self, layers: Iterable[str]) -> None:
+        """Raise InvalidInputError if a key matches none of the `layers`, naming those that come nearest."""
+        check_prefixes(self.targets, layers, "sparsity key")
+
+
+def check_sparsity(value: object, what: str) -> float:
+    """`value` as a float within 0..1, or InvalidInputError that begins with `what`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidInputError(f"{what} must be a number within 0..1, got {value!r}")
+    if not 0 <= value <= 1:  # also catches NaN
+        hint = f"; did you mean {value / 100:g}?" if math.isfinite(value) and 1 < value <= 100 else ""
+        raise InvalidInputError(f"{what} must lie within 0 (dense) and 1 (all pruned), got {value!r}{hint}")
+    return float(value)
+
+
+def is_prefix(key: str, layer: str) -> bool:
+    """Whether `key` is the name of `layer` or of a block that holds it."""
+    return layer == key or layer.startswith(f"{key}.")
+
+
+def check_prefixes(keys: Iterable[str], layers: Iterable[str], what: str) -> None:
+    """Raise InvalidInputError if a key names no layer and no block, with the nearest names that do."""
+    layers = list(layers)
+    for key in keys:
+        if any(is_prefix(key, layer) for layer in layers):
+            continue
+        parts = (layer.split(".") for layer in layers)
+        names = dict.fromkeys(".".join(split[: n + 1]) for split in parts for n in range(len(split)))
+        nearest = difflib.get_close_matches(key, names, n=4, cutoff=0.5) or list(layers)[:4]
+        raise InvalidInputError(
+            f"{what} {key!r} matches no prunable layer or block of the model; nearest: {', '.join(map(repr, nearest))}"
+        )

@@ -1,0 +1,227 @@
+"""Pruning one layer: damping, factorization, column-wise OBS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from spade_fast import ops, reference
+from spade_fast.errors import InvalidInputError
+from spade_fast.plans import check_sparsity
+
+Solver = Literal["fast"]
+Fallback = Literal["float64", "damping"]
+
+# Backward error of a Cholesky factor in units of d * eps above which LAPACK's own tests call it broken.
+_LAPACK_TEST_RATIO = 30.0
+# Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
+_SMALLEST_RAISED_DAMPING = 1e-6
+_LARGEST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned layer.
+
+    Attributes
+    ----------
+    weight
+        Sparse weight, shape and dtype of the one given.
+    mask
+        bool, same shape: True where a weight was kept.
+    loss
+        Half the increase of the quadratic layer error, tr((W - Q) H (W - Q)^T) / 2, with the damped H. With
+        H = (2 / n) X X^T this is the squared error of the layer's outputs, summed over outputs, mean over samples.
+    damping
+        What was added to the Hessian's diagonal, as a share of its mean.
+    fallback
+        None, "float64" (the factorization was redone in float64) or "damping" (raised too, beyond what was asked).
+    """
+
+    weight: Tensor
+    mask: Tensor
+    loss: float
+    damping: float
+    fallback: Fallback | None = None
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a backend factored a damped Hessian [G, d, d] into, and how it got there (see :class:`Solution`)."""
+
+    matrix: Tensor
+    damping: float
+    fallback: Fallback | None
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float,
+    *,
+    block_size: int = 1,
+    damping: float = 0.01,
+    solver: Solver = "fast",
+    mask_rule: ops.MaskRule = "exact_count",
+    backend: ops.Backend = "auto",
+) -> Solution:
+    """Prune one layer to a target sparsity, adjusting the kept weights (FastSPADE; SPADE section 3).
+
+    Inputs that are zero in every sample (zero on the Hessian's diagonal) get zero weights. Sparsity 0 returns the
+    weights bit for bit, without looking at the Hessian.
+
+    Parameters
+    ----------
+    weight
+        [rows, ...], flattened to [rows, d]; its rows are split evenly over the groups. float32 and float64 are
+        solved as they are, half precision in float32.
+    hessian
+        [G, d, d] or, for one group, [d, d]: as from :func:`spade_fast.hessian`. Not changed.
+    sparsity
+        Share of each block of columns to prune, 0..1.
+    block_size
+        Columns that share one threshold, over all rows and groups. k * k for a convolution.
+    damping
+        Added to the diagonal, as a share of its mean; at least 0.
+    solver
+        "fast", column by column.
+    mask_rule
+        "exact_count" prunes round-half-up(n * sparsity) of a block's n weights, ties to the lowest (row, column);
+        "published" prunes all scores up to and including the int(n * sparsity)-th smallest: one more, and all ties.
+    backend
+        "auto" (native, or with a warning the reference), "native" or "reference".
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    InvalidInputError
+        For shapes, dtypes and devices that do not fit, values that are not finite, arguments out of range, and a
+        Hessian that has no Cholesky factor even at damping 1 (it is not positive semidefinite).
+    """
+    sparsity = check_sparsity(sparsity, "sparsity")
+    if solver not in get_args(Solver):
+        raise InvalidInputError(f"solver={solver!r} is unknown: choose one of {', '.join(get_args(Solver))}")
+    if mask_rule not in get_args(ops.MaskRule):
+        raise InvalidInputError(f"mask_rule={mask_rule!r} is unknown: choose 'exact_count' or 'published'")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise InvalidInputError(f"block_size must be a positive whole number of columns, got {block_size!r}")
+    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
+        raise InvalidInputError(f"damping must be a finite share of the mean diagonal, at least 0, got {damping!r}")
+    hessian = hessian[None] if hessian.dim() == 2 else hessian
+    _check_shapes(weight, hessian)
+    if sparsity == 0 and mask_rule == "exact_count":
+        return Solution(weight.detach().clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0)
+
+    dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
+    grouped = weight.detach().reshape(hessian.shape[0], -1, hessian.shape[1]).to(dtype)  # [G, r, d]
+    damped = hessian.detach().to(dtype, copy=True)
+    if not grouped.isfinite().all():
+        raise InvalidInputError("the weight holds NaN or infinite values: it cannot be pruned")
+    if not damped.isfinite().all():
+        raise InvalidInputError("the Hessian holds NaN or infinite values: some layer input was not finite")
+
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0  # [G, d]
+    diagonal.masked_fill_(dead, 1)
+    grouped = grouped.masked_fill(dead[:, None], 0)
+    published = mask_rule == "published"
+    native = ops.resolve_backend(backend, weight.device) == "native"
+    factor = factorize(damped, damping, lower_factor if native else reference.factor)
+    sparse, mask, loss = (ops if native else reference).prune_columns(
+        grouped.to(factor.matrix.dtype), factor.matrix, sparsity, block_size, published
+    )
+    return Solution(
+        # Keeps the memory format, channels_last among others, and the dtype.
+        weight=torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape)),
+        mask=mask.view(weight.shape),
+        loss=loss.item(),
+        damping=factor.damping,
+        fallback=factor.fallback,
+    )
+
+
+def factorize(hessian: Tensor, damping: float, factor: Callable[[Tensor], Tensor | None]) -> Factor:
+    """Factor H + damping * mean(diag H) * I.
+
+    Where that fails it is redone in float64; only where that fails too is the damping raised, tenfold each time.
+
+    Parameters
+    ----------
+    hessian
+        [G, d, d], float32 or float64, symmetric and finite, without zeros on its diagonal.
+    damping
+        Share of the mean diagonal, of each group by itself.
+    factor
+        :func:`lower_factor`, or :func:`spade_fast.reference.factor`: the factor, or None.
+
+    Raises
+    ------
+    InvalidInputError
+        If no damping up to 1 makes it positive definite.
+    """
+    matrix = factor(_add_damping(hessian, damping))
+    if matrix is not None:
+        return Factor(matrix, damping, None)
+    hessian = hessian.double()
+    matrix = factor(_add_damping(hessian, damping))
+    if matrix is not None:
+        return Factor(matrix, damping, "float64")
+    raised = max(10 * damping, _SMALLEST_RAISED_DAMPING)
+    while raised <= _LARGEST_DAMPING:
+        matrix = factor(_add_damping(hessian, raised))
+        if matrix is not None:
+            return Factor(matrix, raised, "damping")
+        raised *= 10
+    raise InvalidInputError(
+        f"the Hessian has no Cholesky factor, even in float64 and with damping up to {_LARGEST_DAMPING:g}: it is not "
+        "positive semidefinite, so it is no sum of x x^T; build it with spade_fast.hessian"
+    )
+
+
+def _add_damping(hessian: Tensor, damping: float) -> Tensor:
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)  # [G]
+    damped = hessian.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping * mean[:, None])
+    return damped
+
+
+def lower_factor(hessian: Tensor) -> Tensor | None:
+    """Lower triangular M [G, d, d] with H = M^T M, by one Cholesky factorization from the end.
+
+    None where it fails, or where its backward error is beyond what LAPACK's own tests accept.
+    """
+    # With both axes reversed, H = M^T M becomes the usual L L^T.
+    factor, info = torch.linalg.cholesky_ex(hessian.flip(1, 2))
+    if info.any() or not factor.isfinite().all():
+        return None
+    lower = factor.mT.flip(1, 2).contiguous()
+    # Backward error along one fixed direction: d^2 work, where the whole residual would cost d^3.
+    direction = torch.ones(hessian.shape[0], hessian.shape[1], 1, dtype=hessian.dtype, device=hessian.device)
+    residual = lower.mT @ (lower @ direction) - hessian @ direction
+    unit = hessian.shape[1] * torch.finfo(hessian.dtype).eps * hessian.abs().sum(dim=2).amax(dim=1)
+    accurate = residual.abs().amax(dim=(1, 2)) <= _LAPACK_TEST_RATIO * unit
+    return lower if accurate.all() else None
+
+
+def _check_shapes(weight: Tensor, hessian: Tensor) -> None:
+    if not weight.is_floating_point() or not hessian.is_floating_point():
+        raise InvalidInputError(f"weight and hessian must be floating point, got {weight.dtype} and {hessian.dtype}")
+    if weight.dim() < 2 or weight.numel() == 0:
+        raise InvalidInputError(f"weight must be a non-empty [rows, ...] tensor, got shape {list(weight.shape)}")
+    columns = weight.shape[1:].numel()
+    fits = hessian.dim() == 3 and hessian.shape[1:] == (columns, columns) and hessian.shape[0] > 0
+    if not fits or weight.shape[0] % hessian.shape[0]:
+        raise InvalidInputError(
+            f"a weight of shape {list(weight.shape)} needs a Hessian [groups, {columns}, {columns}] whose groups "
+            f"divide its {weight.shape[0]} rows, got {list(hessian.shape)}"
+        )
+    if weight.device != hessian.device:
+        raise InvalidInputError(f"weight is on {weight.device} and hessian on {hessian.device}: move one of them")

@@ -1,0 +1,289 @@
+"""The trace: what is left of a network once it is pruned for an image."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spade_fast.errors import InvalidInputError
+from spade_fast.models import LoadedModel
+from spade_fast.solver import Fallback, Solution
+
+_FORMAT = 1
+_METADATA_KEY = "spade_fast_trace"
+_REPORTED = ("requested_sparsity", "loss", "damping", "fallback")
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One pruned layer of a trace.
+
+    Attributes
+    ----------
+    weight
+        Sparse weight, shape and dtype of the layer's own.
+    mask
+        bool, same shape: True where a weight was kept.
+    requested_sparsity
+        The target, 0..1.
+    loss, damping, fallback
+        As in :class:`spade_fast.Solution`.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    requested_sparsity: float
+    loss: float
+    damping: float
+    fallback: Fallback | None = None
+
+    @classmethod
+    def of(cls, solution: Solution, requested_sparsity: float) -> LayerTrace:
+        """The layer that a solution and its target make."""
+        return cls(
+            weight=solution.weight,
+            mask=solution.mask,
+            requested_sparsity=requested_sparsity,
+            loss=solution.loss,
+            damping=solution.damping,
+            fallback=solution.fallback,
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that was pruned."""
+        return 1 - self.mask.count_nonzero().item() / self.mask.numel()
+
+    @property
+    def empty_outputs(self) -> int:
+        """Number of outputs (rows) left without any weight."""
+        return int((~self.mask.flatten(1).any(dim=1)).count_nonzero())
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A network's sparse trace for an image or a set of images (SPADE section 3).
+
+    It holds the pruned layers only, and never touches the model it was made from.
+
+    Attributes
+    ----------
+    layers
+        Pruned layers by module name.
+    dense
+        Layers left dense, by module name: why.
+    settings
+        How the trace was made: plain JSON values.
+    """
+
+    layers: Mapping[str, LayerTrace]
+    dense: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "dense", "settings"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights of all layers in the trace that was pruned; 0 for a trace without layers."""
+        kept = sum(layer.mask.count_nonzero().item() for layer in self.layers.values())
+        total = sum(layer.mask.numel() for layer in self.layers.values())
+        return 1 - kept / total if total else 0.0
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module | LoadedModel) -> Iterator[nn.Module]:
+        """Swap the sparse weights into the model, and back on leaving, bit for bit, whatever happens inside.
+
+        The model's own parameters are put aside whole, not copied over, and put back as the same objects. Blocks
+        may be nested; the innermost trace counts.
+
+        Parameters
+        ----------
+        model
+            The model the trace was made from, or one with layers of the same names and shapes.
+
+        Yields
+        ------
+        nn.Module
+            The model itself.
+
+        Raises
+        ------
+        InvalidInputError
+            If a layer of the trace is missing in the model or has another shape; nothing is swapped then.
+        """
+        module = model.module if isinstance(model, LoadedModel) else model
+        replacements = self._replacements(module)
+        originals: list[tuple[nn.Module, nn.Parameter]] = []
+        try:
+            for owner, parameter in replacements:
+                originals.append((owner, owner._parameters["weight"]))  # type: ignore[arg-type]
+                owner._parameters["weight"] = parameter
+            yield module
+        finally:
+            for owner, parameter in reversed(originals):
+                owner._parameters["weight"] = parameter
+
+    def pruned_copy(self, model: nn.Module | LoadedModel) -> nn.Module:
+        """A deep copy of the model with the sparse weights in place.
+
+        Raises
+        ------
+        InvalidInputError
+            As :meth:`applied`.
+        """
+        duplicate = copy.deepcopy(model.module if isinstance(model, LoadedModel) else model)
+        for owner, parameter in self._replacements(duplicate):
+            owner._parameters["weight"] = parameter
+        return duplicate
+
+    def overlap(self, other: Trace) -> dict[str, float]:
+        """Overlap of the kept weights, intersection over union, for each layer that both traces pruned.
+
+        1 for equal masks (two empty ones too), 0 for disjoint ones.
+
+        Raises
+        ------
+        InvalidInputError
+            If the traces share no layer, or a shared layer differs in shape.
+        """
+        shared = [name for name in self.layers if name in other.layers]
+        if not shared:
+            raise InvalidInputError("the two traces have no pruned layer in common: were they made from one model?")
+        result = {}
+        for name in shared:
+            mine, theirs = self.layers[name].mask, other.layers[name].mask
+            if mine.shape != theirs.shape:
+                raise InvalidInputError(
+                    f"layer {name!r} has shape {list(mine.shape)} in one trace and {list(theirs.shape)} in the other"
+                )
+            theirs = theirs.to(mine.device)
+            union = (mine | theirs).count_nonzero().item()
+            result[name] = (mine & theirs).count_nonzero().item() / union if union else 1.0
+        return result
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The report, a row for each pruned layer: plain JSON values."""
+        return [
+            {
+                "layer": name,
+                "shape": list(layer.weight.shape),
+                "requested_sparsity": layer.requested_sparsity,
+                "sparsity": layer.sparsity,
+                "empty_outputs": layer.empty_outputs,
+                "loss": layer.loss,
+                "damping": layer.damping,
+                "fallback": layer.fallback,
+            }
+            for name, layer in self.layers.items()
+        ]
+
+    def summary(self) -> str:
+        """The report as a plain text table, followed by the layers left dense."""
+        width = max((len(name) for name in (*self.layers, *self.dense)), default=5)
+        lines = [f"{'layer':{width}}  {'shape':>18}  requested  sparsity      loss  damping  fallback"]
+        for row in self.rows():
+            shape = "x".join(map(str, row["shape"]))
+            lines.append(
+                f"{row['layer']:{width}}  {shape:>18}  {row['requested_sparsity']:>9.3f}  {row['sparsity']:>8.3f}  "
+                f"{row['loss']:>8.2e}  {row['damping']:>7.1e}  {row['fallback'] or '-'}"
+            )
+        lines += [f"{name:{width}}  dense: {reason}" for name, reason in self.dense.items()]
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace to one safetensors file, whole or not at all.
+
+        Raises
+        ------
+        InvalidInputError
+            If the file cannot be written.
+        """
+        path = Path(path)
+        tensors = {}
+        for name, layer in self.layers.items():
+            # Clones, since tied layers share their tensors, which the format does not allow.
+            tensors[f"{name}.weight"] = layer.weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"{name}.mask"] = layer.mask.cpu().clone(memory_format=torch.contiguous_format)
+        header = {
+            "format": _FORMAT,
+            "layers": {name: {key: getattr(layer, key) for key in _REPORTED} for name, layer in self.layers.items()},
+            "dense": dict(self.dense),
+            "settings": dict(self.settings),
+        }
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+                temporary = Path(folder) / path.name
+                save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(header)})
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise InvalidInputError(f"cannot write the trace to {os.fspath(path)!r}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Trace:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        InvalidInputError
+            If the file cannot be read, is no trace, or contradicts itself; the message names the file.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = json.loads(metadata[_METADATA_KEY])
+            if header["format"] != _FORMAT:
+                raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
+            layers = {}
+            for name, report in header["layers"].items():
+                weight, mask = tensors[f"{name}.weight"], tensors[f"{name}.mask"]
+                if mask.dtype != torch.bool or mask.shape != weight.shape or bool(weight[~mask].any()):
+                    raise ValueError(f"mask and weight of layer {name!r} contradict each other")
+                layers[name] = LayerTrace(weight, mask, **{key: report[key] for key in _REPORTED})
+            return cls(layers, header["dense"], header["settings"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidInputError(
+                f"cannot read {os.fspath(path)!r} as a trace ({type(error).__name__}: {error}): it is missing, "
+                "damaged, or was not written by Trace.save"
+            ) from error
+
+    def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+        """For each layer, the module that owns its weight and the sparse parameter to put there."""
+        modules = dict(module.named_modules())
+        problems, found = [], []
+        parameters: dict[int, nn.Parameter] = {}  # tied layers get one parameter again
+        for name, layer in self.layers.items():
+            weight = modules[name]._parameters.get("weight") if name in modules else None
+            if weight is None:
+                problems.append(f"{name!r} is missing")
+            elif weight.shape != layer.weight.shape:
+                problems.append(f"{name!r} has shape {list(weight.shape)}, the trace {list(layer.weight.shape)}")
+            else:
+                if id(weight) not in parameters:
+                    sparse = torch.empty_like(weight, requires_grad=False).copy_(layer.weight)
+                    parameters[id(weight)] = nn.Parameter(sparse, requires_grad=weight.requires_grad)
+                found.append((modules[name], parameters[id(weight)]))
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise InvalidInputError(
+                f"the trace does not fit this {type(module).__name__}: {'; '.join(problems[:5])}{more}. "
+                "Apply it to the model it was made from"
+            )
+        return found
