@@ -55,7 +55,7 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """The augmentations of the SPADE paper (section 3.2), batched on the image's device.
+    """The augmentations of the SPADE paper (arXiv 2310.04519), batched on the image's device.
 
     The same distribution as torchvision's ``RandomResizedCrop(size, scale, ratio)``,
     ``RandomHorizontalFlip(flip_probability)`` and ``ColorJitter(brightness=brightness, hue=hue)`` in a row,
@@ -186,6 +186,7 @@ class Augmentation:
         Cropping, antialiased bilinear resizing and the flip are two batched matrix products,
         ``rows @ image @ columns^T``, with weights of their own for each view. Rendering ``views[a:b]`` gives
         the same values, to rounding; peak memory is a few times ``(3 h + w) W + h H`` numbers a view.
+        Where float32 products are allowed to use TF32, pixels keep its three digits.
 
         Parameters
         ----------
@@ -270,8 +271,8 @@ def _resize_weights(
     """Give weights [n, size, image_size] that crop, flip and resize along one axis.
 
     Output pixel i of a crop lies at ``c_i = start + (i + 1/2) length / size``. Input pixel x in the crop has
-    weight ``max(0, 1 - |x + 1/2 - c_i| / max(1, length / size))``, normalised
-    to sum 1: a triangle as wide as the downsampling asks for, as in torch's antialiased bilinear resize.
+    weight ``max(0, 1 - |x + 1/2 - c_i| / max(1, length / size))``, normalised to sum 1: a triangle as wide
+    as the downsampling asks for, as in torch's antialiased bilinear resize.
     """
     step = length.double() / size
     output = (torch.arange(size, dtype=torch.float64) + 0.5).expand(len(start), size)

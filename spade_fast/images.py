@@ -46,7 +46,7 @@ def load_image(path: str | os.PathLike[str], *, background: tuple[int, int, int]
     where = f"image file {os.fspath(path)!r}"
     try:
         with Image.open(path) as image:
-            # Not by making Pillow's warning an error: warning filters are shared by all threads.
+            # Not by making Pillow's warning an error: the warning filters are shared by all threads.
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(
                     f"{image.width} x {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS}"
@@ -115,13 +115,13 @@ def rgb_image(image: Image.Image, *, background: tuple[int, int, int] = _WHITE) 
             image = image.convert("LA")
         canvas = Image.new("RGBA", image.size, (*background, 255))
         return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-    except (InvalidInputError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except InvalidInputError:
         raise
     # On a damaged file Pillow's decoders raise nearly every type there is.
     except Exception as error:
         raise InvalidInputError(
-            f"the image cannot be decoded ({type(error).__name__}: {error}): the file is damaged or cut "
-            "short; copy or download it again"
+            f"the image cannot be decoded ({type(error).__name__}: {error}): if the file is "
+            "damaged or cut short, copy or download it again"
         ) from error
 
 

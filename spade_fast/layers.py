@@ -224,7 +224,8 @@ def hessian(layer: nn.Module, inputs: Tensor, *, backend: ops.Backend = "auto") 
         )
     if not inputs.isfinite().all():
         raise InvalidInputError("layer inputs hold NaN or infinite values: clean them before making a Hessian")
-    with torch.no_grad(), InputRecorder({"layer": layer.weight}, backend=backend) as recorder:
+    recorder = InputRecorder({"layer": layer.weight}, backend=backend)
+    with torch.no_grad(), recorder:
         layer(inputs)
     if "layer" not in recorder.sums:
         raise InvalidInputError(

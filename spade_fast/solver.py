@@ -19,6 +19,8 @@ Fallback = Literal["float64", "damping"]
 
 # Backward error of a Cholesky factor in units of d * eps above which LAPACK's own tests call it broken.
 _LAPACK_TEST_RATIO = 30.0
+# How far a pivot must stand out from its own rounding error.
+_PIVOT_TO_NOISE = 10.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6
 _LARGEST_DAMPING = 1.0
@@ -134,7 +136,7 @@ def solve(
     grouped = grouped.masked_fill(dead[:, None], 0)
     published = mask_rule == "published"
     native = ops.resolve_backend(backend, weight.device) == "native"
-    factor = factorize(damped, damping, lower_factor if native else reference.factor)
+    factor = factorize(damped, damping, lower_factor if native else _reference_factor)
     sparse, mask, loss = (ops if native else reference).prune_columns(
         grouped.to(factor.matrix.dtype), factor.matrix, sparsity, block_size, published
     )
@@ -160,7 +162,7 @@ def factorize(hessian: Tensor, damping: float, factor: Callable[[Tensor], Tensor
     damping
         Share of the mean diagonal, of each group by itself.
     factor
-        :func:`lower_factor`, or :func:`spade_fast.reference.factor`: the factor, or None.
+        Gives the factor of a matrix, or None where it fails or would be too inaccurate.
 
     Raises
     ------
@@ -208,7 +210,24 @@ def lower_factor(hessian: Tensor) -> Tensor | None:
     residual = lower.mT @ (lower @ direction) - hessian @ direction
     unit = hessian.shape[1] * torch.finfo(hessian.dtype).eps * hessian.abs().sum(dim=2).amax(dim=1)
     accurate = residual.abs().amax(dim=(1, 2)) <= _LAPACK_TEST_RATIO * unit
-    return lower if accurate.all() else None
+    return lower if accurate.all() and _pivots_have_digits(lower.diagonal(dim1=1, dim2=2), hessian) else None
+
+
+def _reference_factor(hessian: Tensor) -> Tensor | None:
+    upper = reference.factor(hessian)
+    if upper is None or not _pivots_have_digits(1 / upper.diagonal(dim1=1, dim2=2), hessian):
+        return None
+    return upper
+
+
+def _pivots_have_digits(pivots: Tensor, hessian: Tensor) -> bool:
+    """Whether every M_ii^2 stands clear of the rounding in the subtractions H_ii - ... that it is the result of.
+
+    A backward stable factor may still have pivots of pure rounding noise, and OBS divides by them.
+    """
+    columns, eps = hessian.shape[1], torch.finfo(hessian.dtype).eps
+    noise = math.sqrt(columns) * eps * hessian.diagonal(dim1=1, dim2=2)
+    return bool((pivots**2 > _PIVOT_TO_NOISE * noise).all())
 
 
 def _check_shapes(weight: Tensor, hessian: Tensor) -> None:

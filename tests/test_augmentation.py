@@ -43,9 +43,7 @@ def one_view(image_height: int, image_width: int, **changes: float) -> Views:
         "hue_first": False,
     }
     dtypes = {bool: torch.bool, int: torch.int64, float: torch.float64}
-    return Views(
-        **{name: torch.tensor([v], dtype=dtypes[type(v)]) for name, v in {**plain, **changes}.items()}
-    )
+    return Views(**{name: torch.tensor([v], dtype=dtypes[type(v)]) for name, v in {**plain, **changes}.items()})
 
 
 def torchvision_view(image: torch.Tensor, views: Views, index: int, size: tuple[int, int]) -> torch.Tensor:
@@ -114,9 +112,7 @@ def test_weights_are_the_triangle_written_out(length):
     rendered = Augmentation(size=(6, 1)).render(image, view)[0, :, :, 0]
     centre = 4 + length / 2
     weights = [max(0.0, 1 - abs(x + 0.5 - centre) / length) for x in range(4, 4 + length)]
-    expected = sum(w * image[:, :, x] for w, x in zip(weights, range(4, 4 + length), strict=True)) / sum(
-        weights
-    )
+    expected = sum(w * image[:, :, x] for w, x in zip(weights, range(4, 4 + length), strict=True)) / sum(weights)
     torch.testing.assert_close(rendered, expected, rtol=0, atol=1e-13)
 
 
@@ -279,9 +275,7 @@ def test_views_have_the_types_they_promise():
 @pytest.mark.parametrize("image_size", [(1, 1), (2, 50), (50, 2), (3, 4), (1, 3000)], ids=str)
 def test_crops_lie_inside_the_image(image_size):
     views = Augmentation(size=24).sample(image_size, 2000, seeded())
-    for start, length, size in zip(
-        (views.top, views.left), (views.height, views.width), image_size, strict=True
-    ):
+    for start, length, size in zip((views.top, views.left), (views.height, views.width), image_size, strict=True):
         assert (start >= 0).all()
         assert (length >= 1).all()
         assert (start + length <= size).all()

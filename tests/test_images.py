@@ -150,7 +150,7 @@ def test_float_mode_is_zero_to_one(tmp_path):
     ],
 )
 def test_deep_values_outside_their_range_are_refused(values, said):
-    with pytest.raises(InvalidInputError, match=said):
+    with pytest.raises(InvalidInputError, match=f"^grayscale values of {said}"):
         rgb_image(Image.fromarray(values))
 
 
@@ -305,7 +305,6 @@ def test_pil_pixels_become_channels_first():
 
 def test_valid_tensor_is_given_back():
     image = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    assert image_tensor(image) is not None
     assert image_tensor(image).data_ptr() == image.data_ptr()
 
 

@@ -233,9 +233,7 @@ def test_unknown_names_are_answered_with_known_ones(name: str, words: list[str])
         ("resnet18", "timm"),
     ],
 )
-def test_missing_libraries_are_named_with_their_extra(
-    name: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_libraries_are_named_with_their_extra(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for other in ("timm", "torchvision"):
         pytest.importorskip(other)
     monkeypatch.setitem(sys.modules, package, None)
@@ -257,9 +255,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path: Path) -> 
 # Published weights, with the download replaced
 
 
-@pytest.mark.parametrize(
-    "name", ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:efficientnet_b0.ra_in1k"]
-)
+@pytest.mark.parametrize("name", ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:efficientnet_b0.ra_in1k"])
 def test_offline_the_cure_is_a_checkpoint(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip(name.partition(":")[0])
     patch_downloads(monkeypatch, tmp_path, offline)
@@ -269,9 +265,7 @@ def test_offline_the_cure_is_a_checkpoint(name: str, monkeypatch: pytest.MonkeyP
     assert "no route to host" in str(caught.value)
 
 
-def test_torchvision_weights_come_with_their_transforms(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_torchvision_weights_come_with_their_transforms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torchvision = pytest.importorskip("torchvision")
     published = random_state(torchvision.models.squeezenet1_1())
     patch_downloads(monkeypatch, tmp_path, lambda _url, file, *_, **__: torch.save(published, file))
@@ -327,12 +321,8 @@ def test_inputs_other_than_square_rgb_are_refused_by_name(
 ) -> None:
     data = pytest.importorskip("timm.data")
     resolve = data.resolve_data_config
-    monkeypatch.setattr(
-        data, "resolve_data_config", lambda *arguments: resolve(*arguments) | {"input_size": size}
-    )
-    with pytest.raises(
-        InvalidInputError, match=r"'timm:resnet10t' takes inputs of {} x {} x {}".format(*size)
-    ):
+    monkeypatch.setattr(data, "resolve_data_config", lambda *arguments: resolve(*arguments) | {"input_size": size})
+    with pytest.raises(InvalidInputError, match=r"'timm:resnet10t' takes inputs of {} x {} x {}".format(*size)):
         load_model("timm:resnet10t")
 
 
@@ -444,10 +434,7 @@ def test_safetensors_load(tmp_path: Path) -> None:
 
 def test_legacy_files_half_precision_and_str_paths_load(tmp_path: Path) -> None:
     module = Tiny()
-    state = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in random_state(module).items()
-    }
+    state = {key: value.half() if value.is_floating_point() else value for key, value in random_state(module).items()}
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     load_checkpoint(str(tmp_path / "old.pt"), module)
     assert module.fc.weight.dtype == torch.float32
@@ -585,9 +572,7 @@ def write_by_oldest_pickle(content: object, path: Path) -> None:
     path.write_bytes(pickle.dumps(content, protocol=0))
 
 
-@pytest.mark.parametrize(
-    "write", [write_by_torch, write_by_legacy_torch, write_by_pickle, write_by_oldest_pickle]
-)
+@pytest.mark.parametrize("write", [write_by_torch, write_by_legacy_torch, write_by_pickle, write_by_oldest_pickle])
 def test_pickle_is_refused_and_not_run(write: Callable[[object, Path], None], tmp_path: Path) -> None:
     write({"state_dict": random_state(Tiny()), "args": Trap(tmp_path)}, tmp_path / "trap.pth")
     assert_refused(tmp_path / "trap.pth", Tiny(), "refused", "pickle", "save_file")

@@ -1,0 +1,322 @@
+"""Explaining one answer: maps of the dense network and of its trace, side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from spade_fast import tracer
+from spade_fast.attribution import METHODS, attribute, captum, check_outputs, find_method, like_weights
+from spade_fast.errors import InvalidInputError
+from spade_fast.images import image_tensor
+from spade_fast.models import LoadedModel, resolve_model
+from spade_fast.preprocessing import Preprocess
+from spade_fast.traces import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PNG_DPI = 160
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A class that the network considers.
+
+    Attributes
+    ----------
+    index
+        Position in the outputs.
+    name
+        Name of the class, ``"class 281"`` where it has none.
+    probability
+        Softmax of the outputs, 0..1.
+    """
+
+    index: int
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a network gave its answer: attribution maps of the dense network and of its trace.
+
+    Attributes
+    ----------
+    image
+        The pixels that were explained, float32 [3, h, w] in 0..1.
+    target, target_name
+        The class that all maps are about, and its name.
+    dense, spade
+        Maps by method, float32 [h, w], at least 0: see :func:`spade_fast.attribution.attribute`.
+    dense_predictions, spade_predictions
+        The most probable classes of either network, the first one first.
+    trace
+        What SPADE left of the network.
+    settings
+        How the explanation was made: plain JSON values.
+    layer_order
+        Names of all layers of the trace, pruned or dense, in the order of the model.
+    """
+
+    image: Tensor
+    target: int
+    target_name: str
+    dense: Mapping[str, Tensor]
+    spade: Mapping[str, Tensor]
+    dense_predictions: tuple[Prediction, ...]
+    spade_predictions: tuple[Prediction, ...]
+    trace: Trace
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    layer_order: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("dense", "spade", "settings"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def figure(self) -> Figure:
+        """The picture: photograph, predictions, maps, sparsity (see :func:`spade_fast.figures.explanation_figure`).
+
+        Raises
+        ------
+        MissingDependencyError
+            If matplotlib is not installed.
+        """
+        from spade_fast.figures import explanation_figure
+
+        return explanation_figure(self)
+
+    def report(self) -> dict[str, Any]:
+        """Everything but the maps, as plain JSON values."""
+        return {
+            "target": {"index": self.target, "name": self.target_name},
+            "predictions": {
+                "dense": [asdict(prediction) for prediction in self.dense_predictions],
+                "spade": [asdict(prediction) for prediction in self.spade_predictions],
+            },
+            "layers": self.trace.rows(),
+            "dense_layers": dict(self.trace.dense),
+            "trace_settings": dict(self.trace.settings),
+            "settings": dict(self.settings),
+            "versions": {
+                "spade_fast": version("spade-fast"),
+                "torch": torch.__version__,
+                "captum": version("captum"),
+                "python": platform.python_version(),
+            },
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
+        """Write figure, maps and report into a folder, each file whole or not at all.
+
+        Parameters
+        ----------
+        folder
+            Created where it is missing. Files of the same names are replaced.
+
+        Returns
+        -------
+        dict[str, Path]
+            What was written, by its path within the folder: ``explanation.png``; ``maps.safetensors`` with the
+            float32 maps under the keys ``dense.saliency``, ``spade.saliency``, ...; the same maps one by one,
+            ``maps/dense_saliency.npy``, ...; and, last, ``report.json``.
+
+        Raises
+        ------
+        InvalidInputError
+            If the folder cannot be made or a file cannot be written.
+        MissingDependencyError
+            If matplotlib is not installed.
+        """
+        maps = {
+            (arm, method): heat.contiguous()
+            for arm, found in (("dense", self.dense), ("spade", self.spade))
+            for method, heat in found.items()
+        }
+        png = io.BytesIO()
+        self.figure().savefig(png, format="png", dpi=_PNG_DPI)
+        report = json.dumps(self.report(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        contents = {
+            "explanation.png": png.getvalue(),
+            "maps.safetensors": safetensors.torch.save({".".join(key): heat for key, heat in maps.items()}),
+            **{f"maps/{'_'.join(key)}.npy": _npy(heat) for key, heat in maps.items()},
+            "report.json": report.encode(),
+        }
+        written = {}
+        for name, content in contents.items():
+            written[name] = Path(folder) / name
+            _write_whole(written[name], content)
+        return written
+
+
+def explain(
+    model: nn.Module | LoadedModel,
+    image: Image.Image | Tensor,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    target: int | None = None,
+    trace: Trace | None = None,
+    preprocess: Callable[[Tensor], Tensor] | None = None,
+    top: int = 5,
+    progress: bool = False,
+    **trace_settings: Any,
+) -> Explanation:
+    """Explain a network's answer to one image, by the dense network and by its trace (SPADE sections 3 and 4).
+
+    The model is left as it was, bit for bit.
+
+    Parameters
+    ----------
+    model
+        The network, or what :func:`spade_fast.load_model` returned.
+    image
+        A photograph, or pixel values [3, H, W] in 0..1 as float tensor. What is explained is what the network sees
+        of it: the centre of a photograph, as its preprocessing cuts it, or the whole tensor.
+    methods
+        Names in :data:`spade_fast.attribution.METHODS`.
+    target
+        The class to explain, for both networks. Default: the answer of the dense one.
+    trace
+        A trace of this model. Default: one is made for `image`.
+    preprocess
+        As in :func:`spade_fast.trace`.
+    top
+        Number of most probable classes to keep.
+    progress
+        Show progress bars on stderr.
+    trace_settings
+        For :func:`spade_fast.trace`, where no `trace` is given: ``sparsity``, ``num_augmentations``, ``seed``, ...
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    InvalidInputError
+        For arguments that cannot be used; what can be checked is checked before the trace is made.
+    MissingDependencyError
+        If captum is not installed.
+    """
+    methods = _check_methods(methods)
+    if trace is not None and trace_settings:
+        given = ", ".join(trace_settings)
+        raise InvalidInputError(f"both trace= and settings for making one ({given}) are given: leave one of them out")
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise InvalidInputError(f"top must be a positive whole number, got {top!r}")
+    captum()  # first, since making a trace takes a while
+    module, preprocess = resolve_model(model, preprocess)
+    view = preprocess.view(image) if isinstance(preprocess, Preprocess) else image_tensor(image)
+
+    # Parameters made in inference mode, as those of an applied trace would be, could not take part in a gradient.
+    with torch.inference_mode(False):
+        inputs = preprocess(view[None].to(like_weights(view, module).device))
+        tracer._check_inputs(inputs)
+        dense_scores = _scores(module, inputs, target)
+        explained = int(dense_scores.argmax()) if target is None else target
+        if trace is None:
+            trace = tracer.trace(model, image, preprocess=preprocess, progress=progress, **trace_settings)
+        bar = tqdm(total=2 * len(methods), desc="attribution", disable=not progress, leave=False)
+        with bar:
+            dense = _maps(module, inputs, explained, methods, bar)
+            with trace.applied(module):
+                spade_scores = _scores(module, inputs, explained)
+                spade = _maps(module, inputs, explained, methods, bar)
+
+    def name(index: int) -> str:
+        return model.category(index) if isinstance(model, LoadedModel) else f"class {index}"
+
+    def predictions(scores: Tensor) -> tuple[Prediction, ...]:
+        best = scores.softmax(dim=0).topk(min(top, len(scores)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return tuple(Prediction(index, name(index), probability) for index, probability in pairs)
+
+    loaded = isinstance(model, LoadedModel)
+    names = [*trace.layers, *trace.dense]
+    listed = [layer for layer, _ in module.named_modules() if layer in trace.layers or layer in trace.dense]
+    return Explanation(
+        image=view.detach().cpu(),
+        target=explained,
+        target_name=name(explained),
+        dense=dense,
+        spade=spade,
+        dense_predictions=predictions(dense_scores),
+        spade_predictions=predictions(spade_scores),
+        trace=trace,
+        settings={
+            "model": model.name if loaded else type(module).__name__,
+            "weights": model.source if loaded else None,
+            "methods": list(methods),
+            "target_is": "the answer of the dense network" if target is None else "as asked for",
+            "image_size": list(view.shape[1:]),
+            "preprocess": preprocess.to_dict() if isinstance(preprocess, Preprocess) else None,
+        },
+        layer_order=tuple(dict.fromkeys((*listed, *names))),
+    )
+
+
+def _check_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(methods, str):
+        raise InvalidInputError(f"methods must be a sequence of names: pass [{methods!r}]")
+    for method in methods:
+        find_method(method)
+    if not methods:
+        raise InvalidInputError(f"no attribution method is asked for: name some of {', '.join(map(repr, METHODS))}")
+    return tuple(dict.fromkeys(methods))
+
+
+def _scores(module: nn.Module, inputs: Tensor, target: int | None) -> Tensor:
+    """Class scores of one image, float64 [classes] on the CPU, once they and the target are known to be usable."""
+    with tracer._evaluation_mode(module), torch.no_grad():
+        outputs = check_outputs(module(like_weights(inputs, module)), 1, target)
+    if not outputs.isfinite().all():
+        raise InvalidInputError(f"{type(module).__name__} answers this image with NaN or infinite class scores")
+    return outputs[0].cpu().double()
+
+
+def _maps(module: nn.Module, inputs: Tensor, target: int, methods: Sequence[str], bar: Any) -> dict[str, Tensor]:
+    maps = {}
+    for method in methods:
+        maps[method] = attribute(module, inputs, target, method)
+        bar.update()
+    return maps
+
+
+def _npy(heat: Tensor) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, heat.numpy(), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file under another name, then give it its own: a reader never sees half of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except OSError as error:
+        reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
+        raise InvalidInputError(f"cannot write {os.fspath(path)!r} ({reason}): choose another folder") from error

@@ -1,0 +1,260 @@
+"""`solve`: damping, fallbacks, counts, and its agreement with the reference layer by layer."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spade_fast as sf
+from spade_fast.layers import mask_block_size
+from spade_fast.reference import count_to_prune
+from spade_fast.solver import lower_factor
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 10), (50, 24)),
+    "linear on tokens": (lambda: nn.Linear(24, 10), (4, 17, 24)),
+    "1x1": (lambda: nn.Conv2d(12, 8, 1), (2, 12, 6, 6)),
+    "3x3": (lambda: nn.Conv2d(5, 8, 3, padding=1), (2, 5, 9, 9)),
+    "strided": (lambda: nn.Conv2d(5, 8, 3, stride=2, padding=1), (3, 5, 11, 10)),
+    "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), (2, 4, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2), (3, 6, 9, 9)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 7, 7)),
+}
+
+
+def layer_and_hessian(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    torch.manual_seed(1)
+    make, shape = LAYERS[name]
+    layer = make().to(dtype)
+    return layer.weight.detach(), sf.hessian(layer, torch.randn(shape, dtype=dtype)), mask_block_size(layer.weight)
+
+
+def objective(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:
+    change = (weight - sparse).double().reshape(hessian.shape[0], -1, hessian.shape[1])
+    return torch.einsum("grd,gde,gre->", change, hessian.double(), change).item()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("mask_rule", ["exact_count", "published"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 1.0])
+def test_float64_equals_reference(name, mask_rule, sparsity):
+    weight, hessian, block_size = layer_and_hessian(name, torch.float64)
+    settings = {"block_size": block_size, "mask_rule": mask_rule}
+    native = sf.solve(weight, hessian, sparsity, backend="native", **settings)
+    plain = sf.solve(weight, hessian, sparsity, backend="reference", **settings)
+    assert torch.equal(native.mask, plain.mask)
+    torch.testing.assert_close(native.weight, plain.weight, rtol=0, atol=1e-10)
+    assert native.loss == pytest.approx(plain.loss, rel=1e-10)
+    assert native.damping == 0.01
+    assert native.fallback is None
+    assert not native.weight[~native.mask].any()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_float32_reaches_the_objective_of_the_reference(name, record_property):
+    weight, hessian, block_size = layer_and_hessian(name, torch.float32)
+    exact = sf.solve(weight.double(), hessian.double(), 0.5, block_size=block_size, backend="reference")
+    native = sf.solve(weight, hessian, 0.5, block_size=block_size)
+    damped = hessian + 0.01 * torch.diag_embed(
+        hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None].expand(hessian.shape[:2])
+    )
+    reached, wanted = (objective(weight, s.weight, damped) for s in (native, exact))
+    assert reached == pytest.approx(wanted, rel=1e-3)
+    assert native.loss == pytest.approx(reached / 2, rel=1e-3)
+    agreement = (native.mask == exact.mask).double().mean().item()
+    record_property("mask agreement", agreement)
+    assert agreement > 0.97
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10, 33])
+@pytest.mark.parametrize("block_size", [1, 4, 7])
+@pytest.mark.parametrize("sparsity", [0.01, 0.25, 0.5, 0.7, 0.99])
+def test_every_block_loses_exactly_the_count_asked_for(rows, block_size, sparsity):
+    weight = torch.randn(rows, 20)
+    inputs = torch.randn(20, 90)
+    solution = sf.solve(weight, inputs @ inputs.T, sparsity, block_size=block_size)
+    for block in solution.mask.split(block_size, dim=1):
+        assert (~block).count_nonzero().item() == count_to_prune(block.numel(), sparsity)
+
+
+def test_count_rounds_half_up():
+    assert [count_to_prune(n, 0.5) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+    assert count_to_prune(10, 0.0) == 0
+    assert count_to_prune(10, 1.0) == 10
+
+
+def test_sparsity_zero_returns_the_weight_bit_for_bit():
+    weight = torch.tensor([[1.0, -0.0, 3.0], [4.0, 5.0, -6.0]])
+    solution = sf.solve(weight, torch.full((3, 3), math.nan), 0)  # the Hessian is not even looked at
+    assert torch.equal(solution.weight.view(torch.int32), weight.view(torch.int32))
+    assert solution.weight.data_ptr() != weight.data_ptr()
+    assert solution.mask.all()
+    assert solution.loss == 0
+
+
+def test_sparsity_one_returns_zeros_and_the_whole_loss():
+    weight, hessian, block_size = layer_and_hessian("3x3", torch.float64)
+    solution = sf.solve(weight, hessian, 1, block_size=block_size, damping=0)
+    assert not solution.weight.any()
+    assert not solution.mask.any()
+    assert solution.loss == pytest.approx(objective(weight, torch.zeros_like(weight), hessian) / 2)
+
+
+def test_loss_is_the_mean_squared_error_of_the_outputs():
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(12, 5, bias=False).double(), torch.randn(40, 12, dtype=torch.float64)
+    solution = sf.solve(layer.weight, sf.hessian(layer, inputs), 0.5, damping=0)
+    error = layer(inputs) - inputs @ solution.weight.T
+    assert solution.loss == pytest.approx((error**2).sum(dim=1).mean().item())
+
+
+def test_compensation_beats_magnitude_pruning():
+    torch.manual_seed(0)
+    inputs = torch.randn(400, 32) @ torch.randn(32, 32)
+    layer = nn.Linear(32, 16)
+    hessian = sf.hessian(layer, inputs)
+    solution = sf.solve(layer.weight, hessian, 0.5)
+    weight = layer.weight.detach()
+    magnitude = weight * (weight.abs() > weight.abs().flatten().kthvalue(weight.numel() // 2).values)
+    assert objective(weight, solution.weight, hessian) < objective(weight, magnitude, hessian)
+
+
+def test_dead_inputs_get_zero_weights():
+    weight = torch.randn(6, 5, dtype=torch.float64)
+    inputs = torch.randn(5, 40, dtype=torch.float64)
+    inputs[2] = 0
+    native, plain = (sf.solve(weight, inputs @ inputs.T, 0.5, backend=b) for b in ("native", "reference"))
+    assert not native.weight[:, 2].any()
+    assert (~native.mask[:, 2]).count_nonzero() == 3
+    torch.testing.assert_close(native.weight, plain.weight, rtol=0, atol=1e-12)
+
+
+def test_a_layer_without_any_input_becomes_zero():
+    solution = sf.solve(torch.randn(4, 3), torch.zeros(3, 3), 0.5)
+    assert not solution.weight.any()
+    assert solution.loss == 0
+
+
+def test_groups_share_one_threshold():
+    weight = torch.tensor([[0.1], [0.2], [5.0], [6.0]])
+    solution = sf.solve(weight, torch.ones(2, 1, 1), 0.5)
+    assert solution.mask[:, 0].tolist() == [False, False, True, True]
+
+
+def integer_hessian() -> Tensor:
+    """H = L L^T for a unit lower triangular L of small integers: exact in float32, and close to singular."""
+    generator = torch.Generator().manual_seed(0)
+    lower = torch.randint(-9, 10, (8, 8), generator=generator).tril(-1).double() + torch.eye(8).double()
+    hessian = lower @ lower.T
+    assert torch.equal(hessian, hessian.float().double())
+    return hessian
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_what_float32_cannot_factor_is_redone_in_float64(backend):
+    hessian, weight = integer_hessian(), torch.randn(4, 8)
+    assert lower_factor(hessian.float()[None]) is None
+    solution = sf.solve(weight, hessian.float(), 0.5, damping=0, backend=backend)
+    exact = sf.solve(weight.double(), hessian, 0.5, damping=0, backend=backend)
+    assert (solution.fallback, solution.damping) == ("float64", 0)
+    assert (exact.fallback, exact.damping) == (None, 0)
+    assert torch.equal(solution.mask, exact.mask)
+    assert torch.equal(solution.weight, exact.weight.float())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_damping_is_raised_only_as_the_last_resort_and_reported(backend, dtype):
+    inputs = torch.randn(20, 400, dtype=dtype).repeat(2, 1)  # every input twice: singular at any precision
+    solution = sf.solve(torch.randn(8, 40, dtype=dtype), inputs @ inputs.T, 0.5, damping=0, backend=backend)
+    assert solution.fallback == "damping"
+    assert 0 < solution.damping <= 1e-3
+    assert solution.weight.isfinite().all()
+    assert solution.weight.dtype == dtype
+
+
+def test_indefinite_hessian_is_refused():
+    with pytest.raises(ValueError, match="not positive semidefinite"):
+        sf.solve(torch.randn(2, 2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-2, 1e-4])
+def test_backward_error_of_kept_columns_is_within_the_lapack_ratio(dtype, damping):
+    # Kept weights satisfy ((W - Q) M^T)_i = 0: what is left there is rounding.
+    torch.manual_seed(0)
+    d = 200
+    inputs = torch.randn(d, 1000, dtype=dtype).cumsum(0) / d
+    hessian = (inputs @ inputs.T)[None]
+    weight = torch.randn(30, d, dtype=dtype)
+    solution = sf.solve(weight, hessian, 0.5, damping=damping)
+    assert solution.fallback is None
+    damped = hessian.double() + damping * hessian.diagonal(dim1=1, dim2=2).double().mean() * torch.eye(d)
+    lower = lower_factor(hessian + damping * hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(d, dtype=dtype))[0]
+    assert torch.allclose((lower.mT @ lower).double(), damped[0], rtol=1e-3, atol=1e-3 * damped.abs().max().item())
+    change = (weight - solution.weight).double()
+    residual = (change @ lower.double().mT)[solution.mask].abs().max()
+    unit = d * torch.finfo(dtype).eps * change.abs().sum(1).max() * lower.abs().max()
+    assert residual <= 30 * unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_solved_in_float32_and_rounded(dtype):
+    weight = torch.randn(6, 8).to(dtype)
+    inputs = torch.randn(8, 50)
+    half = sf.solve(weight, inputs @ inputs.T, 0.5)
+    full = sf.solve(weight.float(), inputs @ inputs.T, 0.5)
+    assert half.weight.dtype == dtype
+    assert torch.equal(half.mask, full.mask)
+    assert torch.equal(half.weight, full.weight.to(dtype))
+
+
+def test_memory_format_is_kept():
+    weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+    inputs = torch.randn(27, 99)
+    solution = sf.solve(weight, inputs @ inputs.T, 0.5, block_size=9)
+    assert solution.weight.is_contiguous(memory_format=torch.channels_last)
+    plain = sf.solve(weight.contiguous(), inputs @ inputs.T, 0.5, block_size=9)
+    assert torch.equal(solution.weight, plain.weight)
+
+
+def test_same_bits_twice_and_inputs_untouched():
+    weight, hessian, block_size = layer_and_hessian("3x3", torch.float32)
+    before = weight.clone(), hessian.clone()
+    first, second = (sf.solve(weight, hessian, 0.7, block_size=block_size) for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+    assert first.loss == second.loss
+    assert torch.equal(weight, before[0])
+    assert torch.equal(hessian, before[1])
+
+
+EYE = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ((torch.ones(2, 3), EYE, -0.1), {}, "sparsity must lie within 0"),
+        ((torch.ones(2, 3), EYE, 95), {}, "did you mean 0.95"),
+        ((torch.ones(2, 3), EYE, math.nan), {}, "got nan"),
+        ((torch.ones(2, 3), EYE, "0.5"), {}, "must be a number"),
+        ((torch.ones(2, 3), EYE, True), {}, "must be a number"),
+        ((torch.ones(2, 3), EYE, 0.5), {"solver": "magic"}, "solver='magic' is unknown"),
+        ((torch.ones(2, 3), EYE, 0.5), {"mask_rule": "half"}, "mask_rule='half' is unknown"),
+        ((torch.ones(2, 3), EYE, 0.5), {"block_size": 0}, "block_size"),
+        ((torch.ones(2, 3), EYE, 0.5), {"damping": -1}, "damping"),
+        ((torch.ones(2, 3), EYE, 0.5), {"damping": math.nan}, "damping"),
+        ((torch.ones(2, 3), EYE, 0.5), {"backend": "cuda"}, "backend='cuda' is unknown"),
+        ((torch.ones(2, 4), EYE, 0.5), {}, r"\[2, 4\] needs a Hessian \[groups, 4, 4\].*got \[1, 3, 3\]"),
+        ((torch.ones(3, 3), EYE.repeat(2, 1, 1), 0.5), {}, "divide its 3 rows"),
+        ((torch.ones(2, 3).int(), EYE, 0.5), {}, "floating point, got torch.int32"),
+        ((torch.ones(0, 3), EYE, 0.5), {}, r"non-empty .* got shape \[0, 3\]"),
+        ((torch.full((2, 3), math.inf), EYE, 0.5), {}, "weight holds NaN or infinite"),
+        ((torch.ones(2, 3), EYE * math.nan, 0.5), {}, "Hessian holds NaN or infinite"),
+        ((torch.ones(2, 3), EYE.to("meta"), 0.5), {}, "on cpu and hessian on meta"),
+    ],
+)
+def test_refusals(arguments, settings, message):
+    with pytest.raises(sf.InvalidInputError, match=message):
+        sf.solve(*arguments, **settings)
