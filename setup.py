@@ -12,7 +12,7 @@ import torch
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-# sm_80: A100; 9.0: H100 and H200; 10.0+PTX: B200, and whatever comes after it by just-in-time compilation.
+# A100; H100 and H200; B200, and whatever comes after it by just-in-time compilation.
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
@@ -28,57 +28,50 @@ def find_toolkit() -> Path | None:
     return None
 
 
-def decide_cuda(cuda_sources: list[str]) -> tuple[Path | None, str]:
+def decide_cuda(has_sources: bool) -> tuple[Path | None, str]:
     """The toolkit to build with, or None, and the reason in words."""
-    forced = os.environ.get("FORCE_CUDA") == "1"
     toolkit = find_toolkit()
-    if os.environ.get("SPADE_FAST_WITH_CUDA") == "0":
-        if forced:
-            raise SystemExit("FORCE_CUDA=1 and SPADE_FAST_WITH_CUDA=0 contradict each other: unset one of them")
-        return None, "SPADE_FAST_WITH_CUDA=0"
     obstacles = {
-        "csrc/cuda holds no CUDA sources": not cuda_sources,
+        "SPADE_FAST_WITH_CUDA=0": os.environ.get("SPADE_FAST_WITH_CUDA") == "0",
+        "csrc/cuda holds no CUDA sources": not has_sources,
         "this torch was built without CUDA": torch.version.cuda is None,
-        "no CUDA toolkit found (set CUDA_HOME to a folder with bin/nvcc, include and lib64)": toolkit is None,
+        "no CUDA toolkit found (CUDA_HOME: a folder with bin/nvcc, include and lib64)": toolkit is None,
     }
     obstacle = next((text for text, stands in obstacles.items() if stands), None)
-    if obstacle and forced:
-        raise SystemExit(f"FORCE_CUDA=1, but {obstacle}")
+    if obstacle and os.environ.get("FORCE_CUDA") == "1":
+        raise SystemExit(f"spade_fast: FORCE_CUDA=1 cannot be met: {obstacle}")
     return (None, obstacle) if obstacle else (toolkit, str(toolkit))
 
 
 def main() -> None:
+    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
-    toolkit, reason = decide_cuda(cuda_sources)
+    toolkit, reason = decide_cuda(bool(cuda_sources))
     if toolkit:
+        sources += cuda_sources
         os.environ["CUDA_HOME"] = str(toolkit)  # read when cpp_extension is imported, hence the late import
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        reason += f", for {os.environ.get('TORCH_CUDA_ARCH_LIST', 'the GPU that is visible')}"
+    else:
+        sources = [source for source in sources if not source.startswith("csrc/cuda/")]
+    debug = os.environ.get("DEBUG") == "1"
+    print(f"spade_fast: {'debug' if debug else 'release'} build against torch {torch.__version__}")
+    print(f"spade_fast: CUDA {'on' if toolkit else 'off'}: {reason}")
+
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    debug = os.environ.get("DEBUG") == "1"
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "the GPU that is visible")
-    print(f"spade_fast: {'debug' if debug else 'release'} build against torch {torch.__version__}")
-    print(f"spade_fast: CUDA {'on' if toolkit else 'off'}: {reason}" + (f", for {architectures}" if toolkit else ""))
-
-    sources = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
     flags = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG"]
+    macros = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("SPADE_FAST_TORCH_VERSION", torch.__version__)]
     extension = (CUDAExtension if toolkit else CppExtension)(
         "spade_fast._C",
-        sources + (cuda_sources if toolkit else []),
-        define_macros=[
-            ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # torch 2.11: one build serves it and all later ones
-            ("SPADE_FAST_TORCH_VERSION", torch.__version__),
-            *([("SPADE_FAST_WITH_CUDA", None)] if toolkit else []),
-        ],
+        sources,
+        define_macros=[*macros, *([("SPADE_FAST_WITH_CUDA", None)] if toolkit else [])],
         extra_compile_args={"cxx": [*flags, "-Wall", "-fvisibility=hidden"], "nvcc": flags[:1]},
-        py_limited_api=True,
+        py_limited_api=True,  # with the stable ABI of torch 2.11: one build serves all later Pythons and torches
     )
-    setup(
-        ext_modules=[extension],
-        cmdclass={"build_ext": BuildExtension},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+    wheel = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension}, options=wheel)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,15 @@
 #define SPADE_FAST_STRING(x) #x
 #define SPADE_FAST_EXPANDED(x) SPADE_FAST_STRING(x)
 
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C", "Operators of spade_fast, and how they were built.", -1, nullptr, nullptr,
-    nullptr, nullptr, nullptr};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                        "_C",
+                                        "Operators of spade_fast, and how they were built.",
+                                        -1,
+                                        nullptr,
+                                        nullptr,
+                                        nullptr,
+                                        nullptr,
+                                        nullptr};
 
 PyMODINIT_FUNC PyInit__C(void) {
   PyObject* module = PyModule_Create(&definition);

@@ -11,8 +11,10 @@
 from importlib.metadata import version
 
 from spade_fast import presets, reference
+from spade_fast.attribution import METHODS
 from spade_fast.augmentation import Augmentation
 from spade_fast.errors import InvalidInputError, MissingDependencyError, SpadeError
+from spade_fast.explanation import Explanation, Prediction, explain
 from spade_fast.images import load_image
 from spade_fast.layers import hessian
 from spade_fast.models import LoadedModel, load_checkpoint, load_model
@@ -25,16 +27,20 @@ from spade_fast.traces import LayerTrace, Trace
 __version__ = version("spade-fast")
 
 __all__ = [
+    "METHODS",
     "Augmentation",
+    "Explanation",
     "InvalidInputError",
     "LayerTrace",
     "LoadedModel",
     "MissingDependencyError",
+    "Prediction",
     "Preprocess",
     "Solution",
     "SpadeError",
     "SparsityPlan",
     "Trace",
+    "explain",
     "hessian",
     "load_checkpoint",
     "load_image",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spade_fast.errors import InvalidInputError, require
-from spade_fast.tracer import _evaluation_mode
+from spade_fast.models import evaluation_mode
 
 #: Model inputs [n, c, h, w] to outputs [n, classes].
 Forward: TypeAlias = Callable[[Tensor], Tensor]
@@ -58,7 +58,7 @@ def _integrated_gradients(forward: Forward, inputs: Tensor, target: int) -> Tens
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "saliency": Method("Gradient", _saliency),
-        "input_x_gradient": Method("Input × gradient", _input_x_gradient),
+        "input_x_gradient": Method("Input \N{MULTIPLICATION SIGN} gradient", _input_x_gradient),
         "integrated_gradients": Method("Integrated gradients", _integrated_gradients),
     }
 )
@@ -96,13 +96,12 @@ def attribute(module: nn.Module, inputs: Tensor, target: int, method: str) -> Te
         If captum is not installed.
     """
     chosen = find_method(method)
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() != 4 or len(inputs) != 1:
-        got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise InvalidInputError(f"inputs must be one image, a float tensor [1, c, h, w], got {got}")
+    check_inputs(inputs)
 
     def forward(batch: Tensor) -> Tensor:
         # A copy, since a network that begins in place cannot do so on a tensor that gradients are asked for.
-        outputs = check_outputs(module(batch.clone()), len(batch), target)
+        outputs = check_outputs(module(batch.clone()), len(batch))
+        check_target(target, outputs.shape[1])
         if not outputs.requires_grad:
             raise InvalidInputError(
                 f"no gradient flows from the outputs of {type(module).__name__} to its inputs: its forward detaches "
@@ -111,7 +110,7 @@ def attribute(module: nn.Module, inputs: Tensor, target: int, method: str) -> Te
         return outputs
 
     # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
-    with _evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
+    with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
         point = like_weights(inputs, module).detach().clone().requires_grad_()
         attribution = chosen.compute(forward, point, target)
     result = attribution.detach().cpu().double().abs().sum(dim=1)[0].float()
@@ -138,8 +137,41 @@ def find_method(name: str) -> Method:
     raise InvalidInputError(f"no attribution method goes by the name {name!r}; {hint}")
 
 
-def check_outputs(outputs: Any, count: int, target: int | None = None) -> Tensor:
-    """The network's outputs if they are [count, classes], and `target` is one of the classes.
+def check_methods(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once.
+
+    Raises
+    ------
+    InvalidInputError
+        If there are none, or one is unknown.
+    """
+    if isinstance(names, str):
+        raise InvalidInputError(f"methods must be a sequence of names: pass [{names!r}]")
+    for name in names:
+        find_method(name)
+    if not names:
+        raise InvalidInputError(f"no attribution method is asked for: name some of {', '.join(map(repr, METHODS))}")
+    return tuple(dict.fromkeys(names))
+
+
+def check_inputs(inputs: Any) -> Tensor:
+    """The model inputs, if they are one image, [1, c, h, w], of finite floating-point values.
+
+    Raises
+    ------
+    InvalidInputError
+        Otherwise, with what was found.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() != 4 or len(inputs) != 1:
+        got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise InvalidInputError(f"model inputs must be one image, a float tensor [1, c, h, w], got {got}")
+    if not inputs.isfinite().all():
+        raise InvalidInputError("model inputs hold NaN or infinite values: look at the image and its preprocessing")
+    return inputs
+
+
+def check_outputs(outputs: Any, count: int) -> Tensor:
+    """The network's outputs, if they are [count, classes].
 
     Raises
     ------
@@ -152,18 +184,29 @@ def check_outputs(outputs: Any, count: int, target: int | None = None) -> Tensor
             f"the model must give one score for each class, [{count}, classes], but gives {got}: wrap it in a module "
             "that returns the class scores alone"
         )
-    if target is None:
-        return outputs
-    classes = outputs.shape[1]
-    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
-        raise InvalidInputError(f"target {target!r} is no class of this model: pass an index within 0..{classes - 1}")
     return outputs
 
 
+def check_target(target: int, classes: int) -> None:
+    """Raise InvalidInputError unless `target` is one of the classes."""
+    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
+        raise InvalidInputError(f"target {target!r} is no class of this model: pass an index within 0..{classes - 1}")
+
+
 def like_weights(inputs: Tensor, module: nn.Module) -> Tensor:
-    """The inputs on the device and in the dtype of the network's first weight, as they are if it has none."""
+    """The inputs on the device and in the dtype of the network's first weight, as they are if it has none.
+
+    Raises
+    ------
+    InvalidInputError
+        If the weights are on the meta device, where they have no values.
+    """
     weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
-    return inputs if weight is None else inputs.to(device=weight.device, dtype=weight.dtype)
+    if weight is None:
+        return inputs
+    if weight.is_meta:
+        raise InvalidInputError(f"{type(module).__name__} has no weights: it is on the meta device")
+    return inputs.to(device=weight.device, dtype=weight.dtype)
 
 
 def captum() -> Any:

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import platform
-import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -22,11 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from spade_fast import tracer
-from spade_fast.attribution import METHODS, attribute, captum, check_outputs, find_method, like_weights
+from spade_fast import attribution, tracer
+from spade_fast.attribution import METHODS, attribute
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import write_whole
 from spade_fast.images import image_tensor
-from spade_fast.models import LoadedModel, resolve_model
+from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
 from spade_fast.preprocessing import Preprocess
 from spade_fast.traces import Trace
 
@@ -93,13 +92,7 @@ class Explanation:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def figure(self) -> Figure:
-        """The picture: photograph, predictions, maps, sparsity (see :func:`spade_fast.figures.explanation_figure`).
-
-        Raises
-        ------
-        MissingDependencyError
-            If matplotlib is not installed.
-        """
+        """The picture: photograph, predictions, maps, sparsity; see :func:`spade_fast.figures.explanation_figure`."""
         from spade_fast.figures import explanation_figure
 
         return explanation_figure(self)
@@ -130,7 +123,7 @@ class Explanation:
         Parameters
         ----------
         folder
-            Created where it is missing. Files of the same names are replaced.
+            Made where it is missing. Files of the same names are replaced.
 
         Returns
         -------
@@ -143,8 +136,6 @@ class Explanation:
         ------
         InvalidInputError
             If the folder cannot be made or a file cannot be written.
-        MissingDependencyError
-            If matplotlib is not installed.
         """
         maps = {
             (arm, method): heat.contiguous()
@@ -153,17 +144,25 @@ class Explanation:
         }
         png = io.BytesIO()
         self.figure().savefig(png, format="png", dpi=_PNG_DPI)
+        arrays = {key: io.BytesIO() for key in maps}
+        for key, stream in arrays.items():
+            np.save(stream, maps[key].numpy())
         report = json.dumps(self.report(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         contents = {
             "explanation.png": png.getvalue(),
             "maps.safetensors": safetensors.torch.save({".".join(key): heat for key, heat in maps.items()}),
-            **{f"maps/{'_'.join(key)}.npy": _npy(heat) for key, heat in maps.items()},
+            **{f"maps/{'_'.join(key)}.npy": stream.getvalue() for key, stream in arrays.items()},
             "report.json": report.encode(),
         }
         written = {}
         for name, content in contents.items():
             written[name] = Path(folder) / name
-            _write_whole(written[name], content)
+            try:
+                written[name].parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InvalidInputError(f"cannot make the folder {os.fspath(folder)!r} ({reason})") from error
+            write_whole(written[name], content)
         return written
 
 
@@ -216,29 +215,28 @@ def explain(
     MissingDependencyError
         If captum is not installed.
     """
-    methods = _check_methods(methods)
+    methods = attribution.check_methods(methods)
     if trace is not None and trace_settings:
         given = ", ".join(trace_settings)
         raise InvalidInputError(f"both trace= and settings for making one ({given}) are given: leave one of them out")
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise InvalidInputError(f"top must be a positive whole number, got {top!r}")
-    captum()  # first, since making a trace takes a while
+    attribution.captum()  # first, since making a trace takes a while
     module, preprocess = resolve_model(model, preprocess)
     view = preprocess.view(image) if isinstance(preprocess, Preprocess) else image_tensor(image)
 
     # Parameters made in inference mode, as those of an applied trace would be, could not take part in a gradient.
     with torch.inference_mode(False):
-        inputs = preprocess(view[None].to(like_weights(view, module).device))
-        tracer._check_inputs(inputs)
-        dense_scores = _scores(module, inputs, target)
+        inputs = attribution.check_inputs(preprocess(view[None].to(attribution.like_weights(view, module).device)))
+        dense_scores = _scores(module, inputs)
         explained = int(dense_scores.argmax()) if target is None else target
+        attribution.check_target(explained, len(dense_scores))
         if trace is None:
             trace = tracer.trace(model, image, preprocess=preprocess, progress=progress, **trace_settings)
-        bar = tqdm(total=2 * len(methods), desc="attribution", disable=not progress, leave=False)
-        with bar:
+        with tqdm(total=2 * len(methods), desc="attribution", disable=not progress, leave=False) as bar:
             dense = _maps(module, inputs, explained, methods, bar)
             with trace.applied(module):
-                spade_scores = _scores(module, inputs, explained)
+                spade_scores = _scores(module, inputs)
                 spade = _maps(module, inputs, explained, methods, bar)
 
     def name(index: int) -> str:
@@ -249,9 +247,8 @@ def explain(
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return tuple(Prediction(index, name(index), probability) for index, probability in pairs)
 
-    loaded = isinstance(model, LoadedModel)
-    names = [*trace.layers, *trace.dense]
-    listed = [layer for layer, _ in module.named_modules() if layer in trace.layers or layer in trace.dense]
+    known = {*trace.layers, *trace.dense}
+    order = [layer for layer, _ in module.named_modules() if layer in known]
     return Explanation(
         image=view.detach().cpu(),
         target=explained,
@@ -262,31 +259,21 @@ def explain(
         spade_predictions=predictions(spade_scores),
         trace=trace,
         settings={
-            "model": model.name if loaded else type(module).__name__,
-            "weights": model.source if loaded else None,
+            "model": model.name if isinstance(model, LoadedModel) else type(module).__name__,
+            "weights": model.source if isinstance(model, LoadedModel) else None,
             "methods": list(methods),
             "target_is": "the answer of the dense network" if target is None else "as asked for",
             "image_size": list(view.shape[1:]),
             "preprocess": preprocess.to_dict() if isinstance(preprocess, Preprocess) else None,
         },
-        layer_order=tuple(dict.fromkeys((*listed, *names))),
+        layer_order=tuple(dict.fromkeys((*order, *trace.layers, *trace.dense))),
     )
 
 
-def _check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(methods, str):
-        raise InvalidInputError(f"methods must be a sequence of names: pass [{methods!r}]")
-    for method in methods:
-        find_method(method)
-    if not methods:
-        raise InvalidInputError(f"no attribution method is asked for: name some of {', '.join(map(repr, METHODS))}")
-    return tuple(dict.fromkeys(methods))
-
-
-def _scores(module: nn.Module, inputs: Tensor, target: int | None) -> Tensor:
-    """Class scores of one image, float64 [classes] on the CPU, once they and the target are known to be usable."""
-    with tracer._evaluation_mode(module), torch.no_grad():
-        outputs = check_outputs(module(like_weights(inputs, module)), 1, target)
+def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Class scores of one image, float64 [classes] on the CPU, finite."""
+    with evaluation_mode(module), torch.no_grad():
+        outputs = attribution.check_outputs(module(attribution.like_weights(inputs, module)), 1)
     if not outputs.isfinite().all():
         raise InvalidInputError(f"{type(module).__name__} answers this image with NaN or infinite class scores")
     return outputs[0].cpu().double()
@@ -298,25 +285,3 @@ def _maps(module: nn.Module, inputs: Tensor, target: int, methods: Sequence[str]
         maps[method] = attribute(module, inputs, target, method)
         bar.update()
     return maps
-
-
-def _npy(heat: Tensor) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, heat.numpy(), allow_pickle=False)
-    return stream.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name, then give it its own: a reader never sees half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    except OSError as error:
-        reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
-        raise InvalidInputError(f"cannot write {os.fspath(path)!r} ({reason}): choose another folder") from error

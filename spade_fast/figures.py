@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,18 +16,24 @@ from spade_fast.errors import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import Figure
 
     from spade_fast.explanation import Explanation, Prediction
+    from spade_fast.traces import LayerTrace
 
 # Dense and SPADE in a pair that colour-blind people tell apart (Okabe and Ito), by lightness as well.
-_DENSE, _SPADE, _FAINT, _TEXT, _NOTE = "#8a8a8a", "#0072b2", "#e9e9e9", "#1a1a1a", "#5a5a5a"
+_DENSE, _SPADE, _ASKED, _FAINT, _TEXT, _NOTE = "#8a8a8a", "#0072b2", "#d55e00", "#e9e9e9", "#1a1a1a", "#5a5a5a"
 _COLOURS = "magma"  # perceptually uniform, ordered by lightness
 _PERCENTILE = 99.5
 _NAME_LENGTH = 26
 _PER_ROW = 4  # methods side by side
-_PANEL, _LEFT, _BOTTOM = 2.45, 3.6, 2.35  # inches: a map with its margins, the left column, the sparsity chart
-_MOST_LAYER_NAMES = 26
+_LAYER_NAMES_PER_INCH = 2.3
+
+# Inches. Everything is placed by hand, so that photograph, predictions and maps share one grid.
+_MARGIN, _HEAD, _SIDE, _GAP, _TITLE = 0.3, 0.5, 2.6, 0.1, 0.3
+_ROW_LABELS, _SCALE, _SPARSITY_TITLE, _SPARSITY, _CAPTION = 0.5, 0.8, 0.8, 1.1, 0.55
+_LETTER = 0.044  # height that one letter of a layer name takes, slanted as the names are
+_PAIR = 2 * _SIDE + _GAP + _TITLE  # a row of dense and a row of SPADE maps under their titles
 
 
 def explanation_figure(explanation: Explanation) -> Figure:
@@ -44,7 +51,7 @@ def explanation_figure(explanation: Explanation) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        Some 12 x 8 inches with three methods; ``figure.savefig(path)`` needs no display.
+        Some 12 x 9 inches with three methods; ``figure.savefig(path)`` needs no display.
 
     Raises
     ------
@@ -52,114 +59,165 @@ def explanation_figure(explanation: Explanation) -> Figure:
         If matplotlib is not installed.
     """
     methods = list(explanation.dense)
-    blocks = [methods[start : start + _PER_ROW] for start in range(0, len(methods), _PER_ROW)]
-    columns = max(len(blocks[0]), 2)  # a single column would leave the chart below too narrow for its names
-    maps_height = 2 * _PANEL * len(blocks) + 0.35
-    size = (_LEFT + _PANEL * columns + 0.5, maps_height + _BOTTOM + 0.55)
-    figure: Figure = require("matplotlib.figure", "interpret").Figure(
-        figsize=size, layout="constrained", facecolor="white"
+    pairs = [methods[start : start + _PER_ROW] for start in range(0, len(methods), _PER_ROW)]
+    width = 2 * _MARGIN + _SIDE + _ROW_LABELS + len(pairs[0]) * (_SIDE + _GAP) + _SCALE
+    names_height = 0.15 + _LETTER * max(map(len, _layer_labels(explanation, width).values()), default=0)
+    page = _Page(
+        width=width,
+        height=_HEAD + len(pairs) * _PAIR + _SPARSITY_TITLE + _SPARSITY + names_height + _CAPTION,
     )
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(maps_height + 0.3, _BOTTOM))
-    left, right = upper.subfigures(1, 2, width_ratios=(_LEFT, size[0] - _LEFT))
-    _draw_photo_and_predictions(left, explanation)
-    _draw_maps(right, explanation, blocks, columns)
-    _draw_sparsity(lower, explanation)
-    return figure
+    model = explanation.settings.get("model", "the network")
+    title = f"Evidence for “{_shortened(explanation.target_name, 32)}” in {_shortened(str(model), 32)}"
+    page.text(_MARGIN, 0.33, title, fontsize=min(16, 105 * width / len(title)), weight="bold", color=_TEXT)
 
-
-def _draw_photo_and_predictions(page: SubFigure, explanation: Explanation) -> None:
-    photo, dense, spade = page.subplots(3, 1, height_ratios=(2.1, 1, 1))
+    photo = page.axes(_MARGIN, _HEAD + _TITLE, _SIDE, _SIDE)
     photo.imshow(explanation.image.permute(1, 2, 0).clamp(0, 1).numpy())
     photo.set_axis_off()
-    name = "\n".join(textwrap.wrap(_shortened(explanation.target_name, 40), 24))
-    photo.set_title(f"What counts for “{name}”?", fontsize=13, weight="bold", color=_TEXT, parse_math=False)
-    _draw_predictions(dense, "Dense network", explanation.dense_predictions, explanation.target, _DENSE)
-    _draw_predictions(spade, "SPADE trace", explanation.spade_predictions, explanation.target, _SPADE)
+    photo.set_title("Photograph", fontsize=11, color=_TEXT)
+    for index, (name, predictions, colour) in enumerate(
+        (
+            ("Dense network", explanation.dense_predictions, _DENSE),
+            ("SPADE trace", explanation.spade_predictions, _SPADE),
+        )
+    ):
+        half = (_SIDE + _GAP) / 2
+        axes = page.axes(_MARGIN, _HEAD + _TITLE + _SIDE + 0.3 + index * half, _SIDE, half - 0.27)
+        _draw_predictions(axes, f"{name} answers", predictions, explanation.target, colour)
+    for index, pair in enumerate(pairs):
+        _draw_maps(page, explanation, pair, _HEAD + index * _PAIR)
+    _draw_scale(page)
+
+    top = _HEAD + len(pairs) * _PAIR + _SPARSITY_TITLE
+    _draw_sparsity(page, explanation, top)
+    caption = (
+        "Maps: sum over colour channels of |attribution|, brightness from 0 to each map's own 99.5th percentile; "
+        "compare where maps are bright, not how bright."
+    )
+    lines = textwrap.wrap(caption, int(page.width * 13))
+    for index, line in enumerate(lines):
+        page.text(_MARGIN, page.height - 0.15 - 0.17 * (len(lines) - 1 - index), line, fontsize=9, color=_NOTE)
+    return page.figure
+
+
+class _Page:
+    """A figure on which things are placed in inches from the upper left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        figure_module = require("matplotlib.figure", "interpret")
+        self.figure: Figure = figure_module.Figure(figsize=(width, height), facecolor="white")
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        bottom = self.height - top - height
+        box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
+
+    def text(self, left: float, baseline: float, text: str, **style: Any) -> None:
+        self.figure.text(left / self.width, 1 - baseline / self.height, text, parse_math=False, **style)
 
 
 def _draw_predictions(axes: Axes, title: str, predictions: Sequence[Prediction], target: int, colour: str) -> None:
     positions = range(len(predictions))
-    axes.barh(positions, [1] * len(predictions), color=_FAINT, height=0.34)
-    axes.barh(positions, [prediction.probability for prediction in predictions], color=colour, height=0.34)
+    axes.barh(positions, [1] * len(predictions), color=_FAINT, height=0.2)
+    axes.barh(positions, [prediction.probability for prediction in predictions], color=colour, height=0.2)
     for position, prediction in enumerate(predictions):
         weight = "bold" if prediction.index == target else "normal"
-        text = {"fontsize": 8.5, "color": _TEXT, "weight": weight, "va": "bottom", "parse_math": False}
-        axes.text(0, position - 0.2, _shortened(prediction.name, _NAME_LENGTH), **text)
-        axes.text(1, position - 0.2, f"{100 * prediction.probability:.1f} %", ha="right", **text)
-    axes.set(xlim=(0, 1), ylim=(len(predictions) - 0.7, -0.85))
+        text: dict[str, Any] = {"fontsize": 8, "color": _TEXT, "weight": weight, "va": "bottom", "parse_math": False}
+        axes.text(0, position - 0.13, _shortened(prediction.name, _NAME_LENGTH), **text)
+        axes.text(1, position - 0.13, f"{100 * prediction.probability:.1f} %", ha="right", **text)
+    axes.set(xlim=(0, 1), ylim=(max(len(predictions), 5) - 0.9, -0.9))
     axes.set_axis_off()
-    axes.set_title(title, fontsize=11, weight="bold", color=colour, loc="left")
+    axes.set_title(title, fontsize=10.5, weight="bold", color=colour, loc="left", pad=2)
 
 
-def _draw_maps(page: SubFigure, explanation: Explanation, blocks: Sequence[Sequence[str]], columns: int) -> None:
-    grid = page.subplots(2 * len(blocks), columns, squeeze=False)
-    shown = None
-    for block, methods in enumerate(blocks):
-        for row, (arm, colour, maps) in enumerate(
-            (("Dense", _DENSE, explanation.dense), ("SPADE", _SPADE, explanation.spade)), start=2 * block
-        ):
-            for axes, method in zip(grid[row], methods, strict=False):
-                shown = axes.imshow(_scaled(maps[method]), cmap=_COLOURS, vmin=0, vmax=1)
-                if row == 2 * block:
-                    title = METHODS[method].title if method in METHODS else method
-                    axes.set_title(_shortened(title, _NAME_LENGTH), fontsize=11, color=_TEXT, parse_math=False)
-            grid[row][0].set_ylabel(arm, fontsize=12, weight="bold", color=colour)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        if not axes.images:
-            axes.set_axis_off()
-    bar = page.colorbar(shown, ax=grid, ticks=[0, 0.5, 1], fraction=0.03, pad=0.015, aspect=40 * len(blocks))
-    bar.ax.set_yticklabels(["0", "half", "max"], fontsize=8.5, color=_NOTE)
-    bar.outline.set_visible(False)
+def _draw_maps(page: _Page, explanation: Explanation, methods: Sequence[str], top: float) -> None:
+    for row, (name, colour, maps) in enumerate(
+        (("Dense", _DENSE, explanation.dense), ("SPADE", _SPADE, explanation.spade))
+    ):
+        for column, method in enumerate(methods):
+            left = _MARGIN + _SIDE + _ROW_LABELS + column * (_SIDE + _GAP)
+            axes = page.axes(left, top + _TITLE + row * (_SIDE + _GAP), _SIDE, _SIDE)
+            axes.imshow(_scaled(maps[method]), cmap=_COLOURS, vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if row == 0:
+                title = METHODS[method].title if method in METHODS else method
+                axes.set_title(_shortened(title, _NAME_LENGTH), fontsize=11, color=_TEXT, parse_math=False)
+            if column == 0:
+                axes.set_ylabel(name, fontsize=12, weight="bold", color=colour, labelpad=5)
 
 
-def _draw_sparsity(page: SubFigure, explanation: Explanation) -> None:
+def _draw_scale(page: _Page) -> None:
+    height = 2 * _SIDE + _GAP
+    axes = page.axes(page.width - _MARGIN - _SCALE + 0.1, _HEAD + _TITLE, 0.13, height)
+    axes.imshow(np.linspace(1, 0, 256)[:, None], cmap=_COLOURS, aspect="auto", extent=(0, 1, 0, 1))
+    axes.set(xticks=[], yticks=[0, 0.5, 1])
+    axes.yaxis.tick_right()
+    axes.set_yticklabels(["0", "0.5", "1"], fontsize=9)
+    axes.tick_params(length=0, colors=_NOTE)
+    axes.yaxis.set_label_position("right")
+    axes.set_ylabel("share of the map's 99.5th percentile", fontsize=9, color=_NOTE, labelpad=4)
+    axes.spines[:].set_visible(False)
+
+
+def _draw_sparsity(page: _Page, explanation: Explanation, top: float) -> None:
+    labels_width = 0.45
+    width = page.width - 2 * _MARGIN - labels_width
+    axes = page.axes(_MARGIN + labels_width, top, width, _SPARSITY)
     trace = explanation.trace
-    axes = page.subplots()
-    order = explanation.layer_order or (*trace.layers, *trace.dense)
+    order = _layer_order(explanation)
     pruned = [(position, trace.layers[name]) for position, name in enumerate(order) if name in trace.layers]
     dense = [position for position, name in enumerate(order) if name not in trace.layers]
     handles: list[Any] = []
+    style: dict[str, Any]
     if pruned:
-        positions = [position for position, _ in pruned]
-        achieved = [layer.sparsity for _, layer in pruned]
-        handles.append(axes.bar(positions, achieved, color=_SPADE, width=0.7, label="pruned"))
-        # A whole weight is the finest step there is, so what rounding does is no difference.
-        differing = [
-            (position, layer.requested_sparsity)
-            for position, layer in pruned
-            if abs(layer.sparsity - layer.requested_sparsity) > max(0.005, 1 / layer.mask.numel())
-        ]
+        positions, layers = zip(*pruned, strict=True)
+        bars = axes.bar(positions, [layer.sparsity for layer in layers], color=_SPADE, width=0.7, label="pruned")
+        handles.append(bars)
+        differing = [pair for pair in pruned if _differs(pair[1])]
         if differing:
-            where, requested = zip(*differing, strict=True)
-            style = {"marker": "_", "color": "#d55e00", "linewidths": 2, "s": 60, "label": "asked for"}
-            handles.append(axes.scatter(where, requested, zorder=3, **style))
+            positions, layers = zip(*differing, strict=True)
+            style = {"marker": "_", "color": _ASKED, "linewidths": 2, "s": 60, "label": "asked for"}
+            handles.append(axes.scatter(positions, [layer.requested_sparsity for layer in layers], zorder=3, **style))
     if dense:
-        style = {"facecolors": "white", "edgecolors": _DENSE, "s": 16, "linewidths": 1, "label": "left dense"}
+        style = {"facecolors": "white", "edgecolors": _DENSE, "s": 18, "linewidths": 1.1, "label": "left dense"}
         handles.append(axes.scatter(dense, [0] * len(dense), zorder=3, clip_on=False, **style))
-    step = -(-len(order) // _MOST_LAYER_NAMES) or 1
-    labels = [_shortened(name, _NAME_LENGTH, keep_end=True) for name in order[::step]]
-    axes.set_xticks(range(0, len(order), step), labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5)
+    names = _layer_labels(explanation, page.width)
+    slanted: dict[str, Any] = {
+        "rotation": 45,
+        "ha": "right",
+        "rotation_mode": "anchor",
+        "fontsize": 8,
+        "parse_math": False,
+    }
+    axes.set_xticks(list(names), list(names.values()), **slanted)
     axes.set(xlim=(-0.8, max(len(order), 1) - 0.2), ylim=(0, 1), yticks=[0, 0.5, 1])
-    axes.set_yticklabels(["0", "50 %", "100 %"], fontsize=8.5)
-    axes.tick_params(length=0, colors=_NOTE)
+    axes.set_yticklabels(["0", "50 %", "100 %"], fontsize=9)
+    axes.tick_params(length=0, colors=_NOTE, pad=5)
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    share = f"{100 * trace.sparsity:.0f} % of the weights of {len(pruned)} layers" if pruned else "no layer"
-    axes.set_title(
-        f"Pruned by SPADE: {share}, {len(dense)} left dense", loc="left", fontsize=11, weight="bold", color=_TEXT
-    )
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, frameon=False, fontsize=8.5)
-    caption = (
-        "Maps: sum over colour channels of |attribution|; brightness from 0 to the map's own 99.5th percentile, so "
-        "brightness is not comparable between maps."
-    )
-    axes.annotate(caption, (0, 0))
+    axes.spines[:].set_visible(False)
+    share = f"{100 * trace.sparsity:.0f} % of the weights in {len(pruned)}" if pruned else "none"
+    title = f"Pruned: {share} of {len(order)} layers"
+    axes.set_title(title, loc="left", x=-labels_width / width, pad=12, fontsize=11, weight="bold", color=_TEXT)
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.01, 1.03), "borderaxespad": 0.2}
+    axes.legend(handles=handles, **place, ncols=3, columnspacing=1, handletextpad=0.4, frameon=False, fontsize=9)
+
+
+def _layer_order(explanation: Explanation) -> tuple[str, ...]:
+    return explanation.layer_order or (*explanation.trace.layers, *explanation.trace.dense)
+
+
+def _layer_labels(explanation: Explanation, width: float) -> dict[int, str]:
+    """Names for as many layers as there is room for, evenly spread, by position."""
+    order = _layer_order(explanation)
+    step = math.ceil(len(order) / (_LAYER_NAMES_PER_INCH * width)) or 1
+    return {place: _shortened(order[place], 22, keep_end=True) for place in range(0, len(order), step)}
+
+
+def _differs(layer: LayerTrace) -> bool:
+    """Whether a layer's sparsity is visibly other than asked for; one weight, the finest step there is, is not."""
+    return abs(layer.sparsity - layer.requested_sparsity) > max(0.005, 1 / layer.mask.numel())
 
 
 def _scaled(heat: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -6,13 +6,14 @@ fits or it does not: nothing is copied into a network before every key, shape an
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
 import pickle
 import pickletools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -105,7 +106,7 @@ def load_model(
     MissingDependencyError
         If the library that defines the network is not installed.
     """
-    target = _usable_device(device)
+    target = usable_device(device)
     if num_classes is not None:
         if num_classes < 1:
             raise InvalidInputError(f"num_classes is {num_classes}: a classifier has at least one class")
@@ -197,6 +198,18 @@ def resolve_model(
         f"{kind} does not say how its inputs are normalised: pass preprocess=, such as "
         "spade_fast.Preprocess(mean=..., std=...), or preprocess=torch.nn.Identity() if it takes pixels in 0..1"
     )
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every submodule, each one's own flag put back on leaving."""
+    flags = [(submodule, submodule.training) for submodule in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for submodule, training in flags:
+            submodule.training = training
 
 
 # Networks by library
@@ -366,7 +379,8 @@ def _no_weights(name: str, error: Exception) -> InvalidInputError:
     )
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, CPU for None, or InvalidInputError where it cannot be used."""
     try:
         target = torch.device("cpu" if device is None else device)
         torch.empty(0, device=target)

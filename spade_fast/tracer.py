@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from spade_fast.layers import (
     prunable_layers,
     unsupported_layers,
 )
-from spade_fast.models import LoadedModel, resolve_model
+from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import SparsityPlan, check_prefixes, is_prefix
 from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Solution, Solver, solve
@@ -103,9 +102,11 @@ def trace(
     InvalidInputError
         For images, plans, models and settings that cannot be used; the message says which, and what to do.
     """
-    images = [image] if isinstance(image, (Image.Image, Tensor)) else list(image)
+    images = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
     if not images:
         raise InvalidInputError("no image to trace: the sequence is empty")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InvalidInputError(f"seed must be a whole number within 0..2^63 - 1, got {seed!r}")
     for what, value in (("num_augmentations", num_augmentations), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{what} must be a positive whole number, got {value!r}")
@@ -128,13 +129,19 @@ def trace(
     recorder = InputRecorder(selection.weights, skip_first=selection.skip_first, backend=backend)
     batches = _batches(images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device)
     count = len(images) * -(-num_augmentations // batch_size)
-    with _evaluation_mode(module), torch.inference_mode():
+    with evaluation_mode(module), torch.inference_mode():
         for batch in tqdm(batches, "dense pass", count, disable=not progress, leave=False):
+            _check_batch(batch, "augment")
             inputs = preprocess(batch)
-            _check_inputs(inputs)
+            _check_batch(inputs, "preprocess")
             with recorder:
                 module(inputs.to(anchor))
     dense = _reasons_to_stay_dense(selection, recorder)
+    if selection.targets and not recorder.sums:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in dense.items())
+        raise InvalidInputError(
+            f"no layer is left to prune: name one in `layers` or as a key of `sparsity` ({reasons})"
+        )
 
     solutions: dict[str, Solution] = {}
     for name in tqdm(list(recorder.sums), "pruning", disable=not progress, leave=False):  # in order of the calls
@@ -327,33 +334,22 @@ def _batches(
             yield from (chosen.render(frame, views[start : start + batch_size]) for start in starts)
         else:
             for start in starts:
-                yield chosen(frame, min(batch_size, num_augmentations - start), generator).to(device)
+                yield chosen(frame, min(batch_size, num_augmentations - start), generator)
 
 
-def _check_inputs(inputs: Tensor) -> None:
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() != 4 or not len(inputs):
-        got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise InvalidInputError(f"augment and preprocess must give a non-empty float batch [n, c, h, w], got {got}")
-    if not inputs.isfinite().all():
-        raise InvalidInputError("model inputs hold NaN or infinite values after augment and preprocess")
-
-
-@contextlib.contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every submodule, each one's own flag put back on leaving."""
-    flags = [(submodule, submodule.training) for submodule in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for submodule, training in flags:
-            submodule.training = training
+def _check_batch(batch: object, source: str) -> None:
+    if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() != 4 or not len(batch):
+        got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise InvalidInputError(f"{source} must give a non-empty float batch [n, channels, h, w], got {got}")
+    if not batch.isfinite().all():
+        raise InvalidInputError(f"{source} gave NaN or infinite values")
 
 
 def _on_device(module: nn.Module, device: torch.device | str | None) -> nn.Module:
     devices = {parameter.device for parameter in module.parameters()}
     if torch.device("meta") in devices:
         raise InvalidInputError(f"{type(module).__name__} has no weights: it is on the meta device")
-    if device is None or devices == {torch.device(device)}:
+    if device is None:
         return module
-    return copy.deepcopy(module).to(device)
+    target = usable_device(device)
+    return module if devices == {target} else copy.deepcopy(module).to(target)

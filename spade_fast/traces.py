@@ -6,19 +6,18 @@ import contextlib
 import copy
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import write_whole
 from spade_fast.models import LoadedModel
 from spade_fast.solver import Fallback, Solution
 
@@ -213,11 +212,10 @@ class Trace:
         InvalidInputError
             If the file cannot be written.
         """
-        path = Path(path)
         tensors = {}
         for name, layer in self.layers.items():
             # Clones, since tied layers share their tensors, which the format does not allow.
-            tensors[f"{name}.weight"] = layer.weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"{name}.weight"] = layer.weight.cpu().clone(memory_format=torch.contiguous_format)
             tensors[f"{name}.mask"] = layer.mask.cpu().clone(memory_format=torch.contiguous_format)
         header = {
             "format": _FORMAT,
@@ -225,15 +223,7 @@ class Trace:
             "dense": dict(self.dense),
             "settings": dict(self.settings),
         }
-        try:
-            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-                temporary = Path(folder) / path.name
-                save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(header)})
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise InvalidInputError(f"cannot write the trace to {os.fspath(path)!r}: {error}") from error
+        write_whole(path, save(tensors, metadata={_METADATA_KEY: json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Trace:
@@ -247,7 +237,8 @@ class Trace:
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                # Clones: the tensors would otherwise be views of the file, and change or crash with it.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             header = json.loads(metadata[_METADATA_KEY])
             if header["format"] != _FORMAT:
                 raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")

@@ -21,9 +21,9 @@ using torch::stable::Tensor;
 using torch::stable::transpose;
 
 constexpr int64_t kPatchBytes = int64_t{32} << 20;
-constexpr int64_t kPanel = 512;       // rows of the Gram matrix that one product updates
-constexpr int64_t kMirrorTile = 64;   // square tile of the mirror: two of them fit in the L1 cache
-constexpr int64_t kGrain = 1 << 15;   // elements that are worth a thread
+constexpr int64_t kSmallestPanel = 64, kLargestPanel = 512;  // rows of the Gram matrix that one product updates
+constexpr int64_t kMirrorTile = 64;  // square tile of the mirror: two of them fit in the L1 cache
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 struct Conv2d {
   int64_t channels, height, width;  // of one group's input, one image
@@ -37,8 +37,10 @@ struct Conv2d {
 // gram [d, d] += a a^T for a [d, samples], upper block triangle only.
 void add_upper_product(Tensor& gram, Tensor& a) {
   const int64_t d = a.size(0);
-  for (int64_t begin = 0; begin < d; begin += kPanel) {
-    const int64_t rows = std::min(kPanel, d - begin);
+  // Panels of a sixth waste a twelfth of the arithmetic; thinner ones would cost more in each product.
+  const int64_t panel_rows = std::clamp(d / 6, kSmallestPanel, kLargestPanel);
+  for (int64_t begin = 0; begin < d; begin += panel_rows) {
+    const int64_t rows = std::min(panel_rows, d - begin);
     Tensor panel = narrow(gram, 0, begin, rows);
     Tensor tail = narrow(a, 0, begin, d - begin);
     matmul_into(narrow(panel, 1, begin, d - begin), 1.0, narrow(a, 0, begin, rows), transpose(tail, 0, 1));
@@ -120,8 +122,8 @@ void gather_patches(const Tensor& input, const Conv2d& conv, int64_t unit0, int6
 void check_gram(const Tensor& gram, const Tensor& input, int64_t groups, int64_t columns) {
   STD_TORCH_CHECK(is_float_or_double(gram) && gram.scalar_type() == input.scalar_type(),
                   "gram and input must both be float32 or both float64");
-  STD_TORCH_CHECK(gram.dim() == 3 && gram.size(0) == groups && gram.size(1) == columns &&
-                      gram.size(2) == columns && gram.is_contiguous(),
+  STD_TORCH_CHECK(gram.dim() == 3 && gram.size(0) == groups && gram.size(1) == columns && gram.size(2) == columns &&
+                      gram.is_contiguous(),
                   "gram must be a contiguous [", groups, ", ", columns, ", ", columns, "] tensor, got ",
                   shape_text(gram.sizes()));
 }
@@ -140,13 +142,11 @@ void linear_gram_(Tensor gram, Tensor input) {
   add_linear_gram(gram, input);
 }
 
-Conv2d conv2d_of(const Tensor& input, const std::vector<int64_t>& kernel_size,
-                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                 const std::vector<int64_t>& dilation, int64_t groups) {
-  STD_TORCH_CHECK(input.dim() == 4, "input must be [images, channels, height, width], got ",
-                  shape_text(input.sizes()));
-  STD_TORCH_CHECK(groups > 0 && input.size(1) % groups == 0, "groups = ", groups, " must divide the ",
-                  input.size(1), " channels of the input");
+Conv2d conv2d_of(const Tensor& input, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  STD_TORCH_CHECK(input.dim() == 4, "input must be [images, channels, height, width], got ", shape_text(input.sizes()));
+  STD_TORCH_CHECK(groups > 0 && input.size(1) % groups == 0, "groups = ", groups, " must divide the ", input.size(1),
+                  " channels of the input");
   Conv2d conv{};
   conv.channels = input.size(1) / groups;
   conv.height = input.size(2);
@@ -166,8 +166,8 @@ Conv2d conv2d_of(const Tensor& input, const std::vector<int64_t>& kernel_size,
     conv.dilation[axis] = dilation[axis];
     const int64_t reach = dilation[axis] * (kernel_size[axis] - 1) + 1;
     const int64_t room = input.size(2 + axis) + 2 * padding[axis] - reach;
-    STD_TORCH_CHECK(room >= 0, "a kernel that reaches over ", reach, " pixels does not fit into ",
-                    input.size(2 + axis), " pixels padded by ", padding[axis]);
+    STD_TORCH_CHECK(room >= 0, "a kernel that reaches over ", reach, " pixels does not fit into ", input.size(2 + axis),
+                    " pixels padded by ", padding[axis]);
     outputs[axis] = room / stride[axis] + 1;
   }
   conv.out_height = outputs[0];
@@ -189,8 +189,8 @@ void conv2d_gram_(Tensor gram, Tensor input, std::vector<int64_t> kernel_size, s
   check_gram(gram, input, groups, d);
   if (input.numel() == 0) return;
 
-  const bool every_pixel_once = kernel_size[0] * kernel_size[1] == 1 && stride[0] * stride[1] == 1 &&
-                                padding[0] + padding[1] == 0 && groups == 1;
+  const bool every_pixel_once =
+      kernel_size[0] * kernel_size[1] == 1 && stride[0] * stride[1] == 1 && padding[0] + padding[1] == 0 && groups == 1;
   if (every_pixel_once && is_matrix_of_pixels(input)) {
     Tensor pixels = torch::stable::transpose(input, 1, 3);  // [images, width, height, channels], strides reversed
     pixels = torch::stable::transpose(pixels, 1, 2);        // [images, height, width, channels], contiguous

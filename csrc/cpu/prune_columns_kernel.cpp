@@ -44,10 +44,18 @@ int64_t count_to_prune(int64_t candidates, double sparsity, bool published_count
 template <class T>
 class ColumnPruner {
  public:
-  ColumnPruner(int64_t groups, int64_t rows, int64_t columns, int64_t block_size, const T* factor, T* weight,
-               T* delta, bool* kept)
-      : groups_(groups), rows_(rows), columns_(columns), factor_(factor), weight_(weight), delta_(delta), kept_(kept),
-        current_(block_size * groups * rows), change_(block_size * groups * rows), scores_(block_size * groups * rows) {}
+  ColumnPruner(int64_t groups, int64_t rows, int64_t columns, int64_t block_size, const T* factor, T* weight, T* delta,
+               bool* kept)
+      : groups_(groups),
+        rows_(rows),
+        columns_(columns),
+        factor_(factor),
+        weight_(weight),
+        delta_(delta),
+        kept_(kept),
+        current_(block_size * groups * rows),
+        change_(block_size * groups * rows),
+        scores_(block_size * groups * rows) {}
 
   // Prunes columns [begin, end) of all groups, whose earlier panel starts at `panel`;
   // sums [groups, panel columns, rows] holds sum_{j < panel} M_ij delta_j. Returns the loss.
@@ -61,8 +69,8 @@ class ColumnPruner {
         predict(g, begin, i, sum);
       }
     }
-    const Threshold threshold = select(candidates, count_to_prune(candidates, sparsity, published_count),
-                                       width, published_count);
+    const Threshold threshold =
+        select(candidates, count_to_prune(candidates, sparsity, published_count), width, published_count);
     double loss = 0;
     for (int64_t g = 0; g < groups_; ++g) {
       for (int64_t i = begin; i < end; ++i) {
@@ -165,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> prune_columns(Tensor weight, Tensor factor, d
   const int64_t groups = weight.size(0), rows = weight.size(1), columns = weight.size(2);
   STD_TORCH_CHECK(factor.dim() == 3 && factor.size(0) == groups && factor.size(1) == columns &&
                       factor.size(2) == columns && factor.scalar_type() == weight.scalar_type(),
-                  "factor must be a [", groups, ", ", columns, ", ", columns,
-                  "] tensor of the weight's dtype, got ", shape_text(factor.sizes()));
+                  "factor must be a [", groups, ", ", columns, ", ", columns, "] tensor of the weight's dtype, got ",
+                  shape_text(factor.sizes()));
   STD_TORCH_CHECK(sparsity >= 0 && sparsity <= 1, "sparsity must lie in 0..1, got ", sparsity);
   STD_TORCH_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
 
@@ -179,33 +187,36 @@ std::tuple<Tensor, Tensor, Tensor> prune_columns(Tensor weight, Tensor factor, d
   Tensor kept = torch::stable::new_empty(weight, {groups, columns, rows}, ScalarType::Bool);
   Tensor loss = torch::stable::new_zeros(weight, {}, ScalarType::Double);
 
-  if (weight.numel() > 0) dispatch_float_or_double(weight, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t block = std::min(block_size, columns);
-    const int64_t panel_size = std::max(block, kPanelColumns / block * block);
-    ColumnPruner<T> pruner(groups, rows, columns, block, lower.const_data_ptr<T>(), sparse.mutable_data_ptr<T>(),
-                           delta.mutable_data_ptr<T>(), kept.mutable_data_ptr<bool>());
-    double total = 0;
-    for (int64_t panel = 0; panel < columns; panel += panel_size) {
-      const int64_t width = std::min(panel_size, columns - panel);
-      Tensor sums = panel == 0 ? torch::stable::new_zeros(weight, {groups, width, rows})
-                               : torch::stable::new_empty(weight, {groups, width, rows});
-      if (panel > 0) {
-        Tensor rows_of_factor = narrow(lower, 1, panel, width);
-        batched_matmul_into(sums, 0.0, narrow(rows_of_factor, 2, 0, panel), narrow(delta, 1, 0, panel));
+  if (weight.numel() > 0)
+    dispatch_float_or_double(weight, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const int64_t block = std::min(block_size, columns);
+      const int64_t panel_size = std::max(block, kPanelColumns / block * block);
+      ColumnPruner<T> pruner(groups, rows, columns, block, lower.const_data_ptr<T>(), sparse.mutable_data_ptr<T>(),
+                             delta.mutable_data_ptr<T>(), kept.mutable_data_ptr<bool>());
+      double total = 0;
+      for (int64_t panel = 0; panel < columns; panel += panel_size) {
+        const int64_t width = std::min(panel_size, columns - panel);
+        Tensor sums = panel == 0 ? torch::stable::new_zeros(weight, {groups, width, rows})
+                                 : torch::stable::new_empty(weight, {groups, width, rows});
+        if (panel > 0) {
+          Tensor rows_of_factor = narrow(lower, 1, panel, width);
+          batched_matmul_into(sums, 0.0, narrow(rows_of_factor, 2, 0, panel), narrow(delta, 1, 0, panel));
+        }
+        for (int64_t begin = panel; begin < panel + width; begin += block) {
+          total += pruner.prune_block(panel, width, begin, std::min(begin + block, panel + width),
+                                      sums.mutable_data_ptr<T>(), sparsity, published_count);
+        }
       }
-      for (int64_t begin = panel; begin < panel + width; begin += block) {
-        total += pruner.prune_block(panel, width, begin, std::min(begin + block, panel + width),
-                                    sums.mutable_data_ptr<T>(), sparsity, published_count);
-      }
-    }
-    *loss.mutable_data_ptr<double>() = total;
-  });
+      *loss.mutable_data_ptr<double>() = total;
+    });
   return {torch::stable::contiguous(transpose(sparse, 1, 2)), torch::stable::contiguous(transpose(kept, 1, 2)), loss};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, m) { m.impl("prune_columns", TORCH_BOX(&prune_columns)); }
+STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, m) {
+  m.impl("prune_columns", TORCH_BOX(&prune_columns));
+}
 
 }  // namespace spade_fast

@@ -1,0 +1,45 @@
+# make env    .venv with everything in it, the extension built
+# make demo   explain a photograph, say where the figure is
+# make test   all tests
+# make check  what continuous integration runs beside the tests: lint, types, CUDA sources
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Known to work together. Anything from torch 2.11 on will do: make env TORCH="torch torchvision"
+TORCH ?= torch==2.11.0 torchvision==0.26.0
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: env demo test check format clean
+
+env: $(VENV)/.built
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH) numpy "setuptools>=77,<82" wheel ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: env
+	$(BIN)/spade-fast demo --out demo
+
+test: env
+	$(BIN)/python -m pytest
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+	$(BIN)/mypy
+	$(BIN)/python .ci/compile_cuda.py
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+
+clean:
+	rm -rf build demo *.egg-info spade_fast/*.so $(VENV)/.built

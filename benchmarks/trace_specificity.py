@@ -1,0 +1,64 @@
+"""Is a trace specific to its image? Own answer kept, accuracy on other images lost (CIFAR-10 ResNet-56).
+
+python benchmarks/trace_specificity.py --images 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import cifar
+import torch
+from tqdm.auto import tqdm
+
+import spade_fast as sf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=100, help="images to trace, spread over all classes")
+    parser.add_argument("--others", type=int, default=200, help="other images to test each trace on")
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--num-augmentations", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    model = cifar.load_resnet(56)
+    pixels, labels = cifar.load_images()
+    inputs = cifar.PREPROCESS(pixels)
+    traced = torch.arange(0, len(pixels), len(pixels) // arguments.images)[: arguments.images]
+    rest = torch.ones(len(pixels), dtype=torch.bool)
+    rest[traced] = False
+    others = rest.nonzero()[:, 0]
+    others = others[:: max(1, len(others) // arguments.others)][: arguments.others]
+    with torch.inference_mode():
+        answers = model(inputs).argmax(1)
+
+    kept, accuracies = 0, []
+    for index in tqdm(traced.tolist()):
+        trace = sf.trace(
+            model,
+            pixels[index],
+            arguments.sparsity,
+            num_augmentations=arguments.num_augmentations,
+            preprocess=cifar.PREPROCESS,
+            seed=arguments.seed,
+        )
+        with trace.applied(model), torch.inference_mode():
+            kept += int(model(inputs[index, None]).argmax(1).item() == answers[index].item())
+            accuracies.append((model(inputs[others]).argmax(1) == labels[others]).double().mean().item())
+    result = {
+        "images": len(traced),
+        "own answer kept": kept,
+        "accuracy on other images": sum(accuracies) / len(accuracies),
+        "dense accuracy on them": (answers[others] == labels[others]).double().mean().item(),
+        "other images": len(others),
+        **vars(arguments),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

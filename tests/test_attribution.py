@@ -1,0 +1,225 @@
+"""Attribution maps against gradients taken by hand, refusals, and the network left as it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spade_fast import attribution
+from spade_fast.attribution import METHODS, Method, attribute, find_method
+from spade_fast.errors import InvalidInputError, MissingDependencyError
+
+pytest.importorskip("captum")
+
+TARGET = 2
+
+
+class Residual(nn.Module):
+    """Two convolutions around a skip connection; batch norm and dropout behave differently in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        x = torch.tanh(x + self.conv(x))
+        return self.fc(self.drop(x).mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def network() -> Residual:
+    torch.manual_seed(0)
+    network = Residual()
+    network.norm.running_mean.uniform_(-0.5, 0.5)
+    return network
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.randn(1, 3, 8, 10, generator=torch.Generator().manual_seed(1))
+
+
+def gradient(network: nn.Module, inputs: Tensor) -> Tensor:
+    """The gradient of the target's score in evaluation mode, by autograd alone."""
+    network.eval()
+    point = inputs.clone().requires_grad_()
+    (result,) = torch.autograd.grad(network(point)[:, TARGET].sum(), point)
+    return result
+
+
+def integrated(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Integrated gradients from zero, by 50-point Gauss-Legendre quadrature over 0..1."""
+    nodes, weights = np.polynomial.legendre.leggauss(50)
+    total = torch.zeros_like(inputs)
+    for node, weight in zip(nodes, weights, strict=True):
+        total += weight / 2 * gradient(network, (node + 1) / 2 * inputs)
+    return total * inputs
+
+
+BY_HAND: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "saliency": gradient,
+    "input_x_gradient": lambda network, inputs: inputs * gradient(network, inputs),
+    "integrated_gradients": integrated,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-6), (torch.bfloat16, 0.1)])
+def test_equals_the_method_by_hand(
+    network: Residual, inputs: Tensor, method: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    expected = BY_HAND[method](network.double(), inputs.double()).abs().sum(dim=1)[0]
+    heat = attribute(network.to(dtype), inputs, TARGET, method)
+    assert (heat.dtype, heat.device.type, list(heat.shape)) == (torch.float32, "cpu", [8, 10])
+    assert not heat.requires_grad
+    assert (heat - expected).norm() <= tolerance * expected.norm()
+
+
+def test_map_of_a_linear_network_is_the_sum_of_absolute_weights() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False))
+    weight = torch.arange(12.0).sub(6).view(1, 3, 2, 2)
+    with torch.no_grad():
+        network[1].weight.copy_(torch.cat([torch.zeros(1, 12), weight.view(1, 12)]))
+    heat = attribute(network, torch.ones(1, 3, 2, 2), 1, "saliency")
+    assert torch.equal(heat, torch.tensor([[6.0 + 2 + 2, 5.0 + 1 + 3], [4.0 + 0 + 4, 3.0 + 1 + 5]]))
+
+
+def test_integrated_gradients_are_complete(network: Residual, inputs: Tensor) -> None:
+    network.double().eval()
+    point = inputs.double().requires_grad_()
+    signed = METHODS["integrated_gradients"].compute(network, point, TARGET)
+    with torch.no_grad():
+        difference = network(point)[0, TARGET] - network(torch.zeros_like(point))[0, TARGET]
+    assert signed.sum().item() == pytest.approx(difference.item(), abs=1e-4 * signed.abs().sum().item())
+
+
+def test_integrated_gradients_bound_the_batch(network: Residual, inputs: Tensor) -> None:
+    batches: list[int] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            batches.append(len(x))
+            return network(x)
+
+    attribute(Watched(), inputs, TARGET, "integrated_gradients")
+    assert sum(batches) == 50
+    assert max(batches) <= 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_off(
+    network: Residual, inputs: Tensor, method: str, mode: Callable[[], torch.no_grad]
+) -> None:
+    expected = attribute(network, inputs, TARGET, method)
+    with mode():
+        assert torch.equal(attribute(network, inputs + 0, TARGET, method), expected)
+
+
+def test_network_that_begins_in_place() -> None:
+    network = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(3, 2))
+    inputs = torch.tensor([-1.0, 2, 3]).view(1, 3, 1, 1)
+    before = inputs.clone()
+    heat = attribute(network, inputs, 0, "saliency")
+    assert torch.equal(inputs, before)
+    torch.testing.assert_close(heat[0, 0], network[2].weight[0, 1:].abs().sum().detach())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_network_is_left_as_it_was(
+    network: Residual, inputs: Tensor, method: str, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network.train()
+    network.norm.eval()
+    network.stem.weight.requires_grad_(False)
+    network.fc.weight.grad = torch.full_like(network.fc.weight, 3.0)
+
+    def state() -> dict[str, object]:
+        return {
+            "flags": [module.training for module in network.modules()],
+            "hooks": [
+                (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in network.modules()
+            ],
+            "requires_grad": [parameter.requires_grad for parameter in network.parameters()],
+            "grads": [None if p.grad is None else p.grad.tolist() for p in network.parameters()],
+            "values": [value.tolist() for value in network.state_dict().values()],
+            "inputs": (inputs.tolist(), inputs.requires_grad),
+        }
+
+    before = state()
+    if fails:
+        monkeypatch.setattr(network.fc, "forward", lambda _: torch.full((1,), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            attribute(network, inputs, TARGET, method)
+    else:
+        attribute(network, inputs, TARGET, method)
+    assert state() == before
+
+
+def test_unknown_method_names_the_nearest(network: Residual, inputs: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match="'salliency'; nearest: 'saliency'"):
+        attribute(network, inputs, TARGET, "salliency")
+    with pytest.raises(InvalidInputError, match="'zzz'; known: 'saliency', 'input_x_gradient'"):
+        find_method("zzz")
+
+
+@pytest.mark.parametrize("target", [-1, 4, True, 1.0, "2", None])
+def test_target_that_is_no_class(network: Residual, inputs: Tensor, target: object) -> None:
+    with pytest.raises(InvalidInputError, match=r"target .* is no class of this model: pass an index within 0\.\.3"):
+        attribute(network, inputs, target, "saliency")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda x: x, r"gives a tensor \[1, 3, 8, 10\]"),
+        (lambda x: (x.mean(dim=(2, 3)),), "gives a tuple"),
+        (lambda x: x.mean(dim=(2, 3))[0], r"gives a tensor \[3\]"),
+        (lambda x: x.mean(dim=(2, 3)).detach(), "no gradient flows"),
+        (lambda x: x.mean(dim=(2, 3)).sub(10).sqrt(), "'saliency' gives NaN or infinite values for target 2"),
+    ],
+)
+def test_outputs_that_cannot_be_explained(inputs: Tensor, outputs: Callable[[Tensor], Tensor], message: str) -> None:
+    class Network(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return outputs(x)
+
+    with pytest.raises(InvalidInputError, match=message):
+        attribute(Network(), inputs, TARGET, "saliency")
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 8, 8)])
+def test_inputs_that_are_not_one_image(network: Residual, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInputError, match=r"one image, a float tensor \[1, c, h, w\], got torch.float32"):
+        attribute(network, torch.zeros(shape), TARGET, "saliency")
+
+
+def test_inputs_and_weights_without_values(network: Residual, inputs: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match="Residual has no weights: it is on the meta device"):
+        attribute(network.to("meta"), inputs, TARGET, "saliency")
+    inputs[0, 1, 2, 3] = torch.nan
+    with pytest.raises(InvalidInputError, match="model inputs hold NaN or infinite values"):
+        attribute(Residual(), inputs, TARGET, "saliency")
+
+
+def test_missing_captum_names_the_cure(network: Residual, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'spade-fast\[interpret\]'"):
+        attribute(network, inputs, TARGET, "saliency")
+
+
+def test_methods_are_read_only() -> None:
+    with pytest.raises(TypeError):
+        attribution.METHODS["mine"] = Method("Mine", lambda *_: torch.zeros(1))  # type: ignore[index]

@@ -1,0 +1,186 @@
+"""What the recorder sees: the inputs of a weight, wherever and however often it is applied."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spade_fast as sf
+from spade_fast.layers import InputRecorder, is_depthwise, mask_block_size, prunable_layers, unsupported_layers
+
+
+def unfolded_hessian(images: Tensor, kernel: int, **geometry: int) -> Tensor:
+    columns = F.unfold(images, kernel, **geometry).transpose(0, 1).flatten(1)
+    return 2 / columns.shape[1] * columns @ columns.T
+
+
+def test_hessian_of_a_linear_layer_counts_tokens():
+    tokens = torch.randn(4, 7, 5, dtype=torch.float64)
+    hessian = sf.hessian(nn.Linear(5, 2).double(), tokens)
+    rows = tokens.reshape(-1, 5)
+    torch.testing.assert_close(hessian, (2 / 28 * rows.T @ rows)[None])
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_hessian_of_a_convolution(backend):
+    images = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    layer = nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2).double()
+    hessian = sf.hessian(layer, images, backend=backend)
+    torch.testing.assert_close(hessian[0], unfolded_hessian(images, 3, stride=2, padding=1, dilation=2))
+    # Half of tr(W H W^T) is the mean squared output, so H has the scale that losses are stated in.
+    weight = layer.weight.flatten(1)
+    outputs = layer(images) - layer.bias[:, None, None]
+    torch.testing.assert_close((weight @ hessian[0] @ weight.T).trace() / 2, (outputs**2).sum(1).mean())
+
+
+def test_hessian_of_a_single_image_without_batch():
+    image = torch.randn(3, 6, 6)
+    layer = nn.Conv2d(3, 2, 3)
+    torch.testing.assert_close(sf.hessian(layer, image), sf.hessian(layer, image[None]))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kernel", [2, 3, 4])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_and_valid_padding(kernel, dilation):
+    images = torch.randn(2, 3, 8, 9, dtype=torch.float64)
+    for padding in ("same", "valid"):
+        layer = nn.Conv2d(3, 2, kernel, padding=padding, dilation=dilation).double()
+        weight = layer.weight.flatten(1)
+        energy = ((layer(images) - layer.bias[:, None, None]) ** 2).sum(1).mean()
+        torch.testing.assert_close((weight @ sf.hessian(layer, images)[0] @ weight.T).trace() / 2, energy)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_other_padding_modes_are_seen_as_they_are(mode):
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    layer = nn.Conv2d(3, 2, 3, padding=1, padding_mode=mode).double()
+    padded = F.pad(images, (1, 1, 1, 1), mode=mode)
+    torch.testing.assert_close(sf.hessian(layer, images)[0], unfolded_hessian(padded, 3))
+
+
+def test_padding_added_by_a_subclass_is_seen():
+    layers = pytest.importorskip("timm.layers")
+    images = torch.randn(2, 3, 7, 7)
+    layer = layers.Conv2dSame(3, 2, 3, stride=2)
+    torch.testing.assert_close(sf.hessian(layer, images)[0], unfolded_hessian(F.pad(images, (1, 1, 1, 1)), 3, stride=2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "message"),
+    [
+        (nn.ReLU(), torch.ones(2, 2), "got ReLU"),
+        (nn.ConvTranspose2d(1, 1, 1), torch.ones(1, 1, 2, 2), "got ConvTranspose2d"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), torch.ones(2, 2), "plain weight"),
+        (nn.Linear(2, 2), torch.ones(0, 2), r"non-empty .* \[0, 2\]"),
+        (nn.Linear(2, 2), torch.ones(2, 2).int(), "floating point"),
+        (nn.Linear(2, 2), torch.tensor([[1.0, float("nan")]]), "NaN or infinite"),
+    ],
+)
+def test_hessian_refusals(layer, inputs, message):
+    with pytest.raises(sf.InvalidInputError, match=message):
+        sf.hessian(layer, inputs)
+
+
+def test_a_weight_that_is_computed_on_the_way_cannot_be_seen():
+    class Standardized(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight - self.weight.mean())
+
+    with pytest.raises(sf.InvalidInputError, match="Standardized does not apply its weight"):
+        sf.hessian(Standardized(2, 2), torch.ones(3, 2))
+
+
+def record(model: nn.Module, inputs: Tensor, **settings: bool) -> InputRecorder:
+    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
+    recorder = InputRecorder(weights, **settings)
+    with torch.inference_mode(), recorder:
+        model(inputs)
+    return recorder
+
+
+def test_a_module_called_twice_sums_its_inputs():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(4, 4).double()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.shared(self.shared(input))
+
+    model, inputs = Twice(), torch.randn(6, 4, dtype=torch.float64)
+    rows = torch.cat([inputs, model.shared(inputs).detach()])
+    total = record(model, inputs).sums["shared"]
+    assert total.samples == 12
+    torch.testing.assert_close(total.gram[0], rows.T @ rows)
+
+
+def test_functional_calls_are_seen_and_other_weights_are_not():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.plain = nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(F.linear(input=input, weight=self.plain), bias=None, weight=self.layer.weight)
+
+    recorder = record(Functional(), torch.ones(2, 3))
+    assert list(recorder.sums) == ["layer"]
+    assert torch.equal(recorder.sums["layer"].gram, torch.full((1, 3, 3), 18.0))
+
+
+def test_skip_first_leaves_out_the_first_called_layer_not_the_first_listed():
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late, self.early = nn.Linear(3, 2), nn.Linear(3, 3)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.late(self.early(input))
+
+    recorder = record(Reversed(), torch.ones(2, 3), skip_first=True)
+    assert recorder.first == "early"
+    assert list(recorder.sums) == ["late"]
+
+
+def test_one_weight_under_two_groupings_is_refused():
+    class Regrouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 1)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.conv(input) + F.conv2d(torch.cat([input, input], 1), self.conv.weight, groups=2)
+
+    with pytest.raises(sf.InvalidInputError, match="'conv' is called with 2 groups"):
+        record(Regrouped(), torch.ones(1, 2, 2, 2))
+
+
+def test_a_call_that_fails_by_itself_fails_as_without_recorder():
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        record(model, torch.ones(2, 5))
+
+
+def test_kinds_of_layers():
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(2, 2),
+            "conv": nn.Conv2d(2, 4, (3, 2)),
+            "depthwise": nn.Conv2d(4, 4, 3, groups=4),
+            "transposed": nn.ConvTranspose2d(2, 2, 3),
+            "embedding": nn.Embedding(3, 2),
+            "norm": nn.BatchNorm2d(2),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+        }
+    )
+    assert list(prunable_layers(model)) == ["linear", "conv", "depthwise"]
+    assert unsupported_layers(model) == {
+        "transposed": "ConvTranspose2d",
+        "embedding": "Embedding",
+        "normed": "ParametrizedLinear with a computed weight",
+    }
+    assert [is_depthwise(layer) for layer in prunable_layers(model).values()] == [False, False, True]
+    assert mask_block_size(model["linear"].weight) == 1
+    assert mask_block_size(model["conv"].weight) == 6

@@ -1,0 +1,533 @@
+"""Tracing on small networks: what is pruned, what is refused, and that the model comes back as it was."""
+
+import math
+
+import cifar
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import spade_fast as sf
+from spade_fast import tracer
+from spade_fast.layers import prunable_layers
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6),
+        nn.Conv2d(6, 16, 1),
+        nn.Dropout(0.5),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    ).to(dtype)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (12, 14)) -> Tensor:
+    return torch.rand(3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+#: For tests whose last layer has few outputs: some lose all their weights, which is warned of.
+NARROW = pytest.mark.filterwarnings("ignore:layer .* outputs have no weight left")
+SETTINGS = {"preprocess": nn.Identity(), "num_augmentations": 8}
+
+
+def assert_same_bits(first: sf.Trace, second: sf.Trace) -> None:
+    assert list(first.layers) == list(second.layers)
+    for name, layer in first.layers.items():
+        assert torch.equal(layer.weight, second.layers[name].weight), name
+        assert layer.loss == second.layers[name].loss
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything that must come back: values bit for bit, identities, flags, hooks, gradients."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = list(model.modules())
+    hooks = [
+        [len(getattr(module, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        for module in modules
+    ]
+    parameters = [(id(parameter), parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    return {"state": state, "training": [m.training for m in modules], "hooks": hooks, "parameters": parameters}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(model)
+    state = after.pop("state")
+    expected = dict(before)
+    for name, tensor in expected.pop("state").items():
+        assert torch.equal(tensor, state[name]), name
+    assert after == expected
+
+
+# What is pruned
+
+
+def test_a_uniform_target_prunes_all_but_the_first_layer():
+    trace = sf.trace(network(), picture(), 0.5, **SETTINGS)
+    assert list(trace.layers) == ["3", "4", "9"]
+    assert trace.dense == {"0": "first layer"}
+    assert [layer.requested_sparsity for layer in trace.layers.values()] == [0.5] * 3
+    assert all(layer.sparsity == pytest.approx(0.5, abs=0.01) for layer in trace.layers.values())
+
+
+def test_trace_equals_solving_each_layer_on_dense_activations():
+    model = network(torch.float64).eval()
+    views = sf.Augmentation(size=(12, 14))(picture(), 8, torch.Generator().manual_seed(3)).double()
+    trace = sf.trace(model, picture(), {"4": 0.5, "9": 0.7}, seed=3, **SETTINGS)
+    inputs = {"4": model[:4](views), "9": model[:9](views)}
+    for name, layer in trace.layers.items():
+        module = model.get_submodule(name)
+        expected = sf.solve(module.weight, sf.hessian(module, inputs[name]), layer.requested_sparsity)
+        assert torch.equal(layer.mask, expected.mask)
+        torch.testing.assert_close(layer.weight, expected.weight, rtol=0, atol=1e-12)
+
+
+def test_the_first_layer_is_pruned_where_it_is_named():
+    assert "0" in sf.trace(network(), picture(), {"0": 0.5}, **SETTINGS).layers
+    assert list(sf.trace(network(), picture(), 0.5, layers=["0"], **SETTINGS).layers) == ["0"]
+
+
+def test_layers_restricts_a_plan():
+    trace = sf.trace(network(), picture(), {"3": 0.5, "9": 0.2}, layers=["9"], **SETTINGS)
+    assert list(trace.layers) == ["9"]
+    assert trace.dense["3"] == "not in the plan"
+
+
+def test_target_zero_is_dense():
+    trace = sf.trace(network(), picture(), {"3": 0.0, "9": 0.5}, **SETTINGS)
+    assert trace.dense["3"] == "target sparsity 0"
+    assert list(trace.layers) == ["9"]
+    empty = sf.trace(network(), picture(), 0.0, **SETTINGS)
+    assert (dict(empty.layers), empty.sparsity) == ({}, 0.0)
+
+
+@NARROW
+def test_default_plan_leaves_depthwise_layers_dense():
+    trace = sf.trace(network(), picture(), **SETTINGS)
+    assert list(trace.layers) == ["4", "9"]
+
+
+def test_a_set_of_images_makes_one_trace_from_all_of_them():
+    model = network(torch.float64)
+    images = [picture(1), picture(2, (9, 20))]
+    both = sf.trace(model, images, {"9": 0.5}, **SETTINGS)
+    assert both.settings["images"] == 2
+    single = sf.trace(model, images[0], {"9": 0.5}, **SETTINGS)
+    assert not torch.equal(both.layers["9"].weight, single.layers["9"].weight)
+
+
+@NARROW
+def test_a_module_called_twice_is_pruned_once_on_all_its_inputs():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shared = nn.Linear(3, 5).double(), nn.Linear(5, 5).double()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.shared(self.shared(self.first(input.movedim(1, -1))))
+
+    model = Twice()
+    trace = sf.trace(model, picture(), 0.5, **SETTINGS)
+    views = sf.Augmentation(size=(12, 14))(picture(), 8, torch.Generator().manual_seed(0)).double()
+    once = model.first(views.movedim(1, -1)).reshape(-1, 5)
+    inputs = torch.cat([once, model.shared(once)])
+    expected = sf.solve(model.shared.weight, sf.hessian(model.shared, inputs), 0.5)
+    torch.testing.assert_close(trace.layers["shared"].weight, expected.weight)
+
+
+class Tied(nn.Module):
+    """An encoder and a decoder of one weight; the decoder's is an embedding's too, on request."""
+
+    def __init__(self, embedding: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(3, 4)
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+        if embedding:
+            self.embedding = nn.Embedding(4, 4)
+            self.embedding.weight = self.encoder.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.decoder(self.encoder(self.first(input.movedim(1, -1))))
+
+
+@NARROW
+def test_tied_weights_are_pruned_as_one():
+    model = Tied()
+    trace = sf.trace(model, picture(), 0.5, **SETTINGS)
+    assert list(trace.layers) == ["encoder", "decoder"]
+    assert torch.equal(trace.layers["encoder"].weight, trace.layers["decoder"].weight)
+    with trace.applied(model):
+        assert model.encoder.weight is model.decoder.weight
+    assert model.encoder.weight is model.decoder.weight
+    copied = trace.pruned_copy(model)
+    assert copied.encoder.weight is copied.decoder.weight
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [
+        ({"encoder": 0.5, "decoder": 0.6}, "'encoder' and 'decoder' share one weight.*0.5 and 0.6"),
+        ({"encoder": 0.5}, "'encoder' and 'decoder' share one weight.*only"),
+        ({"decoder": 0.5}, "'decoder' and 'encoder' share one weight.*only"),
+    ],
+)
+def test_tied_weights_need_one_target(sparsity, message):
+    with pytest.raises(sf.InvalidInputError, match=message):
+        sf.trace(Tied(), picture(), sparsity, **SETTINGS)
+
+
+def test_weights_tied_to_an_unprunable_module_stay_dense():
+    trace = sf.trace(Tied(embedding=True), picture(), {"first": 0.5}, **SETTINGS)
+    assert "embedding" in trace.dense
+    with pytest.raises(sf.InvalidInputError, match="no layer is left to prune.*'encoder'.*embedding"):
+        sf.trace(Tied(embedding=True), picture(), 0.5, **SETTINGS)
+    with pytest.raises(sf.InvalidInputError, match="'encoder' shares its weight with 'embedding'"):
+        sf.trace(Tied(embedding=True), picture(), {"encoder": 0.5, "decoder": 0.5}, **SETTINGS)
+
+
+class WithUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.unused = network(), nn.Linear(4, 4)
+        self.transposed = nn.ConvTranspose2d(3, 3, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.body(self.transposed(input))
+
+
+def test_layers_that_are_never_called_or_unsupported_stay_dense_and_are_reported():
+    with pytest.warns(UserWarning, match=r"1 layers are never called and stay dense: 'unused'"):
+        trace = sf.trace(WithUnused(), picture(), 0.5, **SETTINGS)
+    assert trace.dense["unused"] == "never called in the forward pass"
+    assert trace.dense["transposed"] == "ConvTranspose2d layers are not pruned"
+    assert trace.dense["body.0"] == "first layer"
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "layers", "message"),
+    [
+        ({"unused": 0.5}, None, "'unused' is never called in the forward pass"),
+        (0.5, ["unused"], "'unused' is never called in the forward pass"),
+        ({"transposed": 0.5}, None, "'transposed' is a ConvTranspose2d: only Linear and Conv2d"),
+        ({"body.44": 0.5}, None, r"'body\.44' matches no prunable.*'body\.4'"),
+        (0.5, ["boby"], "'boby' matches no prunable.*'body'"),
+        (0.5, "body", r"pass \['body'\]"),
+        (1.5, None, "must lie within"),
+        (math.nan, None, "got nan"),
+        ({"body": -1}, None, "sparsity of 'body'"),
+    ],
+)
+def test_plans_that_do_not_fit_the_model(sparsity, layers, message):
+    with pytest.raises(sf.InvalidInputError, match=message):
+        sf.trace(WithUnused(), picture(), sparsity, layers=layers, **SETTINGS)
+
+
+def test_empty_outputs_of_the_last_layer_are_warned_of():
+    with pytest.warns(UserWarning, match=r"layer '9': \d+ of 10 outputs have no weight left at sparsity 0.95"):
+        sf.trace(network(), picture(), {"9": 0.95}, **SETTINGS)
+
+
+# Same seed, same bits
+
+
+def test_same_seed_same_bits():
+    model = network()
+    first, second, other = (sf.trace(model, picture(), 0.5, seed=seed, **SETTINGS) for seed in (1, 1, 2))
+    assert_same_bits(first, second)
+    assert any(not torch.equal(layer.weight, other.layers[name].weight) for name, layer in first.layers.items())
+
+
+def test_batch_size_changes_rounding_only():
+    model = network(torch.float64)
+    whole = sf.trace(model, picture(), 0.5, **SETTINGS)
+    for batch_size in (1, 3, 7):
+        parts = sf.trace(model, picture(), 0.5, batch_size=batch_size, **SETTINGS)
+        for name, layer in whole.layers.items():
+            assert torch.equal(layer.mask, parts.layers[name].mask)
+            torch.testing.assert_close(layer.weight, parts.layers[name].weight, rtol=0, atol=1e-6)
+
+
+def test_native_equals_reference():
+    model = network(torch.float64)
+    native, plain = (
+        sf.trace(model, picture(), 0.5, backend=backend, **SETTINGS) for backend in ("native", "reference")
+    )
+    for name, layer in native.layers.items():
+        assert torch.equal(layer.mask, plain.layers[name].mask)
+        torch.testing.assert_close(layer.weight, plain.layers[name].weight, rtol=0, atol=1e-10)
+
+
+def test_trace_many_equals_trace_one_by_one():
+    model, images = network(), [picture(1), picture(2)]
+    traces = list(sf.trace_many(model, iter(images), 0.5, **SETTINGS))
+    assert len(traces) == 2
+    for image, trace in zip(images, traces, strict=True):
+        assert_same_bits(trace, sf.trace(model, image, 0.5, **SETTINGS))
+
+
+def test_trace_many_names_the_image():
+    with pytest.raises(sf.InvalidInputError, match="image 1: .*NaN"):
+        list(sf.trace_many(network(), [picture(), picture() * math.nan], 0.5, **SETTINGS))
+
+
+# The model comes back
+
+
+class Interrupt(nn.Module):
+    """Raises at the second call: in the middle of a trace."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.calls = error, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise self.error
+        return input
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
+def test_model_is_unchanged_when_tracing_is_interrupted(error):
+    model = nn.Sequential(network(), Interrupt(error))
+    model.train()
+    model[0][5].eval()
+    model[0][9].weight.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(type(error)):
+        sf.trace(model, picture(), 0.5, batch_size=4, **SETTINGS)
+    assert_unchanged(model, before)
+    torch.testing.assert_close(torch.nn.functional.linear(torch.ones(1, 2), torch.ones(1, 2)), torch.full((1, 1), 2.0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_is_unchanged_by_tracing(training):
+    model = network().train(training)
+    model[1].train(not training)
+    before = snapshot(model)
+    sf.trace(model, picture(), 0.5, **SETTINGS)
+    assert_unchanged(model, before)
+
+
+def test_tracing_runs_in_evaluation_mode():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(self.training)
+            return input
+
+    model = nn.Sequential(Spy(), network()).train()
+    sf.trace(model, picture(), 0.5, **SETTINGS)
+    assert seen == [False]
+    assert model[0].training
+
+
+# Models of other kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    trace = sf.trace(network(dtype), picture(), 0.5, **SETTINGS)
+    assert all(layer.weight.dtype == dtype for layer in trace.layers.values())
+
+
+def test_channels_last_models():
+    plain = sf.trace(network(torch.float64), picture(), 0.5, **SETTINGS)
+    model = network(torch.float64).to(memory_format=torch.channels_last)
+    trace = sf.trace(model, picture(), 0.5, **SETTINGS)
+    for name, layer in trace.layers.items():
+        assert torch.equal(layer.mask, plain.layers[name].mask)
+    assert trace.layers["3"].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_device_traces_a_copy():
+    model = network()
+    trace = sf.trace(model, picture(), 0.5, device="cpu", **SETTINGS)
+    assert_same_bits(trace, sf.trace(model, picture(), 0.5, **SETTINGS))
+    with pytest.raises(sf.InvalidInputError, match="device 'cuda:99'"):
+        sf.trace(model, picture(), 0.5, device="cuda:99", **SETTINGS)
+
+
+def test_models_that_cannot_be_traced():
+    with torch.device("meta"):
+        weightless = network()
+    cases = {
+        "no prunable layers: Linear and Conv2d are pruned, it has Embedding": nn.Sequential(nn.Embedding(3, 3)),
+        "it has no weights at all": nn.Sequential(nn.ReLU()),
+        "on the meta device": weightless,
+        "'0' has no weight yet": nn.Sequential(nn.LazyConv2d(3, 3), nn.Flatten(), nn.LazyLinear(2)),
+        "model is a function": lambda x: x,
+    }
+    for message, model in cases.items():
+        with pytest.raises(sf.InvalidInputError, match=message):
+            sf.trace(model, picture(), 0.5, layers=["0"] if "yet" in message else None, **SETTINGS)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_and_scripted_models_are_refused():
+    with pytest.raises(sf.InvalidInputError, match="model._orig_mod"):
+        sf.trace(torch.compile(network()), picture(), 0.5, **SETTINGS)
+    with pytest.raises(sf.InvalidInputError, match="scripted"):
+        sf.trace(torch.jit.script(network()), picture(), 0.5, **SETTINGS)
+
+
+def test_preprocessing_must_be_known():
+    with pytest.raises(sf.InvalidInputError, match="Sequential does not say how its inputs are normalised"):
+        sf.trace(network(), picture(), 0.5)
+    loaded = sf.LoadedModel("tiny", network(), cifar.PREPROCESS, None, "random")
+    by_itself = sf.trace(loaded, picture(), 0.5, num_augmentations=4)
+    given = sf.trace(loaded.module, picture(), 0.5, num_augmentations=4, preprocess=cifar.PREPROCESS)
+    assert_same_bits(by_itself, given)
+
+
+def test_timm_models_bring_their_preprocessing():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=3)
+    trace = sf.trace(model, picture(), 0.5, num_augmentations=2)
+    assert len(trace.layers) > 5
+
+
+@NARROW
+def test_transformers_are_traced_and_their_attention_projections_reported():
+    models = pytest.importorskip("torchvision.models")
+    model = models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4)
+    with pytest.warns(UserWarning, match="never called"):
+        trace = sf.trace(model, picture(0, (32, 32)), 0.5, **SETTINGS)
+    assert "encoder.layers.encoder_layer_0.mlp.0" in trace.layers
+    assert trace.dense["encoder.layers.encoder_layer_0.self_attention"] == "MultiheadAttention layers are not pruned"
+    assert "never called" in trace.dense["encoder.layers.encoder_layer_0.self_attention.out_proj"]
+
+
+# Images, augmentations and settings
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ([], "the sequence is empty"),
+        (picture() * math.nan, "NaN or infinite"),
+        (picture() + math.inf, "NaN or infinite"),
+        ((picture() * 255).byte(), "uint8"),
+        (picture()[0], r"shape \[12, 14\]"),
+        (picture()[None], "batch of one"),
+        (picture() * 3 - 1, "normalised already"),
+        ([picture(), "photo.jpg"], r"image 1: .*load_image\('photo.jpg'\)"),
+        ("photo.jpg", r"load_image\('photo.jpg'\)"),
+        (np.zeros((4, 4, 3)), "fromarray"),
+    ],
+)
+def test_bad_images(image, message):
+    with pytest.raises(sf.InvalidInputError, match=message):
+        sf.trace(network(), image, 0.5, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_augmentations": 0}, "num_augmentations must be a positive"),
+        ({"num_augmentations": 2.5}, "num_augmentations must be a positive"),
+        ({"batch_size": 0}, "batch_size must be a positive"),
+        ({"damping": -1}, "damping"),
+        ({"solver": "slow"}, "solver='slow'"),
+        ({"mask_rule": "none"}, "mask_rule='none'"),
+        ({"backend": "gpu"}, "backend='gpu'"),
+        ({"seed": -(2**70)}, "seed"),
+        ({"seed": "x"}, "seed"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(sf.InvalidInputError, match=message):
+        sf.trace(network(), picture(), 0.5, **(SETTINGS | settings))
+
+
+def test_own_augmentation():
+    calls = []
+
+    def shifts(image: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        calls.append(count)
+        return torch.stack([image.roll(int(n), 2) for n in torch.randint(0, 5, (count,), generator=generator)])
+
+    trace = sf.trace(network(), picture(), 0.5, augment=shifts, batch_size=3, **SETTINGS)
+    assert calls == [3, 3, 2]
+    assert len(trace.layers) == 3
+    sized = sf.trace(network(), picture(), 0.5, augment=sf.Augmentation(size=7), **SETTINGS)
+    assert len(sized.layers) == 3
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        lambda *_: None,
+        lambda image, *_: image,
+        lambda image, *_: image[None][:0],
+        lambda image, *_: image[None] * math.nan,
+    ],
+)
+def test_bad_augmentations(augment):
+    with pytest.raises(sf.InvalidInputError, match="augment"):
+        sf.trace(network(), picture(), 0.5, augment=augment, **SETTINGS)
+
+
+def test_activations_that_overflow_name_the_layer():
+    model = network()
+    with torch.no_grad():
+        model[4].weight.fill_(3e38)
+    with pytest.raises(sf.InvalidInputError, match="layer '9': the Hessian holds NaN or infinite"):
+        sf.trace(model, picture(), {"9": 0.5}, **SETTINGS)
+
+
+def test_photographs_are_accepted_as_pil_images():
+    pixels = (picture(0, (40, 40)).movedim(0, -1) * 255).byte().numpy()
+    trace = sf.trace(network(), Image.fromarray(pixels), 0.5, preprocess=cifar.PREPROCESS, num_augmentations=4)
+    assert trace.settings["num_augmentations"] == 4
+
+
+def test_progress_goes_to_stderr(capsys):
+    sf.trace(network(), picture(), 0.5, progress=True, **SETTINGS)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "dense pass" in captured.err
+    sf.trace(network(), picture(), 0.5, **SETTINGS)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_more_than_one_batch_of_views_is_held():
+    sizes = []
+
+    class Spy(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            sizes.append(len(input))
+            return input
+
+    sf.trace(nn.Sequential(Spy(), network()), [picture(1), picture(2)], 0.5, batch_size=3, **SETTINGS)
+    assert sizes == [3, 3, 2, 3, 3, 2]
+
+
+@pytest.mark.skipif(not cifar.FOLDER.is_dir(), reason=f"needs the CIFAR-10 networks in {cifar.FOLDER}")
+def test_a_trace_keeps_its_own_answer_and_loses_the_others():
+    model = cifar.load_resnet(56)
+    pixels, labels = cifar.load_images()
+    inputs = cifar.PREPROCESS(pixels)
+    with torch.inference_mode():
+        answers = model(inputs).argmax(1)
+    assert (answers == labels).double().mean() > 0.8
+    kept, accuracies = [], []
+    for index in range(50, 1000, 167):
+        trace = tracer.trace(model, pixels[index], 0.7, num_augmentations=128, preprocess=cifar.PREPROCESS)
+        assert len(trace.layers) == len(prunable_layers(model)) - 1
+        with trace.applied(model), torch.inference_mode():
+            kept.append(bool(model(inputs[index, None]).argmax() == answers[index]))
+            accuracies.append((model(inputs[::5]).argmax(1) == labels[::5]).double().mean().item())
+    assert all(kept)
+    assert sum(accuracies) / len(accuracies) < 0.75

@@ -1,0 +1,213 @@
+"""The trace itself: applying, copying, comparing, saving."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_tracer import SETTINGS, assert_same_bits, assert_unchanged, network, picture, snapshot
+from torch import nn
+
+import spade_fast as sf
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return network()
+
+
+@pytest.fixture
+def trace(model) -> sf.Trace:
+    return sf.trace(model, picture(), 0.5, **SETTINGS)
+
+
+def test_applied_swaps_the_sparse_weights_in_and_back(model, trace):
+    before = snapshot(model)
+    inputs = torch.rand(2, 3, 12, 14)
+    model.eval()
+    dense = model(inputs)
+    with trace.applied(model) as applied:
+        assert applied is model
+        for name, layer in trace.layers.items():
+            assert torch.equal(model.get_submodule(name).weight, layer.weight)
+            assert isinstance(model.get_submodule(name).weight, nn.Parameter)
+        sparse = model(inputs)
+        assert not torch.equal(sparse, dense)
+    assert torch.equal(model(inputs), dense)
+    model.train()
+    assert_unchanged(model, before)
+    torch.testing.assert_close(trace.pruned_copy(model).eval()(inputs), sparse)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_applied_swaps_back_after_an_exception(model, trace, error):
+    before = snapshot(model)
+    with pytest.raises(error), trace.applied(model):
+        model[4].weight.data.zero_()
+        raise error
+    assert_unchanged(model, before)
+
+
+def test_applied_nests(model, trace):
+    before = snapshot(model)
+    inner = sf.trace(model, picture(1), {"9": 0.7}, **SETTINGS)
+    with trace.applied(model):
+        outside = snapshot(model)
+        with inner.applied(model):
+            assert torch.equal(model[9].weight, inner.layers["9"].weight)
+            assert torch.equal(model[4].weight, trace.layers["4"].weight)
+            with trace.applied(model):
+                assert torch.equal(model[9].weight, trace.layers["9"].weight)
+        assert_unchanged(model, outside)
+        with pytest.raises(KeyboardInterrupt), inner.applied(model):
+            raise KeyboardInterrupt
+        assert_unchanged(model, outside)
+    assert_unchanged(model, before)
+
+
+def test_what_happens_inside_does_not_reach_the_trace(model, trace):
+    kept = {name: layer.weight.clone() for name, layer in trace.layers.items()}
+    with trace.applied(model):
+        for parameter in model.parameters():
+            parameter.data.add_(1)
+    assert all(torch.equal(layer.weight, kept[name]) for name, layer in trace.layers.items())
+
+
+def test_gradients_inside_do_not_reach_the_dense_weights(model, trace):
+    with trace.applied(model):
+        model(torch.rand(2, 3, 12, 14)).sum().backward()
+        assert model[9].weight.grad is not None
+    assert model[9].weight.grad is None
+
+
+def test_requires_grad_precision_and_layout_follow_the_model(model, trace):
+    model[4].weight.requires_grad_(False)
+    model.to(torch.float64, memory_format=torch.channels_last)
+    with trace.applied(model):
+        assert not model[4].weight.requires_grad
+        assert model[9].weight.requires_grad
+        assert model[3].weight.dtype == torch.float64
+        assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_applied_to_another_model_is_refused_before_anything_is_swapped(trace):
+    other = network()
+    other[9] = nn.Linear(16, 5)
+    other[4] = nn.ReLU()
+    before = snapshot(other)
+    with (
+        pytest.raises(sf.InvalidInputError, match=r"'4' is missing; '9' has shape \[5, 16\], the trace \[10, 16\]"),
+        trace.applied(other),
+    ):
+        pytest.fail("entered")
+    assert_unchanged(other, before)
+    with pytest.raises(sf.InvalidInputError, match="does not fit this Linear"):
+        trace.pruned_copy(nn.Linear(2, 2))
+
+
+def test_overlap(trace):
+    assert trace.overlap(trace) == {"3": 1.0, "4": 1.0, "9": 1.0}
+    masks = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]).bool()
+    zero = torch.zeros(4)
+    first, second = (sf.Trace({"a": sf.LayerTrace(zero, mask, 0.5, 0.0, 0.0)}) for mask in masks)
+    assert first.overlap(second) == {"a": 1 / 3}
+    empty = sf.Trace({"a": sf.LayerTrace(zero, zero.bool(), 1.0, 0.0, 0.0)})
+    assert empty.overlap(empty) == {"a": 1.0}
+    assert empty.overlap(first) == {"a": 0.0}
+    with pytest.raises(sf.InvalidInputError, match="no pruned layer in common"):
+        trace.overlap(first)
+    with pytest.raises(sf.InvalidInputError, match=r"layer 'a' has shape \[4\] in one trace and \[2\]"):
+        first.overlap(sf.Trace({"a": sf.LayerTrace(zero[:2], masks[0, :2], 0.5, 0.0, 0.0)}))
+
+
+def test_report(trace):
+    rows = trace.rows()
+    assert [row["layer"] for row in rows] == ["3", "4", "9"]
+    assert rows[2]["shape"] == [10, 16]
+    assert rows[2]["sparsity"] == trace.layers["9"].sparsity == 0.5
+    assert rows[2]["loss"] > 0
+    assert rows[2]["damping"] == 0.01
+    json.dumps(rows)
+    assert "dense: first layer" in trace.summary()
+    assert trace.sparsity == pytest.approx(0.5, abs=0.01)
+    layer = sf.LayerTrace(torch.zeros(3, 2), torch.tensor([[1, 0], [0, 0], [0, 1]]).bool(), 0.5, 0.0, 0.0)
+    assert layer.empty_outputs == 1
+    assert layer.sparsity == pytest.approx(2 / 3)
+
+
+def test_traces_are_read_only(trace):
+    with pytest.raises(TypeError):
+        trace.layers["3"] = None
+
+
+def test_save_and_load(tmp_path, model, trace):
+    path = tmp_path / "trace.safetensors"
+    trace.save(path)
+    loaded = sf.Trace.load(path)
+    assert_same_bits(trace, loaded)
+    assert loaded.rows() == trace.rows()
+    assert loaded.dense == trace.dense
+    assert loaded.settings == trace.settings
+    assert list(tmp_path.iterdir()) == [path]
+    trace.save(path)  # over an existing file
+    with sf.Trace.load(path).applied(model):
+        assert torch.equal(model[9].weight, trace.layers["9"].weight)
+
+
+def test_save_tied_and_channels_last_layers(tmp_path):
+    weight = torch.randn(4, 2, 3, 3).to(memory_format=torch.channels_last)
+    layer = sf.LayerTrace(weight, torch.ones_like(weight, dtype=torch.bool), 0.1, 0.0, 0.01, "float64")
+    trace = sf.Trace({"a": layer, "b.c": layer})
+    trace.save(tmp_path / "trace.safetensors")
+    assert_same_bits(sf.Trace.load(tmp_path / "trace.safetensors"), trace)
+
+
+def test_a_failed_save_leaves_nothing_behind(tmp_path, trace, monkeypatch):
+    path = tmp_path / "trace.safetensors"
+    path.write_bytes(b"what was there before")
+
+    def disk_full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", disk_full)
+    with pytest.raises(sf.InvalidInputError, match=r"trace\.safetensors.*No space left"):
+        trace.save(path)
+    assert path.read_bytes() == b"what was there before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(sf.InvalidInputError, match="cannot write .*nowhere"):
+        trace.save(tmp_path / "nowhere" / "trace.safetensors")
+
+
+def test_bad_files_are_refused_by_name(tmp_path, trace):
+    path = tmp_path / "trace.safetensors"
+    trace.save(path)
+    whole = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+
+    def contradict() -> None:
+        save_file(tensors | {"9.mask": ~tensors["9.mask"]}, path, metadata=metadata)
+
+    def omit_mask() -> None:
+        save_file({key: value for key, value in tensors.items() if key != "9.mask"}, path, metadata=metadata)
+
+    damage = {
+        "truncated": lambda: path.write_bytes(whole[: len(whole) // 2]),
+        "cut in the header": lambda: path.write_bytes(whole[:20]),
+        "empty": lambda: path.write_bytes(b""),
+        "text": lambda: path.write_text("not a trace, but text that goes on for a while"),
+        "no metadata": lambda: save_file(tensors, path),
+        "other metadata": lambda: save_file(tensors, path, metadata={"spade_fast_trace": "[]"}),
+        "later format": lambda: save_file(tensors, path, metadata={"spade_fast_trace": '{"format": 99}'}),
+        "mask against weight": contradict,
+        "missing mask": omit_mask,
+        "missing": path.unlink,
+    }
+    for kind, do in damage.items():
+        do()
+        with pytest.raises(sf.InvalidInputError, match=r"trace\.safetensors"):
+            sf.Trace.load(path)
+            pytest.fail(kind)
