@@ -15,11 +15,20 @@ from tqdm.auto import tqdm
 import spade_fast as sf
 
 
+VIEWS = {
+    "published": sf.Augmentation(size=32),
+    "gentle": sf.Augmentation(size=32, scale=(0.9, 1.0), brightness=0.1, hue=0.02),
+}
+WIDEST_LAYER = 576  # columns: as one block, a whole layer shares one threshold
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=100, help="images to trace, spread over all classes")
     parser.add_argument("--others", type=int, default=200, help="other images to test each trace on")
     parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--views", choices=VIEWS, default="gentle")
+    parser.add_argument("--block", choices=("taps", "layer"), default="layer", help="columns that share a threshold")
     parser.add_argument("--num-augmentations", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -35,22 +44,28 @@ def main() -> None:
     with torch.inference_mode():
         answers = model(inputs).argmax(1)
 
-    kept, accuracies = 0, []
+    kept, accuracies, same_views = 0, [], []
     for index in tqdm(traced.tolist()):
         trace = sf.trace(
             model,
             pixels[index],
             arguments.sparsity,
             num_augmentations=arguments.num_augmentations,
+            augment=VIEWS[arguments.views],
+            block_size=WIDEST_LAYER if arguments.block == "layer" else None,
             preprocess=cifar.PREPROCESS,
             seed=arguments.seed,
         )
+        views = VIEWS[arguments.views](pixels[index], 128, torch.Generator().manual_seed(arguments.seed))
+        with torch.inference_mode():
+            same_views.append((model(cifar.PREPROCESS(views)).argmax(1) == answers[index]).double().mean().item())
         with trace.applied(model), torch.inference_mode():
             kept += int(model(inputs[index, None]).argmax(1).item() == answers[index].item())
             accuracies.append((model(inputs[others]).argmax(1) == labels[others]).double().mean().item())
     result = {
         "images": len(traced),
         "own answer kept": kept,
+        "views that the dense model answers like their image": sum(same_views) / len(same_views),
         "accuracy on other images": sum(accuracies) / len(accuracies),
         "dense accuracy on them": (answers[others] == labels[others]).double().mean().item(),
         "other images": len(others),

@@ -45,6 +45,7 @@ def trace(
     preprocess: Callable[[Tensor], Tensor] | None = None,
     solver: Solver = "fast",
     layers: Sequence[str] | None = None,
+    block_size: int | None = None,
     damping: float = 0.01,
     mask_rule: ops.MaskRule = "exact_count",
     batch_size: int = 64,
@@ -80,6 +81,9 @@ def trace(
         "fast" (FastSPADE).
     layers
         Names of layers or blocks: all others stay dense.
+    block_size
+        Columns that share one threshold. Default, as published: the k * k taps of one channel, 1 for 1x1 convolutions
+        and linear layers. The more columns, the lower each layer's error.
     damping, mask_rule
         As in :func:`spade_fast.solve`.
     batch_size
@@ -107,7 +111,12 @@ def trace(
         raise InvalidInputError("no image to trace: the sequence is empty")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise InvalidInputError(f"seed must be a whole number within 0..2^63 - 1, got {seed!r}")
-    for what, value in (("num_augmentations", num_augmentations), ("batch_size", batch_size)):
+    counts = {
+        "num_augmentations": num_augmentations,
+        "batch_size": batch_size,
+        "block_size": 1 if block_size is None else block_size,
+    }
+    for what, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{what} must be a positive whole number, got {value!r}")
     module, preprocess = resolve_model(model, preprocess)
@@ -118,6 +127,7 @@ def trace(
         "num_augmentations": num_augmentations,
         "images": len(images),
         "solver": solver,
+        "block_size": block_size,
         "damping": damping,
         "mask_rule": mask_rule,
         "seed": seed,
@@ -151,7 +161,7 @@ def trace(
                 weight,
                 recorder.sums.pop(name).hessian(),
                 selection.targets[name],
-                block_size=mask_block_size(weight),
+                block_size=mask_block_size(weight) if block_size is None else block_size,
                 damping=damping,
                 solver=solver,
                 mask_rule=mask_rule,

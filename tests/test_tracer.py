@@ -115,6 +115,19 @@ def test_default_plan_leaves_depthwise_layers_dense():
     assert list(trace.layers) == ["4", "9"]
 
 
+def test_block_size_is_the_taps_of_one_channel_unless_asked_for():
+    model = network(torch.float64)
+    published = sf.trace(model, picture(), {"0": 0.5}, **SETTINGS).layers["0"]
+    assert torch.equal(
+        published.mask, sf.trace(model, picture(), {"0": 0.5}, block_size=9, **SETTINGS).layers["0"].mask
+    )
+    counts = [block.count_nonzero().item() for block in published.mask.flatten(1).split(9, dim=1)]
+    assert counts == [27, 27, 27]
+    whole = sf.trace(model, picture(), {"0": 0.5}, block_size=27, **SETTINGS).layers["0"]
+    assert not torch.equal(whole.mask, published.mask)
+    assert whole.sparsity == 0.5
+
+
 def test_a_set_of_images_makes_one_trace_from_all_of_them():
     model = network(torch.float64)
     images = [picture(1), picture(2, (9, 20))]
@@ -438,6 +451,7 @@ def test_bad_images(image, message):
         ({"num_augmentations": 0}, "num_augmentations must be a positive"),
         ({"num_augmentations": 2.5}, "num_augmentations must be a positive"),
         ({"batch_size": 0}, "batch_size must be a positive"),
+        ({"block_size": 0}, "block_size must be a positive"),
         ({"damping": -1}, "damping"),
         ({"solver": "slow"}, "solver='slow'"),
         ({"mask_rule": "none"}, "mask_rule='none'"),
