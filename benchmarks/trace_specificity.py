@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 import spade_fast as sf
 
-
 VIEWS = {
     "published": sf.Augmentation(size=32),
     "gentle": sf.Augmentation(size=32, scale=(0.9, 1.0), brightness=0.1, hue=0.02),
