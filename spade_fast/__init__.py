@@ -13,11 +13,12 @@ from importlib.metadata import version
 from spade_fast import presets, reference
 from spade_fast.attribution import METHODS
 from spade_fast.augmentation import Augmentation
+from spade_fast.checkpoints import load_checkpoint
 from spade_fast.errors import InvalidInputError, MissingDependencyError, SpadeError
 from spade_fast.explanation import Explanation, Prediction, explain
 from spade_fast.images import load_image
 from spade_fast.layers import hessian
-from spade_fast.models import LoadedModel, load_checkpoint, load_model
+from spade_fast.models import LoadedModel, load_model
 from spade_fast.plans import SparsityPlan
 from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Solution, solve

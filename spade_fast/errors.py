@@ -42,3 +42,9 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingDependencyError(
             f"this needs the package {error.name!r}, which is not installed: pip install 'spade-fast[{extra}]'"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error, to be quoted in another."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spade_fast import models
+from spade_fast.checkpoints import load_checkpoint
 from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.images import load_image
-from spade_fast.models import LoadedModel, load_checkpoint, load_model
+from spade_fast.models import LoadedModel, load_model
 from spade_fast.preprocessing import IMAGENET, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "imagenet_samples"
