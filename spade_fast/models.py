@@ -173,12 +173,24 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for every submodule, each one's own flag put back on leaving."""
     flags = [(submodule, submodule.training) for submodule in module.modules()]
+
+    def restore() -> None:
+        for submodule, training in flags:
+            submodule.training = training
+
     try:
         module.eval()
         yield
     finally:
-        for submodule, training in flags:
-            submodule.training = training
+        run_to_the_end(restore)
+
+
+def run_to_the_end(restore: Callable[[], None]) -> None:
+    """Put things back even if Ctrl-C arrives while they are being put back. `restore` may run twice."""
+    try:
+        restore()
+    finally:
+        restore()
 
 
 # Networks by library

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import write_whole
-from spade_fast.models import LoadedModel
+from spade_fast.models import LoadedModel, run_to_the_end
 from spade_fast.solver import Fallback, Solution
 
 _FORMAT = 1
@@ -127,15 +127,18 @@ class Trace:
         """
         module = model.module if isinstance(model, LoadedModel) else model
         replacements = self._replacements(module)
-        originals: list[tuple[nn.Module, nn.Parameter]] = []
+        originals = [(owner, owner._parameters["weight"]) for owner, _ in replacements]
+
+        def restore() -> None:
+            for owner, parameter in originals:
+                owner._parameters["weight"] = parameter
+
         try:
             for owner, parameter in replacements:
-                originals.append((owner, owner._parameters["weight"]))  # type: ignore[arg-type]
                 owner._parameters["weight"] = parameter
             yield module
         finally:
-            for owner, parameter in reversed(originals):
-                owner._parameters["weight"] = parameter
+            run_to_the_end(restore)
 
     def pruned_copy(self, model: nn.Module | LoadedModel) -> nn.Module:
         """A deep copy of the model with the sparse weights in place.

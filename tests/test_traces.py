@@ -1,6 +1,7 @@
 """The trace itself: applying, copying, comparing, saving."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_tracer import SETTINGS, assert_same_bits, assert_unchanged, network, p
 from torch import nn
 
 import spade_fast as sf
+from spade_fast.models import evaluation_mode
 
 
 @pytest.fixture
@@ -48,6 +50,39 @@ def test_applied_swaps_back_after_an_exception(model, trace, error):
         model[4].weight.data.zero_()
         raise error
     assert_unchanged(model, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+def test_applied_swaps_back_whenever_ctrl_c_arrives(model, trace):
+    model.train()
+    before = [(id(parameter), parameter.clone()) for parameter in model.parameters()]
+    generator = torch.Generator().manual_seed(0)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def attempt(delay: float) -> None:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            with trace.applied(model), evaluation_mode(model):
+                sum(range(3000))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for _ in range(400):
+            try:
+                attempt(1e-6 + 1.5e-3 * torch.rand((), generator=generator).item())
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert [id(parameter) for parameter in model.parameters()] == [address for address, _ in before]
+            assert all(module.training for module in model.modules())
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert interrupted > 20
+    assert all(torch.equal(parameter, value) for parameter, (_, value) in zip(model.parameters(), before, strict=True))
 
 
 def test_applied_nests(model, trace):
