@@ -23,8 +23,8 @@ def main() -> int:
     spec.loader.exec_module(setup)
     toolkit = setup.find_toolkit()
     if toolkit is None:
-        print("CUDA: no toolkit on this machine, its sources were NOT checked", file=sys.stderr)
-        return 0
+        print("CUDA: there are sources, but no toolkit to compile them with", file=sys.stderr)
+        return 1
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     for source in sources:
         print(f"CUDA: compiling {source.relative_to(ROOT)} for sm_{', sm_'.join(ARCHITECTURES)}")

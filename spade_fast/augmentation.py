@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError
 
 _TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
@@ -133,7 +134,7 @@ class Augmentation:
             raise InvalidInputError(
                 f"generator is a {type(generator).__name__}{device}: pass a CPU generator, torch.Generator()"
             )
-        uniform = torch.rand(count, _DRAWS, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(count, _DRAWS, generator=generator, dtype=torch.float64, device="cpu")
         top, left, flip, brightness, hue, order = uniform[:, 2 * _TRIES :].unbind(1)
         height, width = self._crop_sizes(image_size, uniform[:, :_TRIES], uniform[:, _TRIES : 2 * _TRIES])
 
@@ -180,6 +181,7 @@ class Augmentation:
             return height, max(1, round(height * self.ratio[1]))
         return height, width
 
+    @without_autocast
     def render(self, image: Tensor, views: Views) -> Tensor:
         """Render views of an image: crop, resize, flip, then brightness and hue in each view's order.
 
@@ -275,7 +277,7 @@ def _resize_weights(
     as the downsampling asks for, as in torch's antialiased bilinear resize.
     """
     step = length.double() / size
-    output = (torch.arange(size, dtype=torch.float64) + 0.5).expand(len(start), size)
+    output = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5).expand(len(start), size)
     output = torch.where(flip[:, None], size - output, output)
     centre = start[:, None] + output * step[:, None]
     # Whole and fractional part apart: in float32 a position of some thousands costs the weights 4 digits.

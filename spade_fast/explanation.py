@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from spade_fast.files import write_whole
 from spade_fast.images import image_tensor
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
 from spade_fast.preprocessing import Preprocess
+from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.traces import Trace
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class Prediction:
     probability: float
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, eq=False)
+class Explanation(ReadOnlyMappings):
     """Why a network gave its answer: attribution maps of the dense network and of its trace.
 
     Attributes
@@ -86,10 +86,6 @@ class Explanation:
     trace: Trace
     settings: Mapping[str, Any] = field(default_factory=dict)
     layer_order: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("dense", "spade", "settings"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def figure(self) -> Figure:
         """The picture: photograph, predictions, maps, sparsity; see :func:`spade_fast.figures.explanation_figure`."""
@@ -161,7 +157,9 @@ class Explanation:
                 written[name].parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 reason = error.strerror or error
-                raise InvalidInputError(f"cannot make the folder {os.fspath(folder)!r} ({reason})") from error
+                raise InvalidInputError(
+                    f"cannot write {os.fspath(written[name])!r} ({reason}): choose another folder"
+                ) from error
             write_whole(written[name], content)
         return written
 
@@ -228,6 +226,11 @@ def explain(
     # Parameters made in inference mode, as those of an applied trace would be, could not take part in a gradient.
     with torch.inference_mode(False):
         inputs = attribution.check_inputs(preprocess(view[None].to(attribution.like_weights(view, module).device)))
+        if inputs.shape[2:] != view.shape[1:]:
+            raise InvalidInputError(
+                f"preprocess turns {list(view.shape[1:])} pixels into {list(inputs.shape[2:])} inputs, so maps would "
+                "not lie on the image: pass the image in the size that the network sees, or a spade_fast.Preprocess"
+            )
         dense_scores = _scores(module, inputs)
         explained = int(dense_scores.argmax()) if target is None else target
         attribution.check_target(explained, len(dense_scores))

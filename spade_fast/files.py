@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -12,20 +13,27 @@ from spade_fast.errors import InvalidInputError
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file under another name and give it its own at the end: nobody ever sees half of it.
 
+    Symbolic links are followed, and a file that was there keeps its permissions.
+
     Raises
     ------
     InvalidInputError
-        If it cannot be written; what was there before is still there.
+        If it cannot be written, or is something else than a file; what was there before is still there.
     """
-    path = Path(path)
     try:
+        path = Path(path).resolve()
+        mode = path.stat().st_mode if path.exists() else None
+        if mode is not None and not stat.S_ISREG(mode):
+            raise InvalidInputError(f"{os.fspath(path)!r} is not a regular file: choose another name")
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if mode is not None:
+                temporary.chmod(stat.S_IMODE(mode))
             temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InvalidInputError(f"cannot write {os.fspath(path)!r} ({reason}): choose another folder") from error
+    except (OSError, TypeError, ValueError, RuntimeError) as error:  # the latter three from names that are none
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInputError(f"cannot write {str(path)!r} ({reason}): choose another folder") from error

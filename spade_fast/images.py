@@ -44,6 +44,8 @@ def load_image(path: str | os.PathLike[str], *, background: tuple[int, int, int]
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInputError(f"path is a {type(path).__name__}: pass the name of an image file")
     where = f"image file {os.fspath(path)!r}"
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InvalidInputError(f"{where} is no regular file, which might never end: copy its contents to one")
     try:
         with Image.open(path) as image:
             # Not by making Pillow's warning an error: the warning filters are shared by all threads.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, TypeGuard
 
 import torch
@@ -13,10 +14,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from spade_fast import ops, reference
+from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError
 
 #: Kinds of layers that are pruned. Subclasses count: what matters is the call that their weight ends up in.
 PRUNABLE = (nn.Linear, nn.Conv2d)
+_SPARSITY_TOLERANCE = 0.02
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -33,9 +36,19 @@ def unsupported_layers(model: nn.Module) -> dict[str, str]:
                 found[name] = f"{type(module).__name__} with a computed weight"
         elif isinstance(module, ParametrizationList):
             continue  # holds what a layer's weight is computed from; that layer is listed itself
-        elif any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
-            found[name] = type(module).__name__
+        elif matrices := [key for key, value in module.named_parameters(recurse=False) if _is_matrix(value)]:
+            # Of a module that holds other layers, they are named, since those layers may well be pruned.
+            kind = type(module).__name__
+            found[name] = f"{kind}.{', '.join(matrices)}" if next(module.children(), None) else kind
+        elif isinstance(getattr(module, "weight", None), MethodType):  # torch's quantized layers
+            found[name] = f"quantized {type(module).__name__}"
     return found
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return True
+    return sum(size > 1 for size in parameter.shape) >= 2  # unlike the scale of each channel, [channels, 1, 1]
 
 
 def _is_prunable(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
@@ -48,9 +61,22 @@ def is_depthwise(layer: nn.Linear | nn.Conv2d) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.weight.shape[1] == 1
 
 
-def mask_block_size(weight: Tensor) -> int:
-    """Columns that share one threshold: the k * k taps of one channel, 1 for 1x1 convolutions and linears."""
-    return weight.shape[2:].numel()
+def mask_block_size(weight: Tensor, sparsity: float = 0.0) -> int:
+    """Columns that share one threshold: the k * k taps of one channel, 1 for 1x1 convolutions and linears.
+
+    With few rows a block is too small for its target: of two weights, 0.8 is both. As many channels then share a
+    threshold as it takes to come within 0.02 of the target and to keep a weight.
+    """
+    rows, taps = weight.shape[0], weight.shape[2:].numel()
+    block = taps
+    while block < weight.shape[1] * taps and not _can_reach(sparsity, rows * block):
+        block += taps
+    return block
+
+
+def _can_reach(sparsity: float, candidates: int) -> bool:
+    count = reference.count_to_prune(candidates, sparsity)
+    return abs(count / candidates - sparsity) <= _SPARSITY_TOLERANCE and (count < candidates or sparsity == 1)
 
 
 @dataclass
@@ -84,21 +110,26 @@ class InputRecorder(TorchFunctionMode):
     ----------
     weights
         The parameters to watch, by a name for messages.
-    skip_first
-        Leave out the first watched weight that is called; see `first`.
+    unless_first
+        Names of those to leave out if theirs is the first ``linear`` or ``conv2d`` call of all.
     backend
         As in :func:`spade_fast.trace`.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], *, skip_first: bool = False, backend: ops.Backend = "auto"
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        unless_first: Collection[str] = (),
+        backend: ops.Backend = "auto",
     ) -> None:
         super().__init__()
         self.sums: dict[str, GramSum] = {}
-        #: Name of the first watched weight that was called, None as long as none was.
-        self.first: str | None = None
+        #: Name of the layer that was left out for being first, None if none was.
+        self.left_out: str | None = None
         self._names = {id(weight): name for name, weight in weights.items()}
-        self._skip_first = skip_first
+        self._unless_first = frozenset(unless_first)
+        self._called = False
         self._backend = backend
 
     def __torch_function__(
@@ -112,14 +143,14 @@ class InputRecorder(TorchFunctionMode):
             self._record(_conv2d_call, args, kwargs)
         return result
 
+    @without_autocast
     def _record(self, parse: Callable[..., _Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = parse(*args, **kwargs)
         name = self._names.get(id(call.weight))
-        if name is None:
-            return
-        if self.first is None:
-            self.first = name
-        if self._skip_first and name == self.first:
+        if not self._called and name in self._unless_first:
+            self.left_out = name
+        self._called = True
+        if name is None or name == self.left_out:
             return
         device = call.input.device
         dtype = torch.float64 if call.input.dtype == torch.float64 else torch.float32

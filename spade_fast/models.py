@@ -136,15 +136,15 @@ def resolve_model(
     InvalidInputError
         If there is no preprocessing to be found, or the model is one whose layers cannot be seen or swapped.
     """
-    module = model.module if isinstance(model, LoadedModel) else model
+    module = bare_module(model)
     kind = type(module).__name__
-    if not isinstance(module, nn.Module):
-        raise InvalidInputError(f"model is a {kind}: pass an nn.Module, or what spade_fast.load_model returns")
     if isinstance(module, torch.jit.ScriptModule):
         raise InvalidInputError(f"model is a {kind}: scripted models hide their layers; pass the original nn.Module")
     if hasattr(module, "_orig_mod"):
         raise InvalidInputError("model is compiled, which hides its layers: pass the original, model._orig_mod")
     if preprocess is not None:
+        if not callable(preprocess):
+            raise InvalidInputError(f"preprocess must be a function of a batch of pixels, got {preprocess!r}")
         return module, preprocess
     if isinstance(model, LoadedModel):
         return module, model.preprocess
@@ -157,12 +157,21 @@ def resolve_model(
     )
 
 
+def bare_module(model: nn.Module | LoadedModel) -> nn.Module:
+    """The network itself, or InvalidInputError where there is none."""
+    module = model.module if isinstance(model, LoadedModel) else model
+    if not isinstance(module, nn.Module):
+        kind = type(module).__name__
+        raise InvalidInputError(f"model is a {kind}: pass an nn.Module, or what spade_fast.load_model returns")
+    return module
+
+
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device, CPU for None, or InvalidInputError where it cannot be used."""
     try:
-        target = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:  # the latter from builds without the device's backend
+        # Of a tensor there, so that "cuda" and "cuda:0" come out as one.
+        target = torch.empty(0, device="cpu" if device is None else device).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last from builds without the device's backend
         raise InvalidInputError(
             f"device {str(device)!r} can't be used ({first_line(error)}): pass 'cpu', or leave device out"
         ) from error
@@ -171,7 +180,10 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every submodule, each one's own flag put back on leaving."""
+    """Evaluation mode for every submodule, each one's own flag put back on leaving.
+
+    The flags are set directly: `train` and `eval` may be overridden, and do more (merge LoRA weights, for one).
+    """
     flags = [(submodule, submodule.training) for submodule in module.modules()]
 
     def restore() -> None:
@@ -179,18 +191,14 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = training
 
     try:
-        module.eval()
+        for submodule, _ in flags:
+            submodule.training = False
         yield
     finally:
-        run_to_the_end(restore)
-
-
-def run_to_the_end(restore: Callable[[], None]) -> None:
-    """Put things back even if Ctrl-C arrives while they are being put back. `restore` may run twice."""
-    try:
-        restore()
-    finally:
-        restore()
+        try:
+            restore()
+        finally:  # again, should Ctrl-C have cut it short
+            restore()
 
 
 # Networks by library

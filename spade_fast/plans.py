@@ -8,14 +8,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from types import MappingProxyType
 
 from spade_fast.errors import InvalidInputError
+from spade_fast.readonly import ReadOnlyMappings
 
 
 @dataclass(frozen=True)
-class SparsityPlan:
+class SparsityPlan(ReadOnlyMappings):
     """Target sparsities by layer.
 
     A key names a layer exactly ("layer4.2.conv3") or a block by prefix ("layer4.2", "layer4"). The longest match
@@ -38,10 +39,13 @@ class SparsityPlan:
     default: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.targets, Mapping) or not all(isinstance(key, str) for key in self.targets):
+            raise InvalidInputError(f"a plan maps names of layers or blocks to sparsities, got {self.targets!r}")
         checked = {key: check_sparsity(value, f"sparsity of {key!r}") for key, value in self.targets.items()}
-        object.__setattr__(self, "targets", MappingProxyType(checked))
+        object.__setattr__(self, "targets", checked)
         if self.default is not None:
             object.__setattr__(self, "default", check_sparsity(self.default, "default sparsity"))
+        super().__post_init__()
 
     @classmethod
     def uniform(cls, sparsity: float, *, layers: Iterable[str] | None = None) -> SparsityPlan:
@@ -101,12 +105,13 @@ class SparsityPlan:
 
 def check_sparsity(value: object, what: str) -> float:
     """`value` as a float within 0..1, or InvalidInputError that begins with `what`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidInputError(f"{what} must be a number within 0..1, got {value!r}")
+    value = float(value)
     if not 0 <= value <= 1:  # also catches NaN
-        hint = f"; did you mean {value / 100:g}?" if math.isfinite(value) and 1 < value <= 100 else ""
+        hint = f"; did you mean {value / 100:g}?" if math.isfinite(value) and 2 <= value <= 100 else ""
         raise InvalidInputError(f"{what} must lie within 0 (dense) and 1 (all pruned), got {value!r}{hint}")
-    return float(value)
+    return value
 
 
 def is_prefix(key: str, layer: str) -> bool:

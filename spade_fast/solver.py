@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spade_fast import ops, reference
+from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError
 from spade_fast.plans import check_sparsity
 
@@ -35,7 +36,7 @@ class Solution:
     weight
         Sparse weight, shape and dtype of the one given.
     mask
-        bool, same shape: True where a weight was kept.
+        bool, same shape: True where a weight was kept. False for all weights of dead inputs.
     loss
         Half the increase of the quadratic layer error, tr((W - Q) H (W - Q)^T) / 2, with the damped H. With
         H = (2 / n) X X^T this is the squared error of the layer's outputs, summed over outputs, mean over samples.
@@ -61,6 +62,7 @@ class Factor:
     fallback: Fallback | None
 
 
+@without_autocast
 def solve(
     weight: Tensor,
     hessian: Tensor,
@@ -74,8 +76,9 @@ def solve(
 ) -> Solution:
     """Prune one layer to a target sparsity, adjusting the kept weights (FastSPADE; SPADE section 3).
 
-    Inputs that are zero in every sample (zero on the Hessian's diagonal) get zero weights. Sparsity 0 returns the
-    weights bit for bit, without looking at the Hessian.
+    Inputs that are zero in every sample (zero on the Hessian's diagonal) lose all their weights, beside the count that
+    is asked for, and take no part in the damping. Sparsity 0 returns the weights bit for bit, without looking at the
+    Hessian.
 
     Parameters
     ----------
@@ -132,7 +135,10 @@ def solve(
 
     diagonal = damped.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0  # [G, d]
-    diagonal.masked_fill_(dead, 1)
+    # Any positive number would do: it touches no other column. This one leaves the mean, so the damping, as it is
+    # without dead inputs, whatever the unit of the inputs (the published procedure puts 1 there).
+    live_mean = diagonal.sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp(min=1)
+    diagonal.copy_(torch.where(dead, torch.where(live_mean > 0, live_mean, 1), diagonal))
     grouped = grouped.masked_fill(dead[:, None], 0)
     published = mask_rule == "published"
     native = ops.resolve_backend(backend, weight.device) == "native"
@@ -140,10 +146,16 @@ def solve(
     sparse, mask, loss = (ops if native else reference).prune_columns(
         grouped.to(factor.matrix.dtype), factor.matrix, sparsity, block_size, published
     )
+    # Keeps the memory format, channels_last among others, and the dtype.
+    result = torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape))
+    if not result.isfinite().all():
+        raise InvalidInputError(
+            f"pruning overflows {str(weight.dtype).removeprefix('torch.')}: the weights reach "
+            f"{weight.abs().max().item():.1e}; scale them down or use a wider dtype"
+        )
     return Solution(
-        # Keeps the memory format, channels_last among others, and the dtype.
-        weight=torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape)),
-        mask=mask.view(weight.shape),
+        weight=result,
+        mask=(mask & ~dead[:, None]).view(weight.shape),
         loss=loss.item(),
         damping=factor.damping,
         fallback=factor.fallback,

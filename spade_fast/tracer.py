@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +24,7 @@ from spade_fast.layers import (
     unsupported_layers,
 )
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
-from spade_fast.plans import SparsityPlan, check_prefixes, is_prefix
+from spade_fast.plans import SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Solution, Solver, solve
 from spade_fast.traces import LayerTrace, Trace
@@ -83,11 +83,13 @@ def trace(
         Names of layers or blocks: all others stay dense.
     block_size
         Columns that share one threshold. Default, as published: the k * k taps of one channel, 1 for 1x1 convolutions
-        and linear layers. The more columns, the lower each layer's error.
+        and linear layers; more channels where a block would lose all its weights. The more columns, the lower each
+        layer's error.
     damping, mask_rule
-        As in :func:`spade_fast.solve`.
+        As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule.
     batch_size
-        Views that go through the model at a time. Changes the result only by rounding.
+        Views that go through the model at a time. Changes the result only by rounding, as long as the model treats
+        the images of a batch each on its own.
     seed
         Of the augmentation. Equal seeds give equal bits.
     device
@@ -123,23 +125,29 @@ def trace(
     module = _on_device(module, device)
     selection = _select(module, sparsity, layers)
     anchor = next(iter(prunable_layers(module).values())).weight  # tells device and dtype of the model
+    backend = ops.resolve_backend(backend, anchor.device)
     settings = {
-        "num_augmentations": num_augmentations,
+        "model": model.name if isinstance(model, LoadedModel) else type(module).__name__,
         "images": len(images),
+        "num_augmentations": num_augmentations,
+        "augment": "default" if augment is None else repr(augment),
+        "preprocess": preprocess.to_dict() if isinstance(preprocess, Preprocess) else repr(preprocess),
         "solver": solver,
         "block_size": block_size,
         "damping": damping,
         "mask_rule": mask_rule,
+        "batch_size": batch_size,
         "seed": seed,
-        "backend": ops.resolve_backend(backend, anchor.device),
+        "backend": backend,
         "torch": torch.__version__,
     }
 
     generator = torch.Generator().manual_seed(seed)
-    recorder = InputRecorder(selection.weights, skip_first=selection.skip_first, backend=backend)
+    recorder = InputRecorder(selection.weights, unless_first=selection.unnamed, backend=backend)
     batches = _batches(images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device)
     count = len(images) * -(-num_augmentations // batch_size)
-    with evaluation_mode(module), torch.inference_mode():
+    # Not inference mode: what a module caches in it could never again take part in a gradient.
+    with evaluation_mode(module), torch.no_grad():
         for batch in tqdm(batches, "dense pass", count, disable=not progress, leave=False):
             _check_batch(batch, "augment")
             inputs = preprocess(batch)
@@ -161,7 +169,7 @@ def trace(
                 weight,
                 recorder.sums.pop(name).hessian(),
                 selection.targets[name],
-                block_size=mask_block_size(weight) if block_size is None else block_size,
+                block_size=block_size or mask_block_size(weight, selection.targets[name]),
                 damping=damping,
                 solver=solver,
                 mask_rule=mask_rule,
@@ -198,9 +206,13 @@ def trace_many(
     InvalidInputError
         As :func:`trace`, with the image's position.
     """
+    module, preprocess = resolve_model(model, settings.pop("preprocess", None))
+    device = settings.pop("device", None)
+    moved = _on_device(module, device)  # once for all images
+    prepared = replace(model, module=moved) if isinstance(model, LoadedModel) else moved
     for position, image in enumerate(images):
         try:
-            yield trace(model, image, sparsity, **settings)
+            yield trace(prepared, image, sparsity, preprocess=preprocess, **settings)
         except InvalidInputError as error:
             raise InvalidInputError(f"image {position}: {error}") from error
 
@@ -214,7 +226,7 @@ class _Selection:
     leaders: dict[str, str]  # layer to leader, in the order of the model
     dense: dict[str, str]  # layer to reason
     named: frozenset[str]  # layers that the caller named one by one
-    skip_first: bool
+    unnamed: frozenset[str]  # leaders that no key and no name covers: they stay dense if they are called first
 
 
 def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None) -> _Selection:
@@ -224,23 +236,20 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
         raise InvalidInputError(
             f"{type(module).__name__} has no prunable layers: Linear and Conv2d are pruned, it has {kinds}"
         )
-    if isinstance(sparsity, SparsityPlan):
-        plan = sparsity
-    elif isinstance(sparsity, Mapping):
-        plan = SparsityPlan.from_mapping(sparsity)
-    elif callable(sparsity):
-        plan = sparsity(module)
-    else:
-        plan = SparsityPlan.uniform(sparsity)
+    plan = _as_plan(sparsity(module) if callable(sparsity) else sparsity)
     if isinstance(layers, str):
         raise InvalidInputError(f"layers must be a sequence of names: pass [{layers!r}]")
+    if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(key, str) for key in layers)):
+        raise InvalidInputError(f"layers must be a sequence of names, got {layers!r}")
+    if (layers is not None and not layers) or (plan.default is None and not plan.targets):
+        raise InvalidInputError("the plan names no layer: give `sparsity` and `layers` at least one, or leave them out")
     for key in (*plan.targets, *(layers or ())):
         if key in unsupported:
             raise InvalidInputError(f"{key!r} is a {unsupported[key]}: only Linear and Conv2d layers are pruned")
     plan.check_keys(prunable)
     check_prefixes(layers or (), prunable, "layers:")
 
-    dense = {name: f"{kind} layers are not pruned" for name, kind in unsupported.items()}
+    dense = {name: f"{kind} is not pruned" for name, kind in unsupported.items()}
     foreign = _foreign_owners(module, prunable)
     weights: dict[str, Tensor] = {}
     targets: dict[str, float] = {}
@@ -275,7 +284,17 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
                 f"layers {leader!r} and {name!r} share one weight, but only the first is to be pruned: give both the "
                 "same sparsity, or leave both out"
             )
-    return _Selection(weights, targets, leaders, dense, named, plan.default is not None and layers is None)
+    given = [*([] if callable(sparsity) else plan.targets), *(layers or ())]
+    unnamed = frozenset(name for name in weights if not any(is_prefix(key, name) for key in given))
+    return _Selection(weights, targets, leaders, dense, named, unnamed)
+
+
+def _as_plan(sparsity: float | Mapping[str, float] | SparsityPlan) -> SparsityPlan:
+    if isinstance(sparsity, SparsityPlan):
+        return sparsity
+    if isinstance(sparsity, Mapping):
+        return SparsityPlan.from_mapping(sparsity)
+    return SparsityPlan.uniform(check_sparsity(sparsity, "sparsity"))
 
 
 def _foreign_owners(module: nn.Module, prunable: Mapping[str, nn.Module]) -> dict[int, str]:
@@ -293,18 +312,22 @@ def _reasons_to_stay_dense(selection: _Selection, recorder: InputRecorder) -> di
     dense = dict(selection.dense)
     never_called = []
     for name, leader in selection.leaders.items():
-        if selection.skip_first and leader == recorder.first:
+        if leader == recorder.left_out:
             dense[name] = "first layer"
-        elif leader not in recorder.sums:
+        elif leader in recorder.sums and not recorder.sums[leader].samples:
+            del recorder.sums[leader]
+            dense[name] = "called with empty batches only"
+        elif leader not in recorder.sums and dense.get(leader) != "called with empty batches only":
             dense[name] = "never called in the forward pass"
             never_called.append(name)
-    cure = "the model applies its weight in another way, or not at all: leave it out of `sparsity` and `layers`"
+    reason = "the model uses its weight inside another operation (as nn.MultiheadAttention does), or not at all"
     for name in never_called:
         if name in selection.named:
-            raise InvalidInputError(f"layer {name!r} is never called in the forward pass: {cure}")
+            raise InvalidInputError(f"layer {name!r} is never called in the forward pass: {reason}; leave it out")
     if never_called:
         names = ", ".join(map(repr, never_called[:5])) + (" ..." if len(never_called) > 5 else "")
-        warnings.warn(f"{len(never_called)} layers are never called and stay dense: {names}; {cure}", stacklevel=3)
+        count = f"{len(never_called)} layer" + ("s are" if len(never_called) > 1 else " is")
+        warnings.warn(f"{count} never called and so stays dense: {names}; {reason}", stacklevel=3)
     return dense
 
 
@@ -335,8 +358,15 @@ def _batches(
             frame = preprocess.frame(image) if isinstance(preprocess, Preprocess) else image_tensor(image)
         except InvalidInputError as error:
             raise InvalidInputError(f"image {position}: {error}" if len(images) > 1 else str(error)) from error
+        if isinstance(image, Image.Image) and augment is None and not isinstance(preprocess, Preprocess):
+            raise InvalidInputError(
+                "how large the model's inputs are cannot be told from a photograph and a function: pass "
+                "augment=spade_fast.Augmentation(size=...), or a spade_fast.Preprocess as preprocess"
+            )
         frame = frame.to(device)
         shape = (frame.shape[1], frame.shape[2])
+        if augment is not None and not callable(augment):
+            raise InvalidInputError(f"augment must be an Augmentation or a function, got {augment!r}")
         chosen = augment or Augmentation(size=preprocess.input_size if isinstance(preprocess, Preprocess) else shape)
         starts = range(0, num_augmentations, batch_size)
         if isinstance(chosen, Augmentation):
@@ -362,4 +392,6 @@ def _on_device(module: nn.Module, device: torch.device | str | None) -> nn.Modul
     if device is None:
         return module
     target = usable_device(device)
+    if target.type == "meta":
+        raise InvalidInputError("device 'meta' has no values to compute with")
     return module if devices == {target} else copy.deepcopy(module).to(target)

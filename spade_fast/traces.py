@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import write_whole
-from spade_fast.models import LoadedModel, run_to_the_end
+from spade_fast.models import LoadedModel, bare_module, usable_device
+from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.solver import Fallback, Solution
 
 _FORMAT = 1
@@ -26,7 +27,7 @@ _METADATA_KEY = "spade_fast_trace"
 _REPORTED = ("requested_sparsity", "loss", "damping", "fallback")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerTrace:
     """One pruned layer of a trace.
 
@@ -35,7 +36,7 @@ class LayerTrace:
     weight
         Sparse weight, shape and dtype of the layer's own.
     mask
-        bool, same shape: True where a weight was kept.
+        bool, same shape: True where a weight was kept. False for all weights of inputs that were never active.
     requested_sparsity
         The target, 0..1.
     loss, damping, fallback
@@ -72,8 +73,8 @@ class LayerTrace:
         return int((~self.mask.flatten(1).any(dim=1)).count_nonzero())
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, eq=False)
+class Trace(ReadOnlyMappings):
     """A network's sparse trace for an image or a set of images (SPADE section 3).
 
     It holds the pruned layers only, and never touches the model it was made from.
@@ -92,10 +93,6 @@ class Trace:
     dense: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name in ("layers", "dense", "settings"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-
     @property
     def sparsity(self) -> float:
         """Share of the weights of all layers in the trace that was pruned; 0 for a trace without layers."""
@@ -108,7 +105,7 @@ class Trace:
         """Swap the sparse weights into the model, and back on leaving, bit for bit, whatever happens inside.
 
         The model's own parameters are put aside whole, not copied over, and put back as the same objects. Blocks
-        may be nested; the innermost trace counts.
+        may be nested, and then end in the order of nesting; the innermost trace counts.
 
         Parameters
         ----------
@@ -125,7 +122,7 @@ class Trace:
         InvalidInputError
             If a layer of the trace is missing in the model or has another shape; nothing is swapped then.
         """
-        module = model.module if isinstance(model, LoadedModel) else model
+        module = bare_module(model)
         replacements = self._replacements(module)
         originals = [(owner, owner._parameters["weight"]) for owner, _ in replacements]
 
@@ -138,7 +135,10 @@ class Trace:
                 owner._parameters["weight"] = parameter
             yield module
         finally:
-            run_to_the_end(restore)
+            try:
+                restore()
+            finally:  # again, should Ctrl-C have cut it short
+                restore()
 
     def pruned_copy(self, model: nn.Module | LoadedModel) -> nn.Module:
         """A deep copy of the model with the sparse weights in place.
@@ -148,7 +148,8 @@ class Trace:
         InvalidInputError
             As :meth:`applied`.
         """
-        duplicate = copy.deepcopy(model.module if isinstance(model, LoadedModel) else model)
+        with torch.inference_mode(False):
+            duplicate = copy.deepcopy(bare_module(model))
         for owner, parameter in self._replacements(duplicate):
             owner._parameters["weight"] = parameter
         return duplicate
@@ -226,6 +227,7 @@ class Trace:
             "dense": dict(self.dense),
             "settings": dict(self.settings),
         }
+        header["sha256"] = _digest(header, tensors)
         write_whole(path, save(tensors, metadata={_METADATA_KEY: json.dumps(header)}))
 
     @classmethod
@@ -237,14 +239,17 @@ class Trace:
         InvalidInputError
             If the file cannot be read, is no trace, or contradicts itself; the message names the file.
         """
+        target = usable_device(device)
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt", device=str(target)) as file:
                 metadata = file.metadata() or {}
                 # Clones: the tensors would otherwise be views of the file, and change or crash with it.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             header = json.loads(metadata[_METADATA_KEY])
             if header["format"] != _FORMAT:
                 raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
+            if header.pop("sha256") != _digest(header, tensors):
+                raise ValueError("its checksum does not fit its contents")
             layers = {}
             for name, report in header["layers"].items():
                 weight, mask = tensors[f"{name}.weight"], tensors[f"{name}.mask"]
@@ -261,19 +266,27 @@ class Trace:
     def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
         """For each layer, the module that owns its weight and the sparse parameter to put there."""
         modules = dict(module.named_modules())
+        owners: dict[int, list[str]] = {}  # of each parameter, by its identity
+        for parameter_name, parameter in module.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(parameter_name.removesuffix(".weight"))
         problems, found = [], []
-        parameters: dict[int, nn.Parameter] = {}  # tied layers get one parameter again
+        sparse: dict[int, nn.Parameter] = {}  # tied layers get one parameter again
         for name, layer in self.layers.items():
             weight = modules[name]._parameters.get("weight") if name in modules else None
             if weight is None:
                 problems.append(f"{name!r} is missing")
-            elif weight.shape != layer.weight.shape:
+                continue
+            if weight.shape != layer.weight.shape:
                 problems.append(f"{name!r} has shape {list(weight.shape)}, the trace {list(layer.weight.shape)}")
-            else:
-                if id(weight) not in parameters:
-                    sparse = torch.empty_like(weight, requires_grad=False).copy_(layer.weight)
-                    parameters[id(weight)] = nn.Parameter(sparse, requires_grad=weight.requires_grad)
-                found.append((modules[name], parameters[id(weight)]))
+                continue
+            for tied in owners[id(weight)]:
+                if tied not in self.layers or not torch.equal(self.layers[tied].weight, layer.weight):
+                    problems.append(f"{name!r} shares its weight with {tied!r}, but not in the trace")
+            if id(weight) not in sparse:
+                with torch.inference_mode(False):  # parameters made in it could not take part in a gradient
+                    value = torch.empty_like(weight, requires_grad=False).copy_(layer.weight)
+                    sparse[id(weight)] = nn.Parameter(value, requires_grad=weight.requires_grad)
+            found.append((modules[name], sparse[id(weight)]))
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise InvalidInputError(
@@ -281,3 +294,12 @@ class Trace:
                 "Apply it to the model it was made from"
             )
         return found
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a file of a trace holds."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

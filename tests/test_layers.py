@@ -91,7 +91,7 @@ def test_a_weight_that_is_computed_on_the_way_cannot_be_seen():
         sf.hessian(Standardized(2, 2), torch.ones(3, 2))
 
 
-def record(model: nn.Module, inputs: Tensor, **settings: bool) -> InputRecorder:
+def record(model: nn.Module, inputs: Tensor, **settings: list[str]) -> InputRecorder:
     weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
     recorder = InputRecorder(weights, **settings)
     with torch.inference_mode(), recorder:
@@ -130,7 +130,7 @@ def test_functional_calls_are_seen_and_other_weights_are_not():
     assert torch.equal(recorder.sums["layer"].gram, torch.full((1, 3, 3), 18.0))
 
 
-def test_skip_first_leaves_out_the_first_called_layer_not_the_first_listed():
+def test_the_first_layer_is_the_first_called_not_the_first_listed():
     class Reversed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,9 +139,37 @@ def test_skip_first_leaves_out_the_first_called_layer_not_the_first_listed():
         def forward(self, input: Tensor) -> Tensor:
             return self.late(self.early(input))
 
-    recorder = record(Reversed(), torch.ones(2, 3), skip_first=True)
-    assert recorder.first == "early"
+    recorder = record(Reversed(), torch.ones(2, 3), unless_first=["early", "late"])
+    assert recorder.left_out == "early"
     assert list(recorder.sums) == ["late"]
+    named = record(Reversed(), torch.ones(2, 3), unless_first=["late"])
+    assert named.left_out is None
+    assert list(named.sums) == ["early", "late"]
+
+
+def test_a_first_layer_whose_weight_is_not_watched_is_still_the_first():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    recorder = record(model, torch.ones(2, 3), unless_first=["1"])
+    assert recorder.left_out is None
+    assert list(recorder.sums) == ["1"]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5, 5)])
+def test_batches_add_up(shape):
+    layer = (nn.Linear(4, 3) if len(shape) == 2 else nn.Conv2d(4, 3, 3)).double()
+    inputs = torch.randn(shape, dtype=torch.float64)
+    recorder = InputRecorder({"layer": layer.weight})
+    with torch.no_grad(), recorder:
+        for batch in inputs.split([1, 2, 3]):
+            layer(batch)
+    torch.testing.assert_close(recorder.sums["layer"].hessian(), sf.hessian(layer, inputs))
+
+
+def test_autocast_does_not_reach_the_sums():
+    model, inputs = nn.Sequential(nn.Linear(8, 8)), torch.randn(50, 8)
+    plain = record(model, inputs).sums["0"].gram
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(record(model, inputs).sums["0"].gram, plain)
 
 
 def test_one_weight_under_two_groupings_is_refused():
@@ -184,3 +212,18 @@ def test_kinds_of_layers():
     assert [is_depthwise(layer) for layer in prunable_layers(model).values()] == [False, False, True]
     assert mask_block_size(model["linear"].weight) == 1
     assert mask_block_size(model["conv"].weight) == 6
+
+
+def test_blocks_widen_until_they_can_reach_their_target():
+    assert mask_block_size(torch.empty(10, 8), 0.9) == 1  # keeps 1 of 10
+    assert mask_block_size(torch.empty(10, 8), 0.95) == 2  # 9.5 of 10 would round to all; keeps 1 of 20
+    assert mask_block_size(torch.empty(2, 8), 0.8) == 5  # 1.6 of 2 would round to all; keeps 2 of 10
+    assert mask_block_size(torch.empty(3, 8), 0.25) == 4  # 0.75 of 3 would round to a third; takes 3 of 12
+    assert mask_block_size(torch.empty(1, 8, 3, 3), 0.95) == 18
+    assert mask_block_size(torch.empty(1, 2), 0.99) == 2  # no wider than the layer
+    assert mask_block_size(torch.empty(10, 8), 1.0) == 1
+
+
+def test_quantized_layers_are_reported():
+    quantized = torch.ao.nn.quantized.dynamic.Linear(4, 2)
+    assert unsupported_layers(nn.Sequential(quantized)) == {"0": "quantized Linear"}

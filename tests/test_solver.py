@@ -126,8 +126,22 @@ def test_dead_inputs_get_zero_weights():
     inputs[2] = 0
     native, plain = (sf.solve(weight, inputs @ inputs.T, 0.5, backend=b) for b in ("native", "reference"))
     assert not native.weight[:, 2].any()
-    assert (~native.mask[:, 2]).count_nonzero() == 3
+    assert not native.mask[:, 2].any()
+    assert [native.mask[:, i].count_nonzero() for i in (0, 1, 3, 4)] == [3] * 4
     torch.testing.assert_close(native.weight, plain.weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e6])
+def test_dead_inputs_change_nothing_for_the_others_in_any_unit(scale):
+    weight = torch.randn(6, 5, dtype=torch.float64)
+    inputs = scale * torch.randn(5, 40, dtype=torch.float64)
+    live = sf.solve(weight, inputs @ inputs.T, 0.5)
+    padded = torch.cat([inputs, torch.zeros(3, 40, dtype=torch.float64)])
+    with_dead = sf.solve(torch.cat([weight, torch.ones(6, 3).double()], 1), padded @ padded.T, 0.5)
+    assert torch.equal(with_dead.mask[:, :5], live.mask)
+    torch.testing.assert_close(with_dead.weight[:, :5], live.weight, rtol=1e-12, atol=0)
+    unscaled = sf.solve(weight, (inputs / scale) @ (inputs / scale).T, 0.5)
+    assert torch.equal(unscaled.mask, live.mask)
 
 
 def test_a_layer_without_any_input_becomes_zero():
@@ -172,6 +186,46 @@ def test_damping_is_raised_only_as_the_last_resort_and_reported(backend, dtype):
     assert 0 < solution.damping <= 1e-3
     assert solution.weight.isfinite().all()
     assert solution.weight.dtype == dtype
+
+
+def test_damping_is_raised_tenfold_until_it_does():
+    # Smallest eigenvalue -0.5 % of the mean diagonal: 0.1 % does not do, 1 % does.
+    hessian = torch.diag(torch.tensor([1.0, 1.0, 1.0])).double()
+    hessian[0, 1] = hessian[1, 0] = 1.005
+    solution = sf.solve(torch.randn(4, 3).double(), hessian, 0.5, damping=1e-3)
+    assert (solution.fallback, solution.damping) == ("damping", pytest.approx(1e-2))
+
+
+def test_an_inaccurate_factor_is_not_used(monkeypatch):
+    inputs = torch.randn(30, 90)
+    hessian = (inputs @ inputs.T)[None]
+    assert lower_factor(hessian) is not None
+    exact = torch.linalg.cholesky_ex
+
+    def inexact(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        factor, info = exact(matrix)
+        return factor * (1 + 1e-3), info
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", inexact)
+    assert lower_factor(hessian) is None
+
+
+def test_autocast_changes_nothing():
+    weight, hessian, block_size = layer_and_hessian("3x3", torch.float32)
+    plain = sf.solve(weight, hessian, 0.5, block_size=block_size)
+    for backend in ("native", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = sf.solve(weight, hessian, 0.5, block_size=block_size, backend=backend)
+        assert inside.fallback is None
+    assert torch.equal(plain.mask, inside.mask)
+
+
+def test_overflow_is_refused():
+    weight = torch.tensor([[3e38, -3e38, 3e38], [-3e38, 3e38, 3e38]])
+    inputs = torch.randn(3, 20)
+    inputs[0] = 10 * inputs[1] + 0.1 * inputs[0]
+    with pytest.raises(sf.InvalidInputError, match="pruning overflows float32.*3.0e\\+38"):
+        sf.solve(weight, inputs @ inputs.T, 0.5)
 
 
 def test_indefinite_hessian_is_refused():

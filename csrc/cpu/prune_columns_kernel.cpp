@@ -112,7 +112,8 @@ class ColumnPruner {
     for (int64_t r = 0; r < rows_; ++r) {
       current[r] = w[r] + current[r] / pivot;
       change[r] = w[r] - current[r];
-      score[r] = std::abs(current[r] * pivot);
+      const T value = std::abs(current[r] * pivot);
+      score[r] = std::isnan(value) ? std::numeric_limits<T>::infinity() : value;  // NaN has no place in an order
     }
   }
 
