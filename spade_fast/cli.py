@@ -6,6 +6,7 @@ input that cannot be used), 130 interrupted; an unexpected error shows its trace
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import platform
@@ -172,7 +173,8 @@ def _explain(
         _make_folder(save_trace.parent)
 
     _say(f"[dim]loading {escape(network['name'])}[/]")
-    model = load_model(**network, device=device)
+    with contextlib.redirect_stdout(sys.stderr):  # where libraries announce their downloads
+        model = load_model(**network, device=device)
     _say(f"[dim]explaining {escape(str(photo))}[/]")
     explanation = explain(model, image, methods=names, progress=sys.stderr.isatty(), **settings)
     files = explanation.save(out)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -241,6 +242,13 @@ def explain(
             with trace.applied(module):
                 spade_scores = _scores(module, inputs)
                 spade = _maps(module, inputs, explained, methods, bar)
+    for method, found in spade.items():
+        if not found.any() and dense[method].any():
+            warnings.warn(
+                f"the trace's map by {method!r} is zero everywhere: nothing of the image reaches the class any more; "
+                "prune less",
+                stacklevel=2,
+            )
 
     def name(index: int) -> str:
         return model.category(index) if isinstance(model, LoadedModel) else f"class {index}"

@@ -1,7 +1,9 @@
 """The published procedure in plain PyTorch: the oracle of the tests, the baseline of the benchmarks.
 
-It runs on any device in float32 or float64, and follows the paper and its published code step by step: unfolded
-inputs, a running Hessian, the inverse Hessian's Cholesky factor, one pass over the columns. Slow by design.
+It runs in float32 or float64 on any device that has both, and follows the paper and its published code step by step.
+:func:`prune_layer` is the whole of it for one layer: a running Hessian of unfolded inputs, the inverse Hessian's
+Cholesky factor, one pass over the columns. The other functions are what ``backend="reference"`` runs in place of the
+native operators. Slow by design.
 
 Sources: SPADE (Soltani Moakhar et al., ICML 2024) section 3 and appendix, "FastSPADE"; SparseGPT (Frantar and
 Alistarh, ICML 2023) section 3 and algorithm 1.
@@ -10,10 +12,13 @@ Alistarh, ICML 2023) section 3 and algorithm 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spade_fast.errors import InvalidInputError
 
 
 def linear_gram_(gram: Tensor, input: Tensor) -> None:
@@ -35,6 +40,55 @@ def conv2d_gram_(
         patches = F.unfold(channels, kernel_size, dilation=dilation, padding=padding, stride=stride)
         columns = patches.transpose(0, 1).flatten(1)  # [d, images * positions]
         gram[group] += columns @ columns.T
+
+
+def prune_layer(
+    weight: Tensor,
+    batches: Iterable[Tensor],
+    sparsity: float,
+    *,
+    block_size: int = 1,
+    damping: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FastSPADE on one layer as published, from its inputs (SPADE section 3; SparseGPT algorithm 1).
+
+    Shares nothing with :func:`spade_fast.hessian` and :func:`spade_fast.solve`, so that they can be held against it.
+    Three things differ there on purpose: the count that is pruned (here one more than asked for), the damping where an input
+    is dead (here 1 enters the mean for it), and what happens without a Cholesky factor (here an error).
+
+    Parameters
+    ----------
+    weight
+        [rows, d].
+    batches
+        Inputs [d, samples] of the layer, unfolded for a convolution, batch by batch.
+    sparsity, block_size
+        As in :func:`prune_columns`.
+    damping
+        Added to the Hessian's diagonal, as a share of its mean.
+
+    Returns
+    -------
+    weight, mask, loss
+        [rows, d], [rows, d], and a float64 scalar.
+    """
+    hessian = torch.zeros(weight.shape[1], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    samples = 0
+    for batch in batches:
+        hessian *= samples / (samples + batch.shape[1])
+        samples += batch.shape[1]
+        scaled = math.sqrt(2 / samples) * batch
+        hessian += scaled @ scaled.T
+    weight = weight.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    upper = factor(hessian[None])
+    if upper is None:
+        raise InvalidInputError("the damped Hessian is not positive definite: raise the damping")
+    sparse, mask, loss = prune_columns(weight[None], upper, sparsity, block_size, published_count=True)
+    return sparse[0], mask[0], loss
 
 
 def factor(hessian: Tensor) -> Tensor | None:

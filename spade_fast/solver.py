@@ -148,7 +148,7 @@ def solve(
     )
     # Keeps the memory format, channels_last among others, and the dtype.
     result = torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape))
-    if not result.isfinite().all():
+    if not result.isfinite().all() or not loss.isfinite():
         raise InvalidInputError(
             f"pruning overflows {str(weight.dtype).removeprefix('torch.')}: the weights reach "
             f"{weight.abs().max().item():.1e}; scale them down or use a wider dtype"

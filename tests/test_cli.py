@@ -46,6 +46,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load(name: str, **arguments: Any) -> LoadedModel:
         calls.append({"name": name, **arguments})
+        print("Downloading: as libraries say it, to stdout")  # noqa: T201
         torch.manual_seed(0)
         preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=12, resize_size=14)
         return LoadedModel(name, Tiny().eval(), preprocess, ("ant", "bee [x]", "cat"), "random")

@@ -219,7 +219,7 @@ def test_report_is_plain_json(explanation: Explanation) -> None:
     assert report["target"] == {"index": explanation.target, "name": explanation.target_name}
     assert [row["index"] for row in report["predictions"]["dense"]] == [p.index for p in explanation.dense_predictions]
     assert [row["layer"] for row in report["layers"]] == ["conv", "fc"]
-    assert report["dense_layers"] == {"stem": "not in the plan", "unused": "Embedding layers are not pruned"}
+    assert report["dense_layers"] == {"stem": "not in the plan", "unused": "Embedding is not pruned"}
     assert report["settings"]["methods"] == list(METHODS)
     assert report["settings"]["image_size"] == [16, 16]
     assert Preprocess.from_dict(report["settings"]["preprocess"]).input_size == 16
@@ -313,7 +313,7 @@ def test_figure_shows_what_was_pruned(explanation: Explanation) -> None:
     assert [label.get_text() for label in chart.get_xticklabels()] == ["stem", "unused", "conv", "fc"]
     assert [text.get_text() for text in chart.get_legend().get_texts()] == ["pruned", "asked for", "left dense"]
     asked, dense = chart.collections
-    assert asked.get_offsets().tolist() == [[2, 0.9], [3, 0.25]]  # of 3 weights in a column of fc, 1 was pruned
+    assert asked.get_offsets().tolist() == [[2, 0.9]]
     assert dense.get_offsets().tolist() == [[0, 0], [1, 0]]
 
 
@@ -342,3 +342,36 @@ def test_missing_matplotlib_names_the_cure(explanation: Explanation, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'spade-fast\[interpret\]'"):
         explanation.figure()
+
+
+class Unsteady(nn.Module):
+    """A network whose answer depends on its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.modes = load_tiny().module, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        return self.network(x)
+
+
+def test_answers_are_those_of_evaluation_mode(loaded: LoadedModel, photo: Image.Image) -> None:
+    network = Unsteady().train()
+    explain(network, photo, preprocess=loaded.preprocess, sparsity={"network.conv": 0.5}, num_augmentations=2)
+    assert network.modes
+    assert not any(network.modes)
+    assert network.training
+
+
+def test_a_trace_without_evidence_is_warned_of(loaded: LoadedModel, photo: Image.Image) -> None:
+    with pytest.warns(UserWarning, match="map by 'saliency' is zero everywhere"):
+        explain(loaded, photo, methods=["saliency"], sparsity={"fc": 1.0}, num_augmentations=2)
+
+
+def test_a_preprocess_that_resizes_is_refused(loaded: LoadedModel) -> None:
+    def resizing(batch: Tensor) -> Tensor:
+        return nn.functional.interpolate(batch, size=(8, 8))
+
+    with pytest.raises(InvalidInputError, match=r"turns \[12, 14\] pixels into \[8, 8\] inputs"):
+        explain(loaded.module, torch.rand(3, 12, 14), preprocess=resizing, **QUICK)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spade_fast as sf
+from spade_fast import reference
 from spade_fast.layers import mask_block_size
 from spade_fast.reference import count_to_prune
 from spade_fast.solver import lower_factor
@@ -49,6 +51,26 @@ def test_float64_equals_reference(name, mask_rule, sparsity):
     assert native.damping == 0.01
     assert native.fallback is None
     assert not native.weight[~native.mask].any()
+
+
+@pytest.mark.parametrize("name", ["linear", "1x1", "3x3", "strided", "dilated"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.8])
+def test_hessian_and_solve_equal_the_published_procedure_on_the_inputs(name, sparsity):
+    torch.manual_seed(2)
+    make, shape = LAYERS[name]
+    layer, inputs = make().double(), torch.randn(shape, dtype=torch.float64)
+    batches = [
+        batch.T if batch.dim() == 2
+        else F.unfold(batch, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(0, 1).flatten(1)
+        for batch in inputs.split(1 if inputs.dim() == 4 else 20)
+    ]  # fmt: skip
+    block_size = mask_block_size(layer.weight)
+    weight = layer.weight.detach()
+    sparse, mask, loss = reference.prune_layer(weight.flatten(1), batches, sparsity, block_size=block_size)
+    solution = sf.solve(weight, sf.hessian(layer, inputs), sparsity, block_size=block_size, mask_rule="published")
+    assert torch.equal(solution.mask.flatten(1), mask)
+    torch.testing.assert_close(solution.weight.flatten(1), sparse, rtol=0, atol=1e-10)
+    assert solution.loss == pytest.approx(loss.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", LAYERS)

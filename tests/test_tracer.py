@@ -539,11 +539,10 @@ def test_transformers_are_traced_and_their_attention_projections_reported():
     with pytest.warns(UserWarning, match="never called"):
         trace = sf.trace(model, picture(0, (32, 32)), 0.5, **SETTINGS)
     assert "encoder.layers.encoder_layer_0.mlp.0" in trace.layers
-    assert (
-        trace.dense["encoder.layers.encoder_layer_0.self_attention"]
-        == "MultiheadAttention.in_proj_weight is not pruned"
-    )
-    assert "never called" in trace.dense["encoder.layers.encoder_layer_0.self_attention.out_proj"]
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    assert trace.dense[attention] == "MultiheadAttention.in_proj_weight is not pruned"
+    assert "never called" in trace.dense[f"{attention}.out_proj"]
+    assert "" not in trace.dense
 
 
 # Images, augmentations and settings

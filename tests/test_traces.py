@@ -275,9 +275,7 @@ def test_bad_files_are_refused_by_name(tmp_path, trace):
         "later format": lambda: save_file(tensors, path, metadata={"spade_fast_trace": '{"format": 99}'}),
         "mask against weight": contradict,
         "one bit": lambda: path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]),
-        "one digit": lambda: path.write_bytes(
-            whole.replace(b'"requested_sparsity\\": 0.5', b'"requested_sparsity\\": 0.6', 1)
-        ),
+        "one digit": lambda: path.write_bytes(whole.replace(b'sparsity\\": 0.5', b'sparsity\\": 0.6', 1)),
         "missing mask": omit_mask,
         "missing": path.unlink,
     }
