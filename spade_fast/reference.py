@@ -53,8 +53,8 @@ def prune_layer(
     """FastSPADE on one layer as published, from its inputs (SPADE section 3; SparseGPT algorithm 1).
 
     Shares nothing with :func:`spade_fast.hessian` and :func:`spade_fast.solve`, so that they can be held against it.
-    Three things differ there on purpose: the count that is pruned (here one more than asked for), the damping where an input
-    is dead (here 1 enters the mean for it), and what happens without a Cholesky factor (here an error).
+    Three things differ there on purpose: the count that is pruned (here one more than asked for), the damping where
+    an input is dead (here 1 enters the mean for it), and what happens without a Cholesky factor (here an error).
 
     Parameters
     ----------
