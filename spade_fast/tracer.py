@@ -111,16 +111,10 @@ def trace(
     images = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
     if not images:
         raise InvalidInputError("no image to trace: the sequence is empty")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InvalidInputError(f"seed must be a whole number within 0..2^63 - 1, got {seed!r}")
-    counts = {
-        "num_augmentations": num_augmentations,
-        "batch_size": batch_size,
-        "block_size": 1 if block_size is None else block_size,
-    }
-    for what, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidInputError(f"{what} must be a positive whole number, got {value!r}")
+    _check_whole("num_augmentations", num_augmentations, 1)
+    _check_whole("batch_size", batch_size, 1)
+    _check_whole("block_size", 1 if block_size is None else block_size, 1)
+    _check_whole("seed", seed, 0)
     module, preprocess = resolve_model(model, preprocess)
     module = _on_device(module, device)
     selection = _select(module, sparsity, layers)
@@ -163,18 +157,12 @@ def trace(
 
     solutions: dict[str, Solution] = {}
     for name in tqdm(list(recorder.sums), "pruning", disable=not progress, leave=False):  # in order of the calls
-        weight = selection.weights[name]
+        weight, target = selection.weights[name], selection.targets[name]
+        hessian = recorder.sums.pop(name).hessian()  # one at a time: the sums of solved layers are freed
+        block = mask_block_size(weight, target) if block_size is None else block_size
+        rules: dict[str, Any] = {"damping": damping, "solver": solver, "mask_rule": mask_rule, "backend": backend}
         try:
-            solutions[name] = solve(
-                weight,
-                recorder.sums.pop(name).hessian(),
-                selection.targets[name],
-                block_size=block_size or mask_block_size(weight, selection.targets[name]),
-                damping=damping,
-                solver=solver,
-                mask_rule=mask_rule,
-                backend=backend,
-            )
+            solutions[name] = solve(weight, hessian, target, block_size=block, **rules)
         except InvalidInputError as error:
             raise InvalidInputError(f"layer {name!r}: {error}") from error
     pruned = {
@@ -184,6 +172,11 @@ def trace(
     }
     _warn_of_empty_layers(pruned, last=next(reversed(solutions), None))
     return Trace(pruned, dense, settings)
+
+
+def _check_whole(what: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        raise InvalidInputError(f"{what} must be a whole number of at least {least}, got {value!r}")
 
 
 def trace_many(
@@ -244,7 +237,7 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
     if (layers is not None and not layers) or (plan.default is None and not plan.targets):
         raise InvalidInputError("the plan names no layer: give `sparsity` and `layers` at least one, or leave them out")
     for key in (*plan.targets, *(layers or ())):
-        if key in unsupported:
+        if key in unsupported and not any(is_prefix(key, name) for name in prunable):
             raise InvalidInputError(f"{key!r} is a {unsupported[key]}: only Linear and Conv2d layers are pruned")
     plan.check_keys(prunable)
     check_prefixes(layers or (), prunable, "layers:")

@@ -543,6 +543,9 @@ def test_transformers_are_traced_and_their_attention_projections_reported():
     assert trace.dense[attention] == "MultiheadAttention.in_proj_weight is not pruned"
     assert "never called" in trace.dense[f"{attention}.out_proj"]
     assert "" not in trace.dense
+    with pytest.warns(UserWarning, match="never called"):
+        by_block = sf.trace(model, picture(0, (32, 32)), {"encoder": 0.5}, **SETTINGS)
+    assert list(by_block.layers) == [name for name in trace.layers if name.startswith("encoder.")]
 
 
 # Images, augmentations and settings
@@ -571,10 +574,10 @@ def test_bad_images(image, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_augmentations": 0}, "num_augmentations must be a positive"),
-        ({"num_augmentations": 2.5}, "num_augmentations must be a positive"),
-        ({"batch_size": 0}, "batch_size must be a positive"),
-        ({"block_size": 0}, "block_size must be a positive"),
+        ({"num_augmentations": 0}, "num_augmentations must be a whole number of at least 1"),
+        ({"num_augmentations": 2.5}, "num_augmentations must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"block_size": 0}, "block_size must be a whole number of at least 1"),
         ({"damping": -1}, "damping"),
         ({"solver": "slow"}, "solver='slow'"),
         ({"mask_rule": "none"}, "mask_rule='none'"),
