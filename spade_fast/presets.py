@@ -27,7 +27,7 @@ resnet50_visualization = SparsityPlan.uniform(0.95, layers=("layer4.1", "layer4.
 def default(model: nn.Module) -> SparsityPlan:
     """A plan for any network: the later half of its layers at 0.8, depthwise convolutions dense.
 
-    Compact networks break above 0.8, and layers with few columns are better left dense (docs/experiments.md).
+    Compact networks may break above 0.8, and layers with few columns are better left dense.
     "Half" counts the prunable layers that are not depthwise, in the order in which the model lists them.
     """
     layers = [name for name, layer in prunable_layers(model).items() if not is_depthwise(layer)]
