@@ -34,6 +34,8 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
             if mode is not None:
                 temporary.chmod(stat.S_IMODE(mode))
             temporary.replace(path)
+    except InvalidInputError:
+        raise
     except (OSError, TypeError, ValueError, RuntimeError) as error:  # the latter three from names that are none
         reason = getattr(error, "strerror", None) or error
         raise InvalidInputError(f"cannot write {str(path)!r} ({reason}): choose another folder") from error

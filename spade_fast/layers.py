@@ -65,7 +65,7 @@ def mask_block_size(weight: Tensor, sparsity: float = 0.0) -> int:
     """Columns that share one threshold: the k * k taps of one channel, 1 for 1x1 convolutions and linears.
 
     With few rows a block is too small for its target: of two weights, 0.8 is both. As many channels then share a
-    threshold as it takes to come within 0.02 of the target and to keep a weight.
+    threshold as it takes to come within 0.02 of the target and to keep a weight. Target 0 gives the taps alone.
     """
     rows, taps = weight.shape[0], weight.shape[2:].numel()
     block = taps

@@ -17,12 +17,7 @@ from spade_fast import ops, presets
 from spade_fast.augmentation import Augmentation
 from spade_fast.errors import InvalidInputError
 from spade_fast.images import image_tensor
-from spade_fast.layers import (
-    InputRecorder,
-    mask_block_size,
-    prunable_layers,
-    unsupported_layers,
-)
+from spade_fast.layers import InputRecorder, mask_block_size, prunable_layers, unsupported_layers
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
@@ -83,8 +78,8 @@ def trace(
         Names of layers or blocks: all others stay dense.
     block_size
         Columns that share one threshold. Default, as published: the k * k taps of one channel, 1 for 1x1 convolutions
-        and linear layers; more channels where a block would lose all its weights. The more columns, the lower each
-        layer's error.
+        and linear layers; more channels where few rows put the target out of reach (under the published `mask_rule`
+        never). The more columns, the lower each layer's error.
     damping, mask_rule
         As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule.
     batch_size
@@ -159,7 +154,10 @@ def trace(
     for name in tqdm(list(recorder.sums), "pruning", disable=not progress, leave=False):  # in order of the calls
         weight, target = selection.weights[name], selection.targets[name]
         hessian = recorder.sums.pop(name).hessian()  # one at a time: the sums of solved layers are freed
-        block = mask_block_size(weight, target) if block_size is None else block_size
+        if block_size is None:
+            block = mask_block_size(weight, target if mask_rule == "exact_count" else 0.0)
+        else:
+            block = block_size
         rules: dict[str, Any] = {"damping": damping, "solver": solver, "mask_rule": mask_rule, "backend": backend}
         try:
             solutions[name] = solve(weight, hessian, target, block_size=block, **rules)
@@ -304,13 +302,15 @@ def _reasons_to_stay_dense(selection: _Selection, recorder: InputRecorder) -> di
     """Reasons for every layer that stays dense, once it is known which were called."""
     dense = dict(selection.dense)
     never_called = []
+    idle = [leader for leader, total in recorder.sums.items() if not total.samples]
+    for leader in idle:
+        del recorder.sums[leader]
     for name, leader in selection.leaders.items():
         if leader == recorder.left_out:
             dense[name] = "first layer"
-        elif leader in recorder.sums and not recorder.sums[leader].samples:
-            del recorder.sums[leader]
+        elif leader in idle:
             dense[name] = "called with empty batches only"
-        elif leader not in recorder.sums and dense.get(leader) != "called with empty batches only":
+        elif leader not in recorder.sums:
             dense[name] = "never called in the forward pass"
             never_called.append(name)
     reason = "the model uses its weight inside another operation (as nn.MultiheadAttention does), or not at all"

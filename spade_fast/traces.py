@@ -120,7 +120,8 @@ class Trace(ReadOnlyMappings):
         Raises
         ------
         InvalidInputError
-            If a layer of the trace is missing in the model or has another shape; nothing is swapped then.
+            If a layer of the trace is missing in the model, has another shape, or shares its weight with one that the
+            trace does not treat alike; nothing is swapped then.
         """
         module = bare_module(model)
         replacements = self._replacements(module)

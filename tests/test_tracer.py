@@ -123,6 +123,17 @@ def test_small_classifiers_do_not_lose_every_weight(outputs):
     assert trace.layers["9"].sparsity >= 0.75
 
 
+@NARROW
+def test_the_published_rule_keeps_the_published_blocks():
+    model = network(torch.float64)
+    model[9] = nn.Linear(16, 3).double()
+    published = sf.trace(model, picture(), {"9": 0.25}, mask_rule="published", **SETTINGS).layers["9"]
+    one_column = sf.trace(model, picture(), {"9": 0.25}, mask_rule="published", block_size=1, **SETTINGS).layers["9"]
+    assert torch.equal(published.mask, one_column.mask)
+    widened = sf.trace(model, picture(), {"9": 0.25}, **SETTINGS).layers["9"]
+    assert not torch.equal(widened.mask, one_column.mask)
+
+
 def test_experts_that_get_no_input_stay_dense():
     class Experts(nn.Module):
         def __init__(self) -> None:
