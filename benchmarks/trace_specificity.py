@@ -30,7 +30,6 @@ VIEWS = {
     "gentle": sf.Augmentation(size=32, scale=(0.9, 1.0), brightness=0.1, hue=0.02),
     "nearby": nearby_views,
 }
-WIDEST_LAYER = 576  # columns: as one block, a whole layer shares one threshold
 
 
 def main() -> None:
@@ -39,7 +38,9 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=200, help="other images to test each trace on")
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--views", choices=VIEWS, default="nearby")
-    parser.add_argument("--block", choices=("taps", "layer"), default="layer", help="columns that share a threshold")
+    parser.add_argument("--block-size", type=int, help="columns that share a threshold; default: the taps of a channel")
+    parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--refit", action=argparse.BooleanOptionalAction, default=True, help="refit the kept weights")
     parser.add_argument("--num-augmentations", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -63,7 +64,9 @@ def main() -> None:
             arguments.sparsity,
             num_augmentations=arguments.num_augmentations,
             augment=VIEWS[arguments.views],
-            block_size=WIDEST_LAYER if arguments.block == "layer" else None,
+            block_size=arguments.block_size,
+            damping=arguments.damping,
+            refit=arguments.refit,
             preprocess=cifar.PREPROCESS,
             seed=arguments.seed,
         )

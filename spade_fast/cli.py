@@ -88,6 +88,9 @@ def explain(
     ] = "default",
     num_augmentations: Annotated[int, typer.Option(help="Views of the photograph to trace on.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Views that go through the network at a time.")] = 64,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Refit the kept weights: slower, the trace keeps more of the answer.")
+    ] = False,
     target: Annotated[
         int | None, typer.Option(help="Index of the class to explain.", show_default="the network's answer")
     ] = None,
@@ -117,6 +120,7 @@ def explain(
         sparsity=_read_sparsity(sparsity),
         num_augmentations=num_augmentations,
         batch_size=batch_size,
+        refit=refit,
         seed=seed,
         backend=backend,
     )

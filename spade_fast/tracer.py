@@ -43,6 +43,7 @@ def trace(
     block_size: int | None = None,
     damping: float = 0.01,
     mask_rule: ops.MaskRule = "exact_count",
+    refit: bool = False,
     batch_size: int = 64,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -80,8 +81,9 @@ def trace(
         Columns that share one threshold. Default, as published: the k * k taps of one channel, 1 for 1x1 convolutions
         and linear layers; more channels where few rows put the target out of reach (under the published `mask_rule`
         never). The more columns, the lower each layer's error.
-    damping, mask_rule
-        As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule.
+    damping, mask_rule, refit
+        As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule. Refitted traces keep the
+        image's own answer more often (docs/experiments.md).
     batch_size
         Views that go through the model at a time. Changes the result only by rounding, as long as the model treats
         the images of a batch each on its own.
@@ -125,6 +127,7 @@ def trace(
         "block_size": block_size,
         "damping": damping,
         "mask_rule": mask_rule,
+        "refit": refit,
         "batch_size": batch_size,
         "seed": seed,
         "backend": backend,
@@ -150,6 +153,7 @@ def trace(
             f"no layer is left to prune: name one in `layers` or as a key of `sparsity` ({reasons})"
         )
 
+    rules: dict[str, Any] = {"damping": damping, "solver": solver, "mask_rule": mask_rule, "refit": refit}
     solutions: dict[str, Solution] = {}
     for name in tqdm(list(recorder.sums), "pruning", disable=not progress, leave=False):  # in order of the calls
         weight, target = selection.weights[name], selection.targets[name]
@@ -158,9 +162,8 @@ def trace(
             block = mask_block_size(weight, target if mask_rule == "exact_count" else 0.0)
         else:
             block = block_size
-        rules: dict[str, Any] = {"damping": damping, "solver": solver, "mask_rule": mask_rule, "backend": backend}
         try:
-            solutions[name] = solve(weight, hessian, target, block_size=block, **rules)
+            solutions[name] = solve(weight, hessian, target, block_size=block, backend=backend, **rules)
         except InvalidInputError as error:
             raise InvalidInputError(f"layer {name!r}: {error}") from error
     pruned = {

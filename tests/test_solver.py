@@ -11,7 +11,7 @@ import spade_fast as sf
 from spade_fast import reference
 from spade_fast.layers import mask_block_size
 from spade_fast.reference import count_to_prune
-from spade_fast.solver import lower_factor
+from spade_fast.solver import lower_factor, refit_kept
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 10), (50, 24)),
@@ -334,3 +334,55 @@ EYE = torch.eye(3)
 def test_refusals(arguments, settings, message):
     with pytest.raises(sf.InvalidInputError, match=message):
         sf.solve(*arguments, **settings)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("sparsity", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_refitted_weights_are_the_least_squares_optimum_under_the_mask(name, sparsity, backend):
+    weight, hessian, block_size = layer_and_hessian(name, torch.float64)
+    settings = {"block_size": block_size, "backend": backend}
+    plain = sf.solve(weight, hessian, sparsity, **settings)
+    refitted = sf.solve(weight, hessian, sparsity, refit=True, **settings)
+    assert torch.equal(refitted.mask, plain.mask)
+    assert not refitted.weight[~refitted.mask].any()
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
+    damped = hessian + torch.diag_embed(0.01 * mean[:, None].expand(hessian.shape[:2]))
+    assert refitted.loss == pytest.approx(objective(weight, refitted.weight, damped) / 2, rel=1e-10)
+    # At the optimum nothing is gained by changing a kept weight: the gradient there is zero.
+    groups = hessian.shape[0]
+    gradient = (weight - refitted.weight).reshape(groups, -1, hessian.shape[1]) @ damped
+    kept = refitted.mask.reshape(gradient.shape)
+    assert gradient[kept].abs().sum() <= 1e-10 * gradient.abs().sum()
+    assert refitted.loss <= plain.loss * (1 + 1e-10)
+
+
+def test_refitting_reads_off_by_hand():
+    weight = torch.tensor([[1.0, 4.0], [4.0, 1.0], [3.0, 3.0]])
+    hessian = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    mask = torch.tensor([[False, True], [True, False], [True, True]])
+    sparse, loss = refit_kept(weight[None].double(), hessian[None].double(), mask[None])
+    # The lost 1 comes back through H_12 / H_22 = 1 / 2, and costs (2 - 1 * 1 / 2) / 2 in each of two rows.
+    assert sparse[0].tolist() == [[0.0, 4.5], [4.5, 0.0], [3.0, 3.0]]
+    assert loss.item() == 1.5
+
+
+def test_refitting_in_small_pieces_changes_nothing(monkeypatch):
+    weight, hessian, block_size = layer_and_hessian("3x3", torch.float64)
+    whole = sf.solve(weight, hessian, 0.6, block_size=block_size, refit=True)
+    monkeypatch.setattr("spade_fast.solver._REFIT_ELEMENTS", 1)
+    torch.testing.assert_close(sf.solve(weight, hessian, 0.6, block_size=block_size, refit=True).weight, whole.weight)
+
+
+def test_refitting_keeps_the_weights_of_dead_inputs_at_zero_and_dense_rows_as_they_are():
+    torch.manual_seed(3)
+    inputs = torch.randn(6, 40)
+    inputs[2] = 0
+    weight = torch.randn(4, 6)
+    weight[0] *= 100  # everything of this row is kept
+    solution = sf.solve(weight, inputs @ inputs.T, 0.5, block_size=6, refit=True)
+    assert not solution.weight[:, 2].any()
+    live = [0, 1, 3, 4, 5]
+    assert solution.mask[0, live].all()
+    torch.testing.assert_close(solution.weight[0, live], weight[0, live])
+    assert solution.weight.dtype == torch.float32

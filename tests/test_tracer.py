@@ -253,6 +253,14 @@ def test_block_size_is_the_taps_of_one_channel_unless_asked_for():
     assert whole.sparsity == 0.5
 
 
+def test_refit_keeps_the_mask_and_lowers_the_loss():
+    model = network(torch.float64)
+    plain, refitted = (sf.trace(model, picture(), {"0": 0.5}, refit=refit, **SETTINGS) for refit in (False, True))
+    assert torch.equal(plain.layers["0"].mask, refitted.layers["0"].mask)
+    assert refitted.layers["0"].loss < plain.layers["0"].loss
+    assert (plain.settings["refit"], refitted.settings["refit"]) == (False, True)
+
+
 def test_a_set_of_images_makes_one_trace_from_all_of_them():
     model = network(torch.float64)
     images = [picture(1), picture(2, (9, 20))]
@@ -687,7 +695,7 @@ def test_a_trace_keeps_an_answer_the_network_is_sure_of_and_loses_the_others():
             0.7,
             num_augmentations=128,
             augment=trace_specificity.VIEWS["nearby"],
-            block_size=trace_specificity.WIDEST_LAYER,
+            refit=True,
             preprocess=cifar.PREPROCESS,
         )
         assert len(trace.layers) == len(prunable_layers(model)) - 1
