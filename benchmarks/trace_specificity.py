@@ -1,6 +1,6 @@
 """Is a trace specific to its image? Own answer kept, accuracy on other images lost (CIFAR-10 ResNet-56).
 
-python benchmarks/trace_specificity.py --images 100
+python benchmarks/trace_specificity.py --refit
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--views", choices=VIEWS, default="nearby")
     parser.add_argument("--block-size", type=int, help="columns that share a threshold; default: the taps of a channel")
     parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--refit", action=argparse.BooleanOptionalAction, default=True, help="refit the kept weights")
+    parser.add_argument("--refit", action="store_true", help="refit the kept weights")
     parser.add_argument("--num-augmentations", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

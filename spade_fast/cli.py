@@ -89,7 +89,7 @@ def explain(
     num_augmentations: Annotated[int, typer.Option(help="Views of the photograph to trace on.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Views that go through the network at a time.")] = 64,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Refit the kept weights: slower, the trace keeps more of the answer.")
+        bool, typer.Option("--refit", help="Refit the kept weights: slower, keeps the answer more often.")
     ] = False,
     target: Annotated[
         int | None, typer.Option(help="Index of the class to explain.", show_default="the network's answer")

@@ -25,8 +25,10 @@ _PIVOT_TO_NOISE = 10.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6
 _LARGEST_DAMPING = 1.0
-# Numbers in the kept rows' systems that are refitted at a time (128 MiB).
-_REFIT_ELEMENTS = 1 << 24
+# Share of the largest entry by which mirrored entries may differ: what float32 sums in another order may do.
+_LARGEST_ASYMMETRY = 1e-4
+# Numbers in the systems that are refitted at a time, unless a single one has more (32 MiB, about three such at once).
+_REFIT_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def solve(
         "exact_count" prunes round-half-up(n * sparsity) of a block's n weights, ties to the lowest (row, column);
         "published" prunes all scores up to and including the int(n * sparsity)-th smallest: one more, and all ties.
     refit
-        Once the mask is found, give the kept weights of each row their least-squares optimum under it; column by
-        column, a weight makes up only for those pruned before it. Costs kept^3 / 3 multiply-adds a row, in float64.
+        Give the kept weights of each row their least-squares optimum under the mask, which stays as it is. Otherwise a
+        weight makes up only for those pruned before it, column by column. Costs n^3 / 6 multiply-adds in float64 a
+        row, n being the smaller of its counts of kept and pruned weights.
     backend
         "auto" (native, or with a warning the reference), "native" or "reference".
 
@@ -126,6 +129,8 @@ def solve(
         raise InvalidInputError(f"block_size must be a positive whole number of columns, got {block_size!r}")
     if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
         raise InvalidInputError(f"damping must be a finite share of the mean diagonal, at least 0, got {damping!r}")
+    if not isinstance(refit, bool):
+        raise InvalidInputError(f"refit must be True or False, got {refit!r}")
     hessian = hessian[None] if hessian.dim() == 2 else hessian
     _check_shapes(weight, hessian)
     if sparsity == 0 and mask_rule == "exact_count":
@@ -139,8 +144,12 @@ def solve(
     if not damped.isfinite().all():
         raise InvalidInputError("the Hessian holds NaN or infinite values: some layer input was not finite")
 
+    if not torch.equal(damped, damped.mT):
+        damped = _symmetric(damped)
     diagonal = damped.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0  # [G, d]
+    if dead.any():  # their products with other inputs are zero too, unless the squares alone underflowed
+        damped.masked_fill_(dead[:, :, None] | dead[:, None, :], 0)
     # Any positive number would do: it touches no other column. This one leaves the mean, so the damping, as it is
     # without dead inputs, whatever the unit of the inputs (the published procedure puts 1 there).
     live_mean = diagonal.sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp(min=1)
@@ -152,7 +161,8 @@ def solve(
     sparse, mask, loss = (ops if native else reference).prune_columns(
         grouped.to(factor.matrix.dtype), factor.matrix, sparsity, block_size, published
     )
-    if refit:
+    mask &= ~dead[:, None]
+    if refit and loss.isfinite():
         sparse, loss = refit_kept(grouped.double(), _add_damping(damped.double(), factor.damping), mask)
     # Keeps the memory format, channels_last among others, and the dtype.
     result = torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape))
@@ -163,7 +173,7 @@ def solve(
         )
     return Solution(
         weight=result,
-        mask=(mask & ~dead[:, None]).view(weight.shape),
+        mask=mask.view(weight.shape),
         loss=loss.item(),
         damping=factor.damping,
         fallback=factor.fallback,
@@ -209,9 +219,10 @@ def factorize(hessian: Tensor, damping: float, factor: Callable[[Tensor], Tensor
 
 
 def refit_kept(weight: Tensor, hessian: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights on `mask` that minimize tr((W - Q) H (W - Q)^T): q_K = w_K + H_KK^-1 H_KP w_P in each row.
+    """The weights on `mask` that minimize tr((W - Q) H (W - Q)^T) (SparseGPT section 3.1).
 
-    K are the kept and P the pruned columns of the row (OBC: Frantar et al., NeurIPS 2022, section 4).
+    With K the kept and P the pruned columns of a row and G = H^-1, the optimum is q_K = w_K + H_KK^-1 H_KP w_P, or just
+    as well q_K = w_K - G_KP G_PP^-1 w_P: each row takes the smaller system.
 
     Parameters
     ----------
@@ -225,26 +236,48 @@ def refit_kept(weight: Tensor, hessian: Tensor, mask: Tensor) -> tuple[Tensor, T
     Returns
     -------
     weight, loss
-        [G, r, d], and half of the minimum as a scalar.
+        [G, r, d], and half of the minimum as a scalar. NaN where a system has no Cholesky factor.
     """
-    sparse = weight * mask
-    for target, lost, matrix, kept in zip(sparse, (weight - sparse) @ hessian, hessian, mask, strict=True):
-        counts = kept.sum(1)
-        # Rows of like counts together, so that the systems of a piece need little padding.
-        for rows in counts.argsort().split(max(1, _REFIT_ELEMENTS // max(1, int(counts.max())) ** 2)):
-            width = int(counts[rows[-1]])
-            if width == 0:
-                continue
-            columns = kept[rows].byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # kept ones first
-            real = kept[rows].gather(1, columns)
-            system = matrix[columns[:, :, None], columns[:, None, :]]
-            padding = torch.eye(width, dtype=system.dtype, device=system.device)
-            system = torch.where(real[:, :, None] & real[:, None, :], system, padding)
-            wanted = (lost[rows].gather(1, columns) * real)[:, :, None]
-            step = torch.cholesky_solve(wanted, torch.linalg.cholesky(system))[:, :, 0]
-            target[rows] = target[rows].scatter_add(1, columns, step)
+    sparse = weight.masked_fill(~mask, 0)
+    for group, matrix in enumerate(hessian):
+        few_kept = mask[group].sum(1) * 2 <= mask.shape[2]
+        rows = few_kept.nonzero()[:, 0]
+        change = weight[group, rows] - sparse[group, rows]
+        sparse[group, rows] += _solve_subsets(matrix, mask[group, rows], change @ matrix)
+        rows = (~few_kept).nonzero()[:, 0]
+        if len(rows):
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)
+            multipliers = _solve_subsets(inverse, ~mask[group, rows], weight[group, rows])
+            sparse[group, rows] = (weight[group, rows] - multipliers @ inverse).masked_fill(~mask[group, rows], 0)
     change = weight - sparse
     return sparse, ((change @ hessian) * change).sum() / 2
+
+
+def _solve_subsets(matrix: Tensor, subsets: Tensor, right_sides: Tensor) -> Tensor:
+    """For each row the x with matrix[S, S] x[S] = b[S], zero outside its subset S of the columns.
+
+    matrix is [d, d]; subsets (bool), right_sides and the result are [r, d].
+    """
+    solutions = torch.zeros_like(right_sides)
+    sizes, order = subsets.sum(1).sort(descending=True)
+    widths = sizes.tolist()
+    begin = 0
+    while begin < len(widths) and widths[begin] > 0:
+        # Rows of like counts are solved in one batch, smaller systems padded with the identity.
+        width, end = widths[begin], begin + 1
+        while end < len(widths) and widths[end] > 0.9 * width and (end + 1 - begin) * width**2 <= _REFIT_ELEMENTS:
+            end += 1
+        rows = order[begin:end]
+        begin = end
+        columns = subsets[rows].byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # the subset, padding
+        inside = subsets[rows].gather(1, columns)
+        systems = matrix[columns[:, :, None], columns[:, None, :]]
+        systems.masked_fill_(~(inside[:, :, None] & inside[:, None, :]), 0)
+        systems.diagonal(dim1=1, dim2=2).add_(~inside)
+        right = right_sides[rows].gather(1, columns).masked_fill_(~inside, 0)
+        step = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky_ex(systems).L)
+        solutions[rows] = solutions[rows].scatter_add(1, columns, step[:, :, 0])
+    return solutions
 
 
 def _add_damping(hessian: Tensor, damping: float) -> Tensor:
@@ -287,6 +320,17 @@ def _pivots_have_digits(pivots: Tensor, hessian: Tensor) -> bool:
     columns, eps = hessian.shape[1], torch.finfo(hessian.dtype).eps
     noise = math.sqrt(columns) * eps * hessian.diagonal(dim1=1, dim2=2)
     return bool((pivots**2 > _PIVOT_TO_NOISE * noise).all())
+
+
+def _symmetric(hessian: Tensor) -> Tensor:
+    """The Hessian without the rounding that made it asymmetric; what is more than rounding is refused."""
+    gap = (hessian - hessian.mT).abs().amax()
+    if gap > _LARGEST_ASYMMETRY * hessian.abs().amax():
+        raise InvalidInputError(
+            f"the Hessian is not symmetric: mirrored entries differ by up to {gap.item():.3g}; build it with "
+            "spade_fast.hessian, or as X^T X"
+        )
+    return (hessian + hessian.mT) / 2
 
 
 def _check_shapes(weight: Tensor, hessian: Tensor) -> None:

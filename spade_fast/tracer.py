@@ -82,8 +82,8 @@ def trace(
         and linear layers; more channels where few rows put the target out of reach (under the published `mask_rule`
         never). The more columns, the lower each layer's error.
     damping, mask_rule, refit
-        As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule. Refitted traces keep the
-        image's own answer more often (docs/experiments.md).
+        As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule. A refitted trace takes longer
+        and keeps the image's own answer more often (measured in docs/experiments.md).
     batch_size
         Views that go through the model at a time. Changes the result only by rounding, as long as the model treats
         the images of a batch each on its own.
@@ -112,6 +112,8 @@ def trace(
     _check_whole("batch_size", batch_size, 1)
     _check_whole("block_size", 1 if block_size is None else block_size, 1)
     _check_whole("seed", seed, 0)
+    if not isinstance(refit, bool):
+        raise InvalidInputError(f"refit must be True or False, got {refit!r}")
     module, preprocess = resolve_model(model, preprocess)
     module = _on_device(module, device)
     selection = _select(module, sparsity, layers)

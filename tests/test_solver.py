@@ -374,15 +374,95 @@ def test_refitting_in_small_pieces_changes_nothing(monkeypatch):
     torch.testing.assert_close(sf.solve(weight, hessian, 0.6, block_size=block_size, refit=True).weight, whole.weight)
 
 
-def test_refitting_keeps_the_weights_of_dead_inputs_at_zero_and_dense_rows_as_they_are():
+@pytest.mark.parametrize("sparsity", [0.3, 0.8])
+def test_refitting_leaves_dead_inputs_out(sparsity):
+    torch.manual_seed(3)
+    inputs = torch.randn(6, 40, dtype=torch.float64)
+    inputs[2] = 0
+    weight, hessian = torch.randn(10, 6, dtype=torch.float64), inputs @ inputs.T
+    solution = sf.solve(weight, hessian, sparsity, refit=True)
+    live = [0, 1, 3, 4, 5]
+    alone = sf.solve(weight[:, live], hessian[live][:, live], sparsity, refit=True)
+    assert not solution.weight[:, 2].any()
+    assert not solution.mask[:, 2].any()
+    assert torch.equal(solution.mask[:, live], alone.mask)
+    torch.testing.assert_close(solution.weight[:, live], alone.weight)
+    assert solution.loss == pytest.approx(alone.loss)
+
+
+def test_refitting_leaves_rows_that_lose_nothing_as_they_are():
     torch.manual_seed(3)
     inputs = torch.randn(6, 40)
-    inputs[2] = 0
     weight = torch.randn(4, 6)
-    weight[0] *= 100  # everything of this row is kept
+    weight[0] *= 100
     solution = sf.solve(weight, inputs @ inputs.T, 0.5, block_size=6, refit=True)
+    assert solution.mask[0].all()
+    assert torch.equal(solution.weight[0], weight[0])
+
+
+def test_refitting_minimizes_under_the_damping_that_was_needed():
+    torch.manual_seed(4)
+    inputs = torch.randn(12, 5, dtype=torch.float64)  # rank 5: no factor without damping
+    weight, hessian = torch.randn(6, 12, dtype=torch.float64), inputs @ inputs.T
+    solution = sf.solve(weight, hessian, 0.5, damping=0, refit=True)
+    assert solution.fallback == "damping"
+    damped = hessian + solution.damping * hessian.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    gradient = (weight - solution.weight) @ damped
+    assert gradient[solution.mask].abs().max() < 1e-9 * gradient.abs().max()
+    assert solution.loss == pytest.approx(objective(weight, solution.weight, damped[None]) / 2)
+
+
+def test_refitting_is_done_in_float64_whatever_the_weights():
+    torch.manual_seed(5)
+    inputs = torch.randn(20, 60) * torch.logspace(0, 3, 20)[:, None]
+    weight, hessian = torch.randn(8, 20), inputs @ inputs.T
+    solution = sf.solve(weight, hessian, 0.5, damping=1e-6, refit=True)
+    exact, _ = refit_kept(
+        weight.double()[None],
+        (hessian.double() + 1e-6 * hessian.double().diagonal().mean() * torch.eye(20))[None],
+        solution.mask[None],
+    )
+    torch.testing.assert_close(solution.weight, exact[0].float(), rtol=1e-6, atol=0)
+    half = sf.solve(weight.half(), hessian, 0.5, refit=True)
+    assert half.weight.dtype == torch.float16
+
+
+def test_pruned_weights_are_plain_zeros_when_refitted():
+    solution = sf.solve(-torch.ones(2, 4), torch.eye(4), 1, refit=True)
+    assert torch.equal(solution.weight.view(torch.int32), torch.zeros(2, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("refit", ["no", 1, None, torch.tensor(True)])
+def test_refit_is_true_or_false(refit):
+    with pytest.raises(sf.InvalidInputError, match="refit must be True or False"):
+        sf.solve(torch.ones(2, 3), torch.eye(3), 0.5, refit=refit)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_rounding_of_an_asymmetric_hessian_does_not_matter(backend):
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(6, 10), torch.randn(10, 50)
+    exact = inputs.double() @ inputs.double().T
+    hessian = exact.float()
+    hessian[3, 7] *= 1 + 1e-5
+    solution = sf.solve(weight.double(), hessian, 0.5, backend=backend)
+    assert torch.equal(solution.mask, sf.solve(weight.double(), exact, 0.5, backend=backend).mask)
+
+
+def test_an_asymmetric_hessian_is_refused():
+    hessian = torch.eye(4)
+    hessian[2, 0] = 0.5
+    with pytest.raises(sf.InvalidInputError, match=r"not symmetric: mirrored entries differ by up to 0\.5"):
+        sf.solve(torch.ones(2, 4), hessian, 0.5)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_an_input_whose_square_underflows_is_dead(refit):
+    torch.manual_seed(0)
+    inputs = torch.randn(5, 40)
+    inputs[2] = 1e-25
+    hessian = inputs @ inputs.T
+    assert hessian[2, 2] == 0
+    assert hessian[2].any()
+    solution = sf.solve(torch.randn(4, 5), hessian, 0.5, refit=refit)
     assert not solution.weight[:, 2].any()
-    live = [0, 1, 3, 4, 5]
-    assert solution.mask[0, live].all()
-    torch.testing.assert_close(solution.weight[0, live], weight[0, live])
-    assert solution.weight.dtype == torch.float32

@@ -597,6 +597,7 @@ def test_bad_images(image, message):
         ({"num_augmentations": 2.5}, "num_augmentations must be a whole number of at least 1"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"block_size": 0}, "block_size must be a whole number of at least 1"),
+        ({"refit": "no"}, "refit must be True or False"),
         ({"damping": -1}, "damping"),
         ({"solver": "slow"}, "solver='slow'"),
         ({"mask_rule": "none"}, "mask_rule='none'"),
