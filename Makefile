@@ -1,6 +1,7 @@
 # make env    .venv with everything in it, the extension built
 # make demo   explain a photograph, say where the figure is
 # make test   all tests
+# make sanitize  the operators over random shapes, under the address and undefined behaviour sanitizers
 # make check  what continuous integration runs beside the tests: lint, types, CUDA sources
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.11.0 torchvision==0.26.0
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test check format clean
+.PHONY: env demo test sanitize check format clean
 
 env: $(VENV)/.built
 
@@ -28,6 +29,12 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest
+
+sanitize: env
+	cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DSPADE_FAST_SANITIZE=address,undefined
+	cmake --build build/asan
+	ctest --test-dir build/asan --output-on-failure
 
 check: env
 	$(BIN)/ruff check .

@@ -1,6 +1,11 @@
 // The Python module `spade_fast._C`: importing it loads the operators; its constants say how it was built.
 #include <Python.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
 #define SPADE_FAST_STRING(x) #x
 #define SPADE_FAST_EXPANDED(x) SPADE_FAST_STRING(x)
 
@@ -15,6 +20,13 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         nullptr};
 
 PyMODINIT_FUNC PyInit__C(void) {
+  std::string capability;
+  try {
+    capability = spade_fast::cpu_capability();
+  } catch (const std::runtime_error& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
 #ifdef NDEBUG
@@ -29,6 +41,8 @@ PyMODINIT_FUNC PyInit__C(void) {
 #endif
   if (PyModule_AddStringConstant(module, "compiler", "C++ " __VERSION__) < 0 ||
       PyModule_AddStringConstant(module, "torch_version", SPADE_FAST_EXPANDED(SPADE_FAST_TORCH_VERSION)) < 0 ||
+      PyModule_AddStringConstant(module, "cpu_capability", capability.c_str()) < 0 ||
+      PyModule_AddStringConstant(module, "cpu_capabilities", spade_fast::cpu_capabilities().c_str()) < 0 ||
       PyModule_AddIntConstant(module, "debug", debug) < 0 ||
       PyModule_AddIntConstant(module, "with_cuda", with_cuda) < 0) {
     Py_DECREF(module);

@@ -3,14 +3,21 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(spade_fast, m) {
-  // gram [1, d, d] += X^T X for inputs X [samples, d].
-  m.def("linear_gram_(Tensor(a!) gram, Tensor input) -> ()");
-
-  // gram [G, d, d] += the sum over output positions of x x^T, where x [d] is the patch of `input`
-  // [images, channels, height, width] under the kernel, its columns ordered (channel, ky, kx).
+  // The Gram matrix of a layer's patches, gram [G, d, d] = the sum over images and output positions of x x^T, where x
+  // [d] is the patch under the kernel, its columns ordered (channel, ky, kx). It is summed in the form that is cheapest
+  // for the geometry: a tensor of the first operator's shape, zero at first, to which the second adds a batch of inputs
+  // [images, channels, height, width], and of which the third makes the matrix. `size` is [channels, height, width].
+  // A linear layer is the 1x1 convolution of [samples, d, 1, 1].
   m.def(
-      "conv2d_gram_(Tensor(a!) gram, Tensor input, int[] kernel_size, int[] stride, int[] padding, "
-      "int[] dilation, int groups) -> ()");
+      "conv2d_sums_shape(int[] size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) "
+      "-> int[]");
+  m.def(
+      "add_conv2d_sums_(Tensor(a!) sums, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups) -> ()");
+  m.def(
+      "conv2d_gram(Tensor sums, int[] size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int "
+      "groups) "
+      "-> Tensor");
 
   // Column-wise OBS pruning of weight [G, r, d] given the lower factor M [G, d, d], H = M^T M.
   // Returns the sparse weight, the mask (true: kept), both [G, r, d], and the loss, float64 [].

@@ -263,6 +263,7 @@ def _facts() -> dict[str, dict[str, Any]]:
         extension |= {
             "compiler": ops._C.compiler,
             "for_torch": ops._C.torch_version,
+            "cpu_capability": ops._C.cpu_capability,
             "with_cuda": bool(ops._C.with_cuda),
             "debug": bool(ops._C.debug),
         }

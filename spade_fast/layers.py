@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from types import MethodType
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -79,24 +78,79 @@ def _can_reach(sparsity: float, candidates: int) -> bool:
     return abs(count / candidates - sparsity) <= _SPARSITY_TOLERANCE and (count < candidates or sparsity == 1)
 
 
-@dataclass
 class GramSum:
     """The sum of x x^T over every input x that one weight met.
 
+    Parameters
+    ----------
+    groups, columns
+        Shape of the sum, [groups, columns, columns].
+    dtype, device
+        Of the sum: float32, or float64 for a float64 model.
+    native
+        Whether the native operators sum. They keep a form that is quick to add to, and make the matrix at the end.
+
     Attributes
     ----------
-    gram
-        [groups, d, d] in float32, or float64 for a float64 model.
     samples
         Number of inputs summed: output positions of a convolution, rows or tokens of a linear layer.
     """
 
-    gram: Tensor
-    samples: int
+    def __init__(self, groups: int, columns: int, dtype: torch.dtype, device: torch.device, native: bool) -> None:
+        self.groups, self.columns = groups, columns
+        self.samples = 0
+        self._native = native
+        self._dtype, self._device = dtype, device
+        self._finished: Tensor | None = None
+        self._open: tuple[tuple[int, int, int], ops.Geometry, Tensor] | None = None  # size, geometry, sums
+
+    def add(self, images: Tensor, geometry: ops.Geometry) -> None:
+        """Add the patches that a convolution sees in `images` [images, channels, height, width]."""
+        if images.shape[0] == 0:
+            return
+        size = (images.shape[1], images.shape[2], images.shape[3])
+        outputs = [
+            (
+                size[1 + axis]
+                + 2 * geometry.padding[axis]
+                - geometry.dilation[axis] * (geometry.kernel_size[axis] - 1)
+                - 1
+            )
+            // geometry.stride[axis]
+            + 1
+            for axis in range(2)
+        ]
+        self.samples += images.shape[0] * outputs[0] * outputs[1]
+        if not self._native:
+            self._finish(reference.conv2d_gram(images, geometry))
+            return
+        if self._open is None or self._open[:2] != (size, geometry):
+            self._close()
+            self._open = size, geometry, self._zeros(*ops.conv2d_sums_shape(size, geometry))
+        ops.add_conv2d_sums_(self._open[2], images, geometry)
+
+    def gram(self) -> Tensor:
+        """The sum so far, [groups, columns, columns]."""
+        self._close()
+        if self._finished is None:
+            self._finished = self._zeros(self.groups, self.columns, self.columns)
+        return self._finished
 
     def hessian(self) -> Tensor:
-        """H = (2 / samples) X X^T, [groups, d, d]."""
-        return self.gram * (2 / self.samples)
+        """H = (2 / samples) X X^T, [groups, columns, columns]."""
+        return self.gram() * (2 / self.samples)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            size, geometry, sums = self._open
+            self._open = None
+            self._finish(ops.conv2d_gram(sums, size, geometry))
+
+    def _finish(self, gram: Tensor) -> None:
+        self._finished = gram if self._finished is None else self._finished.add_(gram)
 
 
 class InputRecorder(TorchFunctionMode):
@@ -152,39 +206,32 @@ class InputRecorder(TorchFunctionMode):
         self._called = True
         if name is None or name == self.left_out:
             return
-        device = call.input.device
-        dtype = torch.float64 if call.input.dtype == torch.float64 else torch.float32
+        device = call.images.device
+        dtype = torch.float64 if call.images.dtype == torch.float64 else torch.float32
+        groups, columns = call.geometry.groups, call.geometry.columns(call.images.shape[1])
         total = self.sums.get(name)
         if total is None:
-            shape = (call.groups, call.columns, call.columns)
-            total = self.sums[name] = GramSum(torch.zeros(shape, dtype=dtype, device=device), 0)
-        elif total.gram.shape != (call.groups, call.columns, call.columns):
+            native = ops.resolve_backend(self._backend, device) == "native"
+            total = self.sums[name] = GramSum(groups, columns, dtype, device, native)
+        elif (total.groups, total.columns) != (groups, columns):
             raise InvalidInputError(
-                f"layer {name!r} is called with {call.groups} groups and {call.columns} columns, but was called with "
-                f"{total.gram.shape[0]} and {total.gram.shape[1]} before: leave it out of `layers`"
+                f"layer {name!r} is called with {groups} groups and {columns} columns, but was called with "
+                f"{total.groups} and {total.columns} before: leave it out of `layers`"
             )
-        native = ops.resolve_backend(self._backend, device) == "native"
-        call.add_to(total, call.input.detach().to(dtype), ops if native else reference)
+        total.add(call.images.detach().to(dtype), call.geometry)
 
 
-@dataclass
-class _Call:
-    """One use of a weight: `add_to(sum, input, implementation)` adds its inputs to a Gram sum."""
+class _Call(NamedTuple):
+    """One use of a weight, as the convolution that it is."""
 
     weight: Tensor
-    input: Tensor
-    groups: int
-    columns: int
-    add_to: Callable[[GramSum, Tensor, Any], None]
+    images: Tensor  # [images, channels, height, width]
+    geometry: ops.Geometry
 
 
 def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Call:  # noqa: ARG001
-    def add_to(total: GramSum, input: Tensor, implementation: Any) -> None:
-        rows = input.reshape(-1, input.shape[-1])
-        implementation.linear_gram_(total.gram, rows)
-        total.samples += rows.shape[0]
-
-    return _Call(weight, input, 1, input.shape[-1], add_to)
+    rows = input.reshape(-1, input.shape[-1])
+    return _Call(weight, rows[:, :, None, None], ops.Geometry())
 
 
 def _conv2d_call(
@@ -197,22 +244,12 @@ def _conv2d_call(
     groups: int = 1,
 ) -> _Call:
     kernel = (weight.shape[2], weight.shape[3])
-    stride, dilation = _pair(stride), _pair(dilation)
-
-    def add_to(total: GramSum, input: Tensor, implementation: Any) -> None:
-        images = input if input.dim() == 4 else input[None]
-        if padding == "same":
-            extra = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-            images = F.pad(images, (extra[1] // 2, -(-extra[1] // 2), extra[0] // 2, -(-extra[0] // 2)))
-        zeros = (0, 0) if isinstance(padding, str) else _pair(padding)
-        implementation.conv2d_gram_(total.gram, images, kernel, stride, zeros, dilation, groups)
-        outputs = [
-            (images.shape[2 + axis] + 2 * zeros[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
-            for axis in range(2)
-        ]
-        total.samples += images.shape[0] * outputs[0] * outputs[1]
-
-    return _Call(weight, input, groups, weight.shape[1:].numel(), add_to)
+    images = input if input.dim() == 4 else input[None]
+    if padding == "same":
+        extra = [step * (size - 1) for step, size in zip(_pair(dilation), kernel, strict=True)]
+        images = F.pad(images, (extra[1] // 2, -(-extra[1] // 2), extra[0] // 2, -(-extra[0] // 2)))
+    zeros = (0, 0) if isinstance(padding, str) else _pair(padding)
+    return _Call(weight, images, ops.Geometry(kernel, _pair(stride), zeros, _pair(dilation), groups))
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

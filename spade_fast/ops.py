@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -59,43 +60,62 @@ def resolve_backend(backend: Backend, device: torch.device) -> Literal["native",
     return "reference"
 
 
-def linear_gram_(gram: Tensor, input: Tensor) -> None:
-    """Add X^T X to `gram` in place.
+class Geometry(NamedTuple):
+    """How a convolution reads its input, as in :func:`torch.nn.functional.conv2d`; pairs are (vertical, horizontal)."""
+
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def columns(self, channels: int) -> int:
+        """Columns of one group's patches, in the order (channel, ky, kx) of ``weight.flatten(1)``."""
+        return channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+
+def conv2d_sums_shape(size: tuple[int, int, int], geometry: Geometry) -> list[int]:
+    """Shape of the sums from which :func:`conv2d_gram` makes the Gram matrix.
 
     Parameters
     ----------
-    gram
-        [1, d, d], float32 or float64, contiguous and symmetric.
-    input
-        X [samples, d], same dtype and device, any strides. Zero samples add nothing.
+    size
+        Channels, height and width of the inputs.
+    geometry
+        The convolution; a linear layer is the 1x1 convolution of [samples, d, 1, 1].
     """
-    torch.ops.spade_fast.linear_gram_(gram, input)
+    shape: list[int] = torch.ops.spade_fast.conv2d_sums_shape(size, *geometry)
+    return shape
 
 
-def conv2d_gram_(
-    gram: Tensor,
-    input: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> None:
-    """Add the sum of x x^T over all patches x of `input` to `gram` in place.
+def add_conv2d_sums_(sums: Tensor, input: Tensor, geometry: Geometry) -> None:
+    """Add a batch of layer inputs to the sums in place.
 
     Parameters
     ----------
-    gram
-        [G, d, d] with d = channels / G * kernel height * kernel width, columns ordered (channel, ky, kx) as in
-        ``weight.flatten(1)``; float32 or float64, contiguous and symmetric.
+    sums
+        float32 or float64, contiguous, of the shape that :func:`conv2d_sums_shape` gives; zeros at first.
     input
-        [images, channels, height, width], same dtype and device, any strides.
-    kernel_size, stride, padding, dilation
-        As in :func:`torch.nn.functional.conv2d`, (vertical, horizontal); padding is with zeros.
-    groups
-        Number of groups G.
+        [images, channels, height, width], same dtype and device, any strides; channels_last is the fastest. Zero
+        images add nothing.
+    geometry
+        The convolution.
     """
-    torch.ops.spade_fast.conv2d_gram_(gram, input, kernel_size, stride, padding, dilation, groups)
+    torch.ops.spade_fast.add_conv2d_sums_(sums, input, *geometry)
+
+
+def conv2d_gram(sums: Tensor, size: tuple[int, int, int], geometry: Geometry) -> Tensor:
+    """The Gram matrix of all patches that were summed: the sum of x x^T, [G, d, d], exactly symmetric.
+
+    Parameters
+    ----------
+    sums
+        As :func:`add_conv2d_sums_` left them; not changed.
+    size, geometry
+        As in :func:`conv2d_sums_shape`.
+    """
+    gram: Tensor = torch.ops.spade_fast.conv2d_gram(sums, size, *geometry)
+    return gram
 
 
 def prune_columns(
@@ -127,8 +147,14 @@ def prune_columns(
     return sparse, mask, loss
 
 
-def _fake_gram_(gram: Tensor, input: Tensor, *geometry: object) -> None:
+def _fake_add_conv2d_sums_(sums: Tensor, input: Tensor, *geometry: Any) -> None:
     return None
+
+
+def _fake_conv2d_gram(sums: Tensor, size: Sequence[int], *geometry: Any) -> Tensor:
+    convolution = Geometry(*geometry)
+    columns = convolution.columns(size[0])
+    return sums.new_empty(convolution.groups, columns, columns)
 
 
 def _fake_prune_columns(
@@ -139,6 +165,6 @@ def _fake_prune_columns(
 
 
 if _C is not None:
-    torch.library.register_fake("spade_fast::linear_gram_", _fake_gram_)
-    torch.library.register_fake("spade_fast::conv2d_gram_", _fake_gram_)
+    torch.library.register_fake("spade_fast::add_conv2d_sums_", _fake_add_conv2d_sums_)
+    torch.library.register_fake("spade_fast::conv2d_gram", _fake_conv2d_gram)
     torch.library.register_fake("spade_fast::prune_columns", _fake_prune_columns)

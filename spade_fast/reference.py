@@ -19,27 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spade_fast.errors import InvalidInputError
+from spade_fast.ops import Geometry
 
 
-def linear_gram_(gram: Tensor, input: Tensor) -> None:
-    """Plain form of :func:`spade_fast.ops.linear_gram_`."""
-    gram[0] += input.T @ input
-
-
-def conv2d_gram_(
-    gram: Tensor,
-    input: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> None:
-    """Plain form of :func:`spade_fast.ops.conv2d_gram_`: unfold, then multiply, group by group."""
-    for group, channels in enumerate(input.chunk(groups, dim=1)):
-        patches = F.unfold(channels, kernel_size, dilation=dilation, padding=padding, stride=stride)
+def conv2d_gram(input: Tensor, geometry: Geometry) -> Tensor:
+    """Plain form of :func:`spade_fast.ops.conv2d_gram` for one batch: unfold, then multiply, group by group."""
+    grams = []
+    for channels in input.chunk(geometry.groups, dim=1):
+        patches = F.unfold(channels, geometry.kernel_size, geometry.dilation, geometry.padding, geometry.stride)
         columns = patches.transpose(0, 1).flatten(1)  # [d, images * positions]
-        gram[group] += columns @ columns.T
+        grams.append(columns @ columns.T)
+    return torch.stack(grams)
 
 
 def prune_layer(

@@ -112,7 +112,7 @@ def test_a_module_called_twice_sums_its_inputs():
     rows = torch.cat([inputs, model.shared(inputs).detach()])
     total = record(model, inputs).sums["shared"]
     assert total.samples == 12
-    torch.testing.assert_close(total.gram[0], rows.T @ rows)
+    torch.testing.assert_close(total.gram()[0], rows.T @ rows)
 
 
 def test_functional_calls_are_seen_and_other_weights_are_not():
@@ -127,7 +127,7 @@ def test_functional_calls_are_seen_and_other_weights_are_not():
 
     recorder = record(Functional(), torch.ones(2, 3))
     assert list(recorder.sums) == ["layer"]
-    assert torch.equal(recorder.sums["layer"].gram, torch.full((1, 3, 3), 18.0))
+    assert torch.equal(recorder.sums["layer"].gram(), torch.full((1, 3, 3), 18.0))
 
 
 def test_the_first_layer_is_the_first_called_not_the_first_listed():
@@ -167,9 +167,9 @@ def test_batches_add_up(shape):
 
 def test_autocast_does_not_reach_the_sums():
     model, inputs = nn.Sequential(nn.Linear(8, 8)), torch.randn(50, 8)
-    plain = record(model, inputs).sums["0"].gram
+    plain = record(model, inputs).sums["0"].gram()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(record(model, inputs).sums["0"].gram, plain)
+        assert torch.equal(record(model, inputs).sums["0"].gram(), plain)
 
 
 def test_one_weight_under_two_groupings_is_refused():

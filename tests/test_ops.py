@@ -1,5 +1,11 @@
 """Native operators against the plain PyTorch reference, in float64."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,14 +31,12 @@ GEOMETRIES = {
 }
 
 
-def conv_grams(images: Tensor, geometry: tuple) -> tuple[Tensor, Tensor]:
-    """The native and the reference Gram matrix of a batch."""
-    kernel, *rest, groups = geometry
-    d = images.shape[1] // groups * kernel[0] * kernel[1]
-    native, plain = (torch.zeros(groups, d, d, dtype=images.dtype) for _ in range(2))
-    ops.conv2d_gram_(native, images, kernel, *rest, groups)
-    reference.conv2d_gram_(plain, images, kernel, *rest, groups)
-    return native, plain
+def native_gram(images: Tensor, geometry: ops.Geometry, batches: int = 1) -> Tensor:
+    size = (images.shape[1], images.shape[2], images.shape[3])
+    sums = torch.zeros(ops.conv2d_sums_shape(size, geometry), dtype=images.dtype)
+    for batch in images.chunk(batches):
+        ops.add_conv2d_sums_(sums, batch, geometry)
+    return ops.conv2d_gram(sums, size, geometry)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
@@ -44,6 +48,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_conv_gram_equals_unfold_and_matmul(name, layout):
     *geometry, channels = GEOMETRIES[name]
+    geometry = ops.Geometry(*geometry)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, channels, 9, 8, dtype=torch.float64, generator=generator)
     if layout == "channels_last":
@@ -51,8 +56,8 @@ def test_conv_gram_equals_unfold_and_matmul(name, layout):
     elif layout == "sliced":
         images = torch.stack([images, images], dim=-1).flatten(3)[..., ::2]
         assert not images.is_contiguous()
-    native, plain = conv_grams(images, tuple(geometry))
-    assert_close(native, plain)
+    native = native_gram(images, geometry, batches=2)
+    assert_close(native, reference.conv2d_gram(images, geometry))
     assert torch.equal(native, native.mT)
 
 
@@ -61,73 +66,120 @@ def test_conv_gram_equals_unfold_and_matmul(name, layout):
 def test_conv_gram_on_any_geometry(data):
     draw = data.draw
     pair = lambda low, high: (draw(st.integers(low, high)), draw(st.integers(low, high)))  # noqa: E731
-    kernel, stride, padding, dilation = pair(1, 5), pair(1, 4), pair(0, 3), pair(1, 3)
+    kernel, stride, padding, dilation = pair(1, 7), pair(1, 4), pair(0, 3), pair(1, 3)
     groups = draw(st.integers(1, 3))
-    sides = [draw(st.integers(max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]), 14)) for i in range(2)]
-    channels = groups * draw(st.integers(1, 3))
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    sides = [draw(st.integers(low, low + 11)) for low in least]
+    channels = groups * draw(st.sampled_from([1, 2, 3, 17]))
     images = torch.randn(draw(st.integers(1, 3)), channels, *sides, dtype=torch.float64)
-    assert_close(*conv_grams(images, (kernel, stride, padding, dilation, groups)))
+    geometry = ops.Geometry(kernel, stride, padding, dilation, groups)
+    assert_close(native_gram(images, geometry), reference.conv2d_gram(images, geometry))
 
 
-def test_conv_gram_over_many_chunks_of_patches():
-    # 64 channels * 9 taps * 8 bytes * 9,800 positions = 45 MB of patches, more than one buffer holds.
-    images = torch.randn(2, 64, 70, 70, dtype=torch.float64)
-    native, plain = conv_grams(images, ((3, 3), (1, 1), (1, 1), (1, 1), 1))
-    assert_close(native, plain)
+# One shape for every way in which sums are kept: whole patches, shifted maps, one number a group.
+FORMS = {
+    "whole patches": (ops.Geometry((3, 3), padding=(1, 1)), 3, 3),
+    "shifted maps": (ops.Geometry((3, 3), padding=(1, 1)), 32, 4),
+    "depthwise": (ops.Geometry((3, 3), padding=(1, 1), groups=32), 32, 2),
+}
 
 
-def test_conv_gram_wider_than_one_panel():
-    images = torch.randn(2, 130, 5, 5, dtype=torch.float64)  # 1,170 columns
-    native, plain = conv_grams(images, ((3, 3), (1, 1), (1, 1), (1, 1), 1))
-    assert_close(native, plain)
+@pytest.mark.parametrize("name", FORMS)
+def test_each_form_of_sums_over_many_chunks(name):
+    geometry, channels, dimensions = FORMS[name]
+    assert len(ops.conv2d_sums_shape((channels, 90, 90), geometry)) == dimensions
+    images = torch.randn(19, channels, 90, 90, dtype=torch.float64)  # more than is packed at a time
+    native = native_gram(images, geometry)
+    assert_close(native, reference.conv2d_gram(images, geometry))
     assert torch.equal(native, native.mT)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_number_of_threads_changes_no_bit(name):
+    geometry, channels, _ = FORMS[name]
+    images = torch.randn(5, channels, 20, 21)
+    threads = torch.get_num_threads()
+    try:
+        grams = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            grams.append(native_gram(images, geometry))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(grams[0], grams[1])
+    assert torch.equal(grams[0], grams[2])
+
+
+def test_stride_1_keeps_thirteen_products_and_strips():
+    # Of 5 x 5 offsets half, by symmetry: 9 pieces of the unshifted, 3 of the 4 along an axis, 1 of the 8 others.
+    assert ops.conv2d_sums_shape((64, 56, 56), ops.Geometry((3, 3), padding=(1, 1))) == [1, 9 + 4 * 3 + 8, 64, 64]
 
 
 @pytest.mark.parametrize("columns", [1, 7, 513, 1100])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_linear_gram_adds_to_what_is_there(columns, transposed):
+def test_linear_inputs_are_a_1x1_convolution(columns, transposed):
     rows = torch.randn(columns, 40, dtype=torch.float64).T if transposed else torch.randn(40, columns).double()
-    gram = torch.zeros(1, columns, columns, dtype=torch.float64)
-    ops.linear_gram_(gram, rows[:15])
-    ops.linear_gram_(gram, rows[15:])
+    gram = native_gram(rows[:, :, None, None], ops.Geometry(), batches=3)
     assert_close(gram[0], rows.T @ rows)
     assert torch.equal(gram, gram.mT)
 
 
-def test_float32_gram_is_as_accurate_as_plain_float32():
-    images = torch.randn(4, 32, 20, 20)
-    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    exact, _ = conv_grams(images.double(), geometry)
-    native, plain = conv_grams(images, geometry)
-    assert (native - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6
+@pytest.mark.parametrize("name", FORMS)
+def test_float32_gram_is_as_accurate_as_plain_float32(name):
+    geometry, channels, _ = FORMS[name]
+    images = torch.randn(4, channels, 20, 20)
+    exact = reference.conv2d_gram(images.double(), geometry)
+    native, plain = native_gram(images, geometry), reference.conv2d_gram(images, geometry)
+    assert (native - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
 
 
-def test_gram_of_nothing_is_nothing():
-    gram = torch.ones(1, 4, 4)
-    ops.linear_gram_(gram, torch.zeros(0, 4))
-    ops.conv2d_gram_(gram, torch.zeros(0, 4, 5, 5), (1, 1), (1, 1), (0, 0), (1, 1), 1)
-    assert torch.equal(gram, torch.ones(1, 4, 4))
+def test_nothing_adds_nothing():
+    sums = torch.ones(1, 4, 4)
+    ops.add_conv2d_sums_(sums, torch.zeros(0, 4, 5, 5), ops.Geometry())
+    assert torch.equal(sums, torch.ones(1, 4, 4))
+
+
+@pytest.mark.parametrize("capability", ops._C.cpu_capabilities.split() if ops._C else [])
+def test_every_instruction_set_of_this_machine(capability):
+    environment = {**os.environ, "SPADE_FAST_CPU_CAPABILITY": capability}
+    command = [sys.executable, Path(__file__).with_name("native_driver.py"), ops._C.__file__, "100"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "100 cases of each operator agree\n", done.stderr
+    command = [sys.executable, "-c", "from spade_fast import ops; print(ops._C.cpu_capability)"]
+    assert subprocess.check_output(command, env=environment, text=True) == f"{capability}\n"
+
+
+def test_an_unknown_instruction_set_is_refused():
+    environment = {**os.environ, "SPADE_FAST_CPU_CAPABILITY": "avx1024"}
+    command = [sys.executable, "-c", "import spade_fast"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (
+        "ImportError: SPADE_FAST_CPU_CAPABILITY is 'avx1024': unset it, or choose what this machine can" in done.stderr
+    )
+
+
+def add(sums: Tensor, input: Tensor, **geometry: Any) -> None:
+    ops.add_conv2d_sums_(sums, input, ops.Geometry(**geometry))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.linear_gram_(torch.zeros(1, 4, 4), torch.zeros(3, 5)), r"\[1, 5, 5\].*got \[1, 4, 4\]"),
-        (lambda: ops.linear_gram_(torch.zeros(1, 4, 4), torch.zeros(3, 4).double()), "both be float32"),
-        (lambda: ops.linear_gram_(torch.zeros(1, 4, 4).half(), torch.zeros(3, 4).half()), "both be float32"),
-        (lambda: ops.linear_gram_(torch.zeros(1, 4, 4), torch.zeros(4)), r"\[samples, columns\], got \[4\]"),
+        (lambda: add(torch.zeros(1, 4, 4), torch.zeros(3, 5, 1, 1)), r"\[1, 5, 5\].*got \[1, 4, 4\]"),
+        (lambda: add(torch.zeros(1, 4, 4), torch.zeros(3, 4, 1, 1).double()), "both be float32"),
+        (lambda: add(torch.zeros(1, 4, 4).half(), torch.zeros(3, 4, 1, 1).half()), "must be float32 or float64"),
+        (lambda: add(torch.zeros(4, 4, 1).mT, torch.zeros(3, 4, 1, 1)), r"contiguous \[1, 4, 4\]"),
+        (lambda: add(torch.zeros(1, 4, 4), torch.zeros(4)), r"\[images, channels, height, width\], got \[4\]"),
+        (lambda: add(torch.zeros(1, 4, 4), torch.zeros(1, 3, 5, 5), groups=2), "groups = 2 must divide the 3 channels"),
+        (lambda: add(torch.zeros(1), torch.zeros(1, 1, 2, 5), kernel_size=(3, 3)), "does not fit into 2 pixels"),
+        (lambda: add(torch.zeros(1), torch.zeros(1, 1, 2, 5), stride=(0, 1)), "must be positive"),
         (
-            lambda: ops.conv2d_gram_(torch.zeros(1, 4, 4), torch.zeros(1, 3, 5, 5), (1, 1), (1, 1), (0, 0), (1, 1), 2),
-            "groups = 2 must divide the 3 channels",
+            lambda: ops.conv2d_sums_shape((1, 2), ops.Geometry()),
+            r"size must be \[channels, height, width\], got \[1, 2\]",
         ),
-        (
-            lambda: ops.conv2d_gram_(torch.zeros(1, 9, 9), torch.zeros(1, 1, 2, 5), (3, 3), (1, 1), (0, 0), (1, 1), 1),
-            "does not fit into 2 pixels",
-        ),
-        (
-            lambda: ops.conv2d_gram_(torch.zeros(1, 1, 1), torch.zeros(1, 1, 2, 5), (1, 1), (0, 1), (0, 0), (1, 1), 1),
-            "must be positive",
-        ),
+        (lambda: ops.conv2d_sums_shape((1, 2, -1), ops.Geometry()), "no size may be negative"),
+        (lambda: ops.conv2d_gram(torch.zeros(1, 4, 4), (5, 1, 1), ops.Geometry()), r"\[1, 5, 5\].*got \[1, 4, 4\]"),
         (
             lambda: ops.prune_columns(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2), 0.5, 1, False),
             r"factor must be a \[1, 3, 3\].*got \[1, 2, 2\]",
@@ -212,9 +264,11 @@ def test_prune_columns_equals_the_published_procedure(groups, rows, columns, blo
 def test_opcheck(dtype):
     images = torch.randn(2, 4, 5, 5, dtype=dtype)
     operators = torch.ops.spade_fast
-    torch.library.opcheck(operators.linear_gram_.default, (torch.zeros(1, 4, 4, dtype=dtype), images[0, :, 0, :4]))
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2)
-    torch.library.opcheck(operators.conv2d_gram_.default, (torch.zeros(2, 18, 18, dtype=dtype), images, *geometry))
+    for groups in (1, 4):
+        geometry = ([3, 3], [1, 1], [1, 1], [1, 1], groups)
+        sums = torch.zeros(operators.conv2d_sums_shape([4, 5, 5], *geometry), dtype=dtype)
+        torch.library.opcheck(operators.add_conv2d_sums_.default, (sums, images, *geometry))
+        torch.library.opcheck(operators.conv2d_gram.default, (sums, [4, 5, 5], *geometry))
     factor = torch.eye(6, dtype=dtype).repeat(2, 1, 1)
     for published in (False, True):
         arguments = (torch.randn(2, 3, 6, dtype=dtype), factor, 0.5, 2, published)

@@ -1,0 +1,51 @@
+// The inner loops, compiled for several instruction sets; the best one of this machine is chosen when first needed.
+//
+// Matrices come as panels: `lanes` columns side by side, panel[k * lanes + l] being row k of column l. Whoever packs a
+// matrix so pads its last panel with zero columns.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace spade_fast {
+
+template <class T>
+struct Kernels {
+  int64_t lanes;   // columns of a panel: one vector
+  int64_t rows;    // rows of an output tile; divides `lanes`
+  int64_t panels;  // panels of an output tile, at most
+
+  // out[r * out_stride + p * lanes + l] += sum_{k < count} a[k * lanes + r] * b[p * panel_stride + k * lanes + l]
+  // for all r < rows, p < panels (at most the above), l < lanes.
+  void (*multiply)(int64_t panels, const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
+                   int64_t out_stride);
+
+  // out[l] += sum_{k < count} a[k * lanes + l] * b[k * lanes + l] for all l < lanes.
+  void (*correlate)(const T* a, const T* b, int64_t count, T* out);
+
+  // out[k * out_step + l] = from[k * from_step + l] for all k < count, l < lanes.
+  void (*copy)(const T* from, int64_t from_step, int64_t count, T* out, int64_t out_step);
+
+  // out[k * out_step + l] = from[l * lane_step + k] for all k < count, l < lanes.
+  void (*transpose)(const T* from, int64_t lane_step, int64_t count, T* out, int64_t out_step);
+};
+
+// Kernels for this machine's best instruction set; the environment variable SPADE_FAST_CPU_CAPABILITY
+// ("default", "avx2" or "avx512") asks for a lesser one. Throws std::runtime_error where that cannot be met.
+template <class T>
+const Kernels<T>& kernels();
+
+// What kernels() has chosen. Throws as it does.
+const char* cpu_capability();
+// All that this machine can run, the least first, separated by blanks.
+std::string cpu_capabilities();
+
+// One table for each instruction set, in kernels_<set>.cpp; null where the compiler's target does not have it.
+template <class T>
+const Kernels<T>* default_kernels();
+template <class T>
+const Kernels<T>* avx2_kernels();
+template <class T>
+const Kernels<T>* avx512_kernels();
+
+}  // namespace spade_fast

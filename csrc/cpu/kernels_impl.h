@@ -1,0 +1,137 @@
+// Bodies of the inner loops. Each kernels_<set>.cpp defines
+//   SPADE_FAST_TARGET        attribute of every function here, so that the compiler may use the instruction set
+//   SPADE_FAST_VECTOR_BYTES  bytes of one vector
+//   SPADE_FAST_TILE_ROWS, SPADE_FAST_TILE_PANELS  rows * panels accumulators must fit the registers
+// and includes this once. Nothing from the standard library is called here: an inline function compiled for a larger
+// instruction set could be what the linker keeps for all.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace spade_fast {
+namespace {
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(SPADE_FAST_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = SPADE_FAST_VECTOR_BYTES / sizeof(T);
+template <int kBytes>
+struct IntegerOfBytes;
+template <>
+struct IntegerOfBytes<4> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOfBytes<8> {
+  using type = int64_t;
+};
+template <int kBytes>
+using IntegerOf = typename IntegerOfBytes<kBytes>::type;
+// 0, 1, ..., kCount - 1 as template arguments.
+template <int64_t... kIndex>
+struct Indices {};
+template <int64_t kCount, int64_t... kIndex>
+struct IndicesUpTo : IndicesUpTo<kCount - 1, kCount - 1, kIndex...> {};
+template <int64_t... kIndex>
+struct IndicesUpTo<0, kIndex...> {
+  using type = Indices<kIndex...>;
+};
+constexpr int kTileRows = SPADE_FAST_TILE_ROWS, kTilePanels = SPADE_FAST_TILE_PANELS;
+
+template <class T, int kPanels>
+SPADE_FAST_TARGET void multiply_panels(const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
+                                       int64_t out_stride) {
+  Vector<T> sums[kTileRows][kPanels] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    Vector<T> right[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+      right[p] = *reinterpret_cast<const Vector<T>*>(b + p * panel_stride + k * kLanes<T>);
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      const T left = a[k * kLanes<T> + r];
+      for (int p = 0; p < kPanels; ++p) sums[r][p] += left * right[p];
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      *reinterpret_cast<Vector<T>*>(out + r * out_stride + p * kLanes<T>) += sums[r][p];
+    }
+  }
+}
+
+template <class T>
+SPADE_FAST_TARGET void multiply(int64_t panels, const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
+                                int64_t out_stride) {
+  static_assert(kTilePanels == 3 && kLanes<T> % kTileRows == 0, "a tile's rows lie in one panel");
+  if (panels == 3) return multiply_panels<T, 3>(a, b, panel_stride, count, out, out_stride);
+  if (panels == 2) return multiply_panels<T, 2>(a, b, panel_stride, count, out, out_stride);
+  multiply_panels<T, 1>(a, b, panel_stride, count, out, out_stride);
+}
+
+template <class T>
+SPADE_FAST_TARGET void correlate(const T* a, const T* b, int64_t count, T* out) {
+  constexpr int kChains = 4;  // additions in flight: one chain would wait for each
+  Vector<T> sums[kChains] = {};
+  const auto* left = reinterpret_cast<const Vector<T>*>(a);
+  const auto* right = reinterpret_cast<const Vector<T>*>(b);
+  int64_t k = 0;
+  for (; k + kChains <= count; k += kChains) {
+    for (int c = 0; c < kChains; ++c) sums[c] += left[k + c] * right[k + c];
+  }
+  for (; k < count; ++k) sums[0] += left[k] * right[k];
+  *reinterpret_cast<Vector<T>*>(out) += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <class T>
+SPADE_FAST_TARGET void copy(const T* from, int64_t from_step, int64_t count, T* out, int64_t out_step) {
+  for (int64_t k = 0; k < count; ++k) {
+    *reinterpret_cast<Vector<T>*>(out + k * out_step) = *reinterpret_cast<const Vector<T>*>(from + k * from_step);
+  }
+}
+
+// {a0, b0, a1, b1, ...} from the lower halves of two vectors, or from the upper ones.
+template <class T, bool kUpper, int64_t... kIndex>
+SPADE_FAST_TARGET inline Vector<T> interleave(Vector<T> a, Vector<T> b, Indices<kIndex...>) {
+  constexpr int64_t kFirst = kUpper ? kLanes<T> / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...);
+#else
+  typedef IntegerOf<sizeof(T)> Mask __attribute__((vector_size(SPADE_FAST_VECTOR_BYTES)));
+  return __builtin_shuffle(a, b, Mask{(kFirst + kIndex / 2 + kIndex % 2 * kLanes<T>)...});
+#endif
+}
+
+template <class T>
+SPADE_FAST_TARGET void transpose(const T* from, int64_t lane_step, int64_t count, T* out, int64_t out_step) {
+  constexpr int kHalf = kLanes<T> / 2;
+  using All = typename IndicesUpTo<kLanes<T>>::type;
+  int64_t k = 0;
+  for (; k + kLanes<T> <= count; k += kLanes<T>) {
+    Vector<T> block[kLanes<T>], shuffled[kLanes<T>];
+    for (int l = 0; l < kLanes<T>; ++l) block[l] = *reinterpret_cast<const Vector<T>*>(from + l * lane_step + k);
+    // Each perfect shuffle of all elements turns the row and column bits of their places on by one.
+    for (int round = 1; round < kLanes<T>; round *= 2) {
+      for (int l = 0; l < kHalf; ++l) {
+        shuffled[2 * l] = interleave<T, false>(block[l], block[l + kHalf], All{});
+        shuffled[2 * l + 1] = interleave<T, true>(block[l], block[l + kHalf], All{});
+      }
+      for (int l = 0; l < kLanes<T>; ++l) block[l] = shuffled[l];
+    }
+    for (int l = 0; l < kLanes<T>; ++l) *reinterpret_cast<Vector<T>*>(out + (k + l) * out_step) = block[l];
+  }
+  for (; k < count; ++k) {
+    for (int l = 0; l < kLanes<T>; ++l) out[k * out_step + l] = from[l * lane_step + k];
+  }
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {kLanes<T>, kTileRows, kTilePanels, multiply<T>, correlate<T>, copy<T>, transpose<T>};
+
+}  // namespace
+}  // namespace spade_fast

@@ -1,0 +1,90 @@
+"""Drives every operator of one native library over random shapes: python tests/native_driver.py LIBRARY [CASES]
+
+Run by tests/test_ops.py for every instruction set of the machine, and by CMake's tests under sanitizers. It loads the
+library by itself, so that one built apart from the package can be driven.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TOLERANCE = 1e-12
+
+
+def unfolded_gram(images: Tensor, kernel: list[int], strides: list[list[int]], groups: int) -> Tensor:
+    """[groups, d, d] by unfold and matmul; `strides` holds stride, padding and dilation."""
+    stride, padding, dilation = strides
+    grams = []
+    for channels in images.chunk(groups, dim=1):
+        columns = F.unfold(channels, kernel, dilation, padding, stride).transpose(0, 1).flatten(1)
+        grams.append(columns @ columns.T)
+    return torch.stack(grams)
+
+
+def draw_images(draw: random.Random, least: list[int]) -> tuple[Tensor, int]:
+    """Inputs of random size and layout, and how many groups their channels fall into."""
+    groups = draw.choice([1, 1, 2, 3, 20])
+    channels = groups * draw.choice([1, 1, 2, 3, 8, 17, 40] if groups < 20 else [1, 2])
+    sides = [draw.randint(max(1, low), max(1, low) + draw.choice([0, 1, 5, 11])) for low in least]
+    images = torch.randn(draw.choice([0, 1, 2, 7]), channels, *sides, dtype=torch.float64)
+    layout = draw.choice(["contiguous", "channels_last", "sliced"])
+    if layout == "channels_last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        images = torch.stack([images, images + 1], dim=-1).flatten(3)[..., ::2]
+    return images, groups
+
+
+def check_gram(draw: random.Random) -> None:
+    """One geometry: kernel to 7, stride to 4, dilation to 3, padding to 3, in several batches."""
+    operators = torch.ops.spade_fast
+    kernel, stride, dilation = ([draw.randint(1, high) for _ in range(2)] for high in (7, 4, 3))
+    padding = [draw.randint(0, 3) for _ in range(2)]
+    reach = [dilation[axis] * (kernel[axis] - 1) + 1 - 2 * padding[axis] for axis in range(2)]
+    images, groups = draw_images(draw, reach)
+    size, geometry = list(images.shape[1:]), (kernel, stride, padding, dilation, groups)
+    sums = torch.zeros(operators.conv2d_sums_shape(size, *geometry), dtype=torch.float64)
+    for batch in images.split(3):
+        operators.add_conv2d_sums_(sums, batch, *geometry)
+    gram = operators.conv2d_gram(sums, size, *geometry)
+    if len(images):
+        expected = unfolded_gram(images, kernel, [stride, padding, dilation], groups)
+    else:
+        expected = torch.zeros_like(gram)
+    error = (gram - expected).abs().max() / expected.abs().max().clamp(min=1e-300)
+    assert error <= TOLERANCE, f"error {error:.1e} for {list(images.shape)}, {geometry}"
+    assert torch.equal(gram, gram.mT), f"not symmetric for {list(images.shape)}, {geometry}"
+
+
+def check_prune_columns(draw: random.Random) -> None:
+    """The loss is that of the weights that come back, and each block loses its count."""
+    groups, rows, columns = draw.choice([1, 1, 3]), draw.choice([1, 2, 30]), draw.choice([1, 9, 100, 200])
+    block_size, sparsity = draw.choice([1, 9, 500]), draw.choice([0.0, 0.3, 0.9, 1.0])
+    weight = torch.randn(groups, rows, columns, dtype=torch.float64)
+    factor = torch.randn(groups, columns, columns, dtype=torch.float64).tril() / columns
+    factor.diagonal(dim1=1, dim2=2).abs_().add_(1)
+    sparse, mask, loss = torch.ops.spade_fast.prune_columns(weight, factor, sparsity, block_size, False)
+    change = factor @ (weight - sparse).mT
+    assert abs(loss - change.square().sum() / 2) <= TOLERANCE * columns * (loss + 1)
+    for block in mask.split(block_size, dim=2):
+        assert (~block).sum() == int(block.numel() * sparsity + 0.5)
+
+
+def main(library: str, cases: str = "200") -> None:
+    """Load the library and run so many cases of each operator."""
+    torch.ops.load_library(library)
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    for _ in range(int(cases)):
+        check_gram(draw)
+        check_prune_columns(draw)
+    print(f"{cases} cases of each operator agree")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
