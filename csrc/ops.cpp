@@ -19,6 +19,11 @@ STABLE_TORCH_LIBRARY(spade_fast, m) {
       "groups) "
       "-> Tensor");
 
+  // The lower factor M [G, d, d] with H + damping * mean(diag H) * I = M^T M of each symmetric matrix, of which only
+  // the lower triangle is factored, and its backward error [G], float64, in units of d eps ||H||: infinite where there
+  // is no factor.
+  m.def("factor_hessian(Tensor hessian, float damping) -> (Tensor, Tensor)");
+
   // Column-wise OBS pruning of weight [G, r, d] given the lower factor M [G, d, d], H = M^T M.
   // Returns the sparse weight, the mask (true: kept), both [G, r, d], and the loss, float64 [].
   m.def(

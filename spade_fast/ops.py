@@ -118,6 +118,26 @@ def conv2d_gram(sums: Tensor, size: tuple[int, int, int], geometry: Geometry) ->
     return gram
 
 
+def factor_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Factor H + damping * mean(diag H) * I = M^T M, by one Cholesky factorization from the last row upwards.
+
+    Parameters
+    ----------
+    hessian
+        [G, d, d], float32 or float64, symmetric. Only the lower triangle is factored.
+    damping
+        Share of the mean diagonal, of each group by itself.
+
+    Returns
+    -------
+    factor, error
+        Lower triangular M [G, d, d]; float64 [G], the backward error along the vector of ones in units of
+        d * eps * ||H||, infinite where there is no factor.
+    """
+    factor, error = torch.ops.spade_fast.factor_hessian(hessian, damping)
+    return factor, error
+
+
 def prune_columns(
     weight: Tensor, factor: Tensor, sparsity: float, block_size: int, published_count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,6 +177,11 @@ def _fake_conv2d_gram(sums: Tensor, size: Sequence[int], *geometry: Any) -> Tens
     return sums.new_empty(convolution.groups, columns, columns)
 
 
+def _fake_factor_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    return factor, hessian.new_empty(hessian.shape[0], dtype=torch.float64)
+
+
 def _fake_prune_columns(
     weight: Tensor, factor: Tensor, sparsity: float, block_size: int, published_count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,4 +192,5 @@ def _fake_prune_columns(
 if _C is not None:
     torch.library.register_fake("spade_fast::add_conv2d_sums_", _fake_add_conv2d_sums_)
     torch.library.register_fake("spade_fast::conv2d_gram", _fake_conv2d_gram)
+    torch.library.register_fake("spade_fast::factor_hessian", _fake_factor_hessian)
     torch.library.register_fake("spade_fast::prune_columns", _fake_prune_columns)

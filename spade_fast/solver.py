@@ -25,6 +25,8 @@ _PIVOT_TO_NOISE = 10.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6
 _LARGEST_DAMPING = 1.0
+# Side of the tiles in which mirrored entries are compared: they fit the cache.
+_TILE = 256
 # Share of the largest entry by which mirrored entries may differ: what float32 sums in another order may do.
 _LARGEST_ASYMMETRY = 1e-4
 # Numbers in the systems that are refitted at a time, unless a single one has more (32 MiB, about three such at once).
@@ -138,35 +140,28 @@ def solve(
 
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     grouped = weight.detach().reshape(hessian.shape[0], -1, hessian.shape[1]).to(dtype)  # [G, r, d]
-    damped = hessian.detach().to(dtype, copy=True)
-    if not grouped.isfinite().all():
+    hessian = hessian.detach().to(dtype)
+    if not _is_finite(grouped):
         raise InvalidInputError("the weight holds NaN or infinite values: it cannot be pruned")
-    if not damped.isfinite().all():
+    if not _is_finite(hessian):
         raise InvalidInputError("the Hessian holds NaN or infinite values: some layer input was not finite")
+    hessian = _symmetric(hessian)
 
-    if not torch.equal(damped, damped.mT):
-        damped = _symmetric(damped)
-    diagonal = damped.diagonal(dim1=1, dim2=2)
-    dead = diagonal == 0  # [G, d]
-    if dead.any():  # their products with other inputs are zero too, unless the squares alone underflowed
-        damped.masked_fill_(dead[:, :, None] | dead[:, None, :], 0)
-    # Any positive number would do: it touches no other column. This one leaves the mean, so the damping, as it is
-    # without dead inputs, whatever the unit of the inputs (the published procedure puts 1 there).
-    live_mean = diagonal.sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp(min=1)
-    diagonal.copy_(torch.where(dead, torch.where(live_mean > 0, live_mean, 1), diagonal))
-    grouped = grouped.masked_fill(dead[:, None], 0)
+    dead = hessian.diagonal(dim1=1, dim2=2) == 0  # [G, d]
+    if dead.any():
+        hessian, grouped = _without_coupling(hessian, dead), grouped.masked_fill(dead[:, None], 0)
     published = mask_rule == "published"
     native = ops.resolve_backend(backend, weight.device) == "native"
-    factor = factorize(damped, damping, lower_factor if native else _reference_factor)
+    factor = factorize(hessian, damping, lower_factor if native else _reference_factor)
     sparse, mask, loss = (ops if native else reference).prune_columns(
         grouped.to(factor.matrix.dtype), factor.matrix, sparsity, block_size, published
     )
     mask &= ~dead[:, None]
     if refit and loss.isfinite():
-        sparse, loss = refit_kept(grouped.double(), _add_damping(damped.double(), factor.damping), mask)
+        sparse, loss = refit_kept(grouped.double(), _add_damping(hessian.double(), factor.damping), mask)
     # Keeps the memory format, channels_last among others, and the dtype.
     result = torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape))
-    if not result.isfinite().all() or not loss.isfinite():
+    if not _is_finite(result) or not loss.isfinite():
         raise InvalidInputError(
             f"pruning overflows {str(weight.dtype).removeprefix('torch.')}: the weights reach "
             f"{weight.abs().max().item():.1e}; scale them down or use a wider dtype"
@@ -180,7 +175,7 @@ def solve(
     )
 
 
-def factorize(hessian: Tensor, damping: float, factor: Callable[[Tensor], Tensor | None]) -> Factor:
+def factorize(hessian: Tensor, damping: float, factor: Callable[[Tensor, float], Tensor | None]) -> Factor:
     """Factor H + damping * mean(diag H) * I.
 
     Where that fails it is redone in float64; only where that fails too is the damping raised, tenfold each time.
@@ -192,23 +187,23 @@ def factorize(hessian: Tensor, damping: float, factor: Callable[[Tensor], Tensor
     damping
         Share of the mean diagonal, of each group by itself.
     factor
-        Gives the factor of a matrix, or None where it fails or would be too inaccurate.
+        Gives the factor of a matrix and a damping, or None where there is none or it would be too inaccurate.
 
     Raises
     ------
     InvalidInputError
         If no damping up to 1 makes it positive definite.
     """
-    matrix = factor(_add_damping(hessian, damping))
+    matrix = factor(hessian, damping)
     if matrix is not None:
         return Factor(matrix, damping, None)
     hessian = hessian.double()
-    matrix = factor(_add_damping(hessian, damping))
+    matrix = factor(hessian, damping)
     if matrix is not None:
         return Factor(matrix, damping, "float64")
     raised = max(10 * damping, _SMALLEST_RAISED_DAMPING)
     while raised <= _LARGEST_DAMPING:
-        matrix = factor(_add_damping(hessian, raised))
+        matrix = factor(hessian, raised)
         if matrix is not None:
             return Factor(matrix, raised, "damping")
         raised *= 10
@@ -287,43 +282,47 @@ def _add_damping(hessian: Tensor, damping: float) -> Tensor:
     return damped
 
 
-def lower_factor(hessian: Tensor) -> Tensor | None:
-    """Lower triangular M [G, d, d] with H = M^T M, by one Cholesky factorization from the end.
+def lower_factor(hessian: Tensor, damping: float) -> Tensor | None:
+    """Lower triangular M [G, d, d] with H + damping * mean(diag H) * I = M^T M.
 
-    None where it fails, or where its backward error is beyond what LAPACK's own tests accept.
+    None where there is none, or where its backward error is beyond what LAPACK's own tests accept.
     """
-    # With both axes reversed, H = M^T M becomes the usual L L^T.
-    factor, info = torch.linalg.cholesky_ex(hessian.flip(1, 2))
-    if info.any() or not factor.isfinite().all():
+    factor, error = ops.factor_hessian(hessian, damping)
+    if not (error <= _LAPACK_TEST_RATIO).all():
         return None
-    lower = factor.mT.flip(1, 2).contiguous()
-    # Backward error along one fixed direction: d^2 work, where the whole residual would cost d^3.
-    direction = torch.ones(hessian.shape[0], hessian.shape[1], 1, dtype=hessian.dtype, device=hessian.device)
-    residual = lower.mT @ (lower @ direction) - hessian @ direction
-    unit = hessian.shape[1] * torch.finfo(hessian.dtype).eps * hessian.abs().sum(dim=2).amax(dim=1)
-    accurate = residual.abs().amax(dim=(1, 2)) <= _LAPACK_TEST_RATIO * unit
-    return lower if accurate.all() and _pivots_have_digits(lower.diagonal(dim1=1, dim2=2), hessian) else None
+    return factor if _pivots_have_digits(factor.diagonal(dim1=1, dim2=2), hessian, damping) else None
 
 
-def _reference_factor(hessian: Tensor) -> Tensor | None:
-    upper = reference.factor(hessian)
-    if upper is None or not _pivots_have_digits(1 / upper.diagonal(dim1=1, dim2=2), hessian):
+def _reference_factor(hessian: Tensor, damping: float) -> Tensor | None:
+    upper = reference.factor(_add_damping(hessian, damping))
+    if upper is None or not _pivots_have_digits(1 / upper.diagonal(dim1=1, dim2=2), hessian, damping):
         return None
     return upper
 
 
-def _pivots_have_digits(pivots: Tensor, hessian: Tensor) -> bool:
+def _pivots_have_digits(pivots: Tensor, hessian: Tensor, damping: float) -> bool:
     """Whether every M_ii^2 stands clear of the rounding in the subtractions H_ii - ... that it is the result of.
 
     A backward stable factor may still have pivots of pure rounding noise, and OBS divides by them.
     """
     columns, eps = hessian.shape[1], torch.finfo(hessian.dtype).eps
-    noise = math.sqrt(columns) * eps * hessian.diagonal(dim1=1, dim2=2)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    noise = math.sqrt(columns) * eps * (diagonal + damping * diagonal.mean(dim=1, keepdim=True))
     return bool((pivots**2 > _PIVOT_TO_NOISE * noise).all())
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: much quicker than ``isfinite().all()``, which makes a mask."""
+    low, high = values.aminmax()  # both NaN if any entry is
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _symmetric(hessian: Tensor) -> Tensor:
     """The Hessian without the rounding that made it asymmetric; what is more than rounding is refused."""
+    starts = range(0, hessian.shape[1], _TILE)
+    tiles = ((slice(i, i + _TILE), slice(j, j + _TILE)) for i in starts for j in starts if j >= i)
+    if all(torch.equal(hessian[:, rows, columns], hessian[:, columns, rows].mT) for rows, columns in tiles):
+        return hessian
     gap = (hessian - hessian.mT).abs().amax()
     if gap > _LARGEST_ASYMMETRY * hessian.abs().amax():
         raise InvalidInputError(
@@ -331,6 +330,18 @@ def _symmetric(hessian: Tensor) -> Tensor:
             "spade_fast.hessian, or as X^T X"
         )
     return (hessian + hessian.mT) / 2
+
+
+def _without_coupling(hessian: Tensor, dead: Tensor) -> Tensor:
+    """The Hessian [G, d, d] with a positive diagonal for the dead inputs [G, d], which touch no other input."""
+    # Their products with others are zero too, unless their squares alone underflowed.
+    alone = hessian.masked_fill(dead[:, :, None] | dead[:, None, :], 0)
+    diagonal = alone.diagonal(dim1=1, dim2=2)
+    # Any positive number would do. This one leaves the mean, so the damping, as it is without dead inputs, whatever
+    # the unit of the inputs (the published procedure puts 1 there).
+    mean = diagonal.sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp(min=1)
+    diagonal.copy_(torch.where(dead, torch.where(mean > 0, mean, 1), diagonal))
+    return alone
 
 
 def _check_shapes(weight: Tensor, hessian: Tensor) -> None:

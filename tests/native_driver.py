@@ -75,6 +75,17 @@ def check_prune_columns(draw: random.Random) -> None:
         assert (~block).sum() == int(block.numel() * sparsity + 0.5)
 
 
+def check_factor(draw: random.Random) -> None:
+    """M^T M is the damped matrix."""
+    groups, columns = draw.choice([1, 3]), draw.choice([1, 2, 9, 95, 96, 97, 130, 193, 250])
+    inputs = torch.randn(groups, columns, columns + 5, dtype=torch.float64)
+    hessian = inputs @ inputs.mT
+    factor, error = torch.ops.spade_fast.factor_hessian(hessian, 0.01)
+    damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(columns)
+    assert (error < 1).all()
+    assert (factor.mT @ factor - damped).abs().max() <= TOLERANCE * damped.abs().max()
+
+
 def main(library: str, cases: str = "200") -> None:
     """Load the library and run so many cases of each operator."""
     torch.ops.load_library(library)
@@ -82,6 +93,7 @@ def main(library: str, cases: str = "200") -> None:
     draw = random.Random(0)
     for _ in range(int(cases)):
         check_gram(draw)
+        check_factor(draw)
         check_prune_columns(draw)
     print(f"{cases} cases of each operator agree")  # noqa: T201
 

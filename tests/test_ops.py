@@ -180,6 +180,9 @@ def add(sums: Tensor, input: Tensor, **geometry: Any) -> None:
         ),
         (lambda: ops.conv2d_sums_shape((1, 2, -1), ops.Geometry()), "no size may be negative"),
         (lambda: ops.conv2d_gram(torch.zeros(1, 4, 4), (5, 1, 1), ops.Geometry()), r"\[1, 5, 5\].*got \[1, 4, 4\]"),
+        (lambda: ops.factor_hessian(torch.zeros(1, 2, 3), 0.1), r"\[groups, columns, columns\], got \[1, 2, 3\]"),
+        (lambda: ops.factor_hessian(torch.eye(3)[None].half(), 0.1), "float32 or float64"),
+        (lambda: ops.factor_hessian(torch.eye(3)[None], -0.1), "at least 0, got -0.1"),
         (
             lambda: ops.prune_columns(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2), 0.5, 1, False),
             r"factor must be a \[1, 3, 3\].*got \[1, 2, 2\]",
@@ -260,6 +263,27 @@ def test_prune_columns_equals_the_published_procedure(groups, rows, columns, blo
     torch.testing.assert_close(native[2], plain[2], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("values", ["many ties", "all equal", "zeros", "wide range", "overflowing"])
+@pytest.mark.parametrize("sparsity", [0.001, 0.3, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("published", [False, True])
+def test_selection_among_many_float32_scores(values, sparsity, published):
+    # With H = I nothing propagates, so every score is exact and the reference decides alike.
+    generator = torch.Generator().manual_seed(1)
+    weight = {
+        "many ties": torch.randint(-3, 4, (2, 700, 6), generator=generator).float(),
+        "all equal": torch.full((2, 700, 6), -1.5),
+        "zeros": torch.zeros(2, 700, 6),
+        "wide range": torch.randn(2, 700, 6, generator=generator) ** 9,
+        "overflowing": torch.randn(2, 700, 6, generator=generator) * 3e38,
+    }[values].clamp(-3.4e38, 3.4e38)
+    eye = torch.eye(6).repeat(2, 1, 1)
+    for block_size in (1, 3):
+        native = ops.prune_columns(weight, eye, sparsity, block_size, published)
+        plain = reference.prune_columns(weight.double(), eye.double(), sparsity, block_size, published)
+        assert torch.equal(native[1], plain[1])
+        assert torch.equal(native[0], plain[0].float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     images = torch.randn(2, 4, 5, 5, dtype=dtype)
@@ -270,9 +294,41 @@ def test_opcheck(dtype):
         torch.library.opcheck(operators.add_conv2d_sums_.default, (sums, images, *geometry))
         torch.library.opcheck(operators.conv2d_gram.default, (sums, [4, 5, 5], *geometry))
     factor = torch.eye(6, dtype=dtype).repeat(2, 1, 1)
+    torch.library.opcheck(operators.factor_hessian.default, (factor, 0.01))
     for published in (False, True):
         arguments = (torch.randn(2, 3, 6, dtype=dtype), factor, 0.5, 2, published)
         torch.library.opcheck(operators.prune_columns.default, arguments)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 9, 95, 96, 97, 193, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factor_equals_torch_cholesky_from_the_end(columns, dtype):
+    inputs = torch.randn(2, columns, 2 * columns + 3, dtype=dtype)
+    hessian = inputs @ inputs.mT / columns
+    factor, error = ops.factor_hessian(hessian, 0.01)
+    damping = 0.01 * hessian.diagonal(dim1=1, dim2=2).double().mean(1)
+    damped = hessian.double() + damping[:, None, None] * torch.eye(columns)
+    expected = torch.linalg.cholesky(damped.flip(1, 2)).mT.flip(1, 2)
+    scale = 100 * columns * torch.finfo(dtype).eps
+    assert_close(factor.double(), expected, scale)
+    assert not factor.triu(1).any()
+    assert (error < 1).all()
+
+
+@pytest.mark.parametrize("columns", [5, 150])
+@pytest.mark.parametrize("flaw", ["indefinite", "nan", "infinite"])
+def test_no_factor_is_told_for_each_group(columns, flaw):
+    hessian = torch.eye(columns).repeat(3, 1, 1)
+    hessian[1, -2, -2] = {"indefinite": -1.0, "nan": torch.nan, "infinite": torch.inf}[flaw]
+    _, error = ops.factor_hessian(hessian, 0.0)
+    assert error.isfinite().tolist() == [True, False, True]
+
+
+def test_backward_error_of_a_factor_is_in_units_of_d_eps_norm():
+    hessian = torch.eye(8)[None]
+    hessian[0, 2, 5] = 0.5  # above the diagonal, so missing from the factor
+    _, error = ops.factor_hessian(hessian, 0.0)
+    assert error.item() == pytest.approx(0.5 / (8 * torch.finfo(torch.float32).eps * 1.5))
 
 
 def test_operators_leave_their_inputs_alone():

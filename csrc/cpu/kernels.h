@@ -20,6 +20,11 @@ struct Kernels {
   void (*multiply)(int64_t panels, const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
                    int64_t out_stride);
 
+  // Back substitution, the last row first, for r < rows (at most the above) and p < panels:
+  // out[p * panel_stride + r * lanes + l] becomes (itself - sums[r * panels * lanes + p * lanes + l]
+  //   - sum_{r < k < rows} m[k * lanes + r] * out[p * panel_stride + k * lanes + l]) / m[r * lanes + r].
+  void (*substitute)(int64_t panels, int64_t rows, const T* m, const T* sums, T* out, int64_t panel_stride);
+
   // out[l] += sum_{k < count} a[k * lanes + l] * b[k * lanes + l] for all l < lanes.
   void (*correlate)(const T* a, const T* b, int64_t count, T* out);
 
@@ -28,6 +33,18 @@ struct Kernels {
 
   // out[k * out_step + l] = from[l * lane_step + k] for all k < count, l < lanes.
   void (*transpose)(const T* from, int64_t lane_step, int64_t count, T* out, int64_t out_step);
+
+  // out[r] += sum_{j < count} coefficients[j] * vectors[j * stride + r] for all r < rows.
+  void (*combine)(const T* coefficients, const T* vectors, int64_t stride, int64_t count, int64_t rows, T* out);
+
+  // A column as it would be without being pruned, current = weight + sum / pivot, the change to that from `weight`, and
+  // its score |current * pivot|, infinite instead of NaN, for all r < rows.
+  void (*score)(const T* weight, const T* sum, T pivot, int64_t rows, T* change, T* score);
+
+  // Prunes the column's weights of scores below the threshold, and those equal to it if `ties`: weight becomes
+  // 0 or what error propagation made of it, delta what it lost. Returns the sum of (current * pivot)^2 over the pruned.
+  double (*prune)(const T* sum, const T* score, T threshold, bool ties, T pivot, int64_t rows, T* weight, T* delta,
+                  bool* kept);
 };
 
 // Kernels for this machine's best instruction set; the environment variable SPADE_FAST_CPU_CAPABILITY

@@ -75,6 +75,19 @@ SPADE_FAST_TARGET void multiply(int64_t panels, const T* a, const T* b, int64_t 
 }
 
 template <class T>
+SPADE_FAST_TARGET void substitute(int64_t panels, int64_t rows, const T* m, const T* sums, T* out,
+                                  int64_t panel_stride) {
+  for (int64_t p = 0; p < panels; ++p) {
+    auto* row = reinterpret_cast<Vector<T>*>(out + p * panel_stride);
+    for (int64_t r = rows - 1; r >= 0; --r) {
+      Vector<T> rest = row[r] - *reinterpret_cast<const Vector<T>*>(sums + (r * panels + p) * kLanes<T>);
+      for (int64_t k = r + 1; k < rows; ++k) rest -= m[k * kLanes<T> + r] * row[k];
+      row[r] = rest / m[r * kLanes<T> + r];
+    }
+  }
+}
+
+template <class T>
 SPADE_FAST_TARGET void correlate(const T* a, const T* b, int64_t count, T* out) {
   constexpr int kChains = 4;  // additions in flight: one chain would wait for each
   Vector<T> sums[kChains] = {};
@@ -131,7 +144,65 @@ SPADE_FAST_TARGET void transpose(const T* from, int64_t lane_step, int64_t count
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {kLanes<T>, kTileRows, kTilePanels, multiply<T>, correlate<T>, copy<T>, transpose<T>};
+SPADE_FAST_TARGET void combine(const T* coefficients, const T* vectors, int64_t stride, int64_t count, int64_t rows,
+                               T* out) {
+  constexpr int kVectors = 4;
+  int64_t r = 0;
+  for (; r + kVectors * kLanes<T> <= rows; r += kVectors * kLanes<T>) {
+    Vector<T> sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) sums[v] = *reinterpret_cast<Vector<T>*>(out + r + v * kLanes<T>);
+    for (int64_t j = 0; j < count; ++j) {
+      const T* vector = vectors + j * stride + r;
+      for (int v = 0; v < kVectors; ++v) {
+        sums[v] += coefficients[j] * *reinterpret_cast<const Vector<T>*>(vector + v * kLanes<T>);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) *reinterpret_cast<Vector<T>*>(out + r + v * kLanes<T>) = sums[v];
+  }
+  if (r == rows) return;
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t rest = r; rest < rows; ++rest) out[rest] += coefficients[j] * vectors[j * stride + rest];
+  }
+}
+
+template <class T>
+SPADE_FAST_TARGET void score(const T* __restrict weight, const T* __restrict sum, T pivot, int64_t rows,
+                             T* __restrict change, T* __restrict score) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T shift = sum[r] / pivot;
+    const T signed_score = (weight[r] + shift) * pivot;
+    const T value = signed_score < 0 ? -signed_score : signed_score;
+    change[r] = -shift;
+    score[r] = value == value ? value : T(__builtin_inf());  // NaN has no place in an order
+  }
+}
+
+template <class T>
+SPADE_FAST_TARGET double prune(const T* __restrict sum, const T* __restrict score, T threshold, bool ties, T pivot,
+                               int64_t rows, T* __restrict weight, T* __restrict delta, bool* __restrict kept) {
+  constexpr int kPartial = 8;  // sums in flight: one would wait for each addition
+  double losses[kPartial] = {};
+  double loss = 0;
+  for (int64_t begin = 0; begin < rows; begin += kPartial) {
+    const int64_t end = begin + kPartial < rows ? begin + kPartial : rows;
+    for (int64_t r = begin; r < end; ++r) {
+      const T current = weight[r] + sum[r] / pivot;
+      const bool pruned = ties ? score[r] <= threshold : score[r] < threshold;
+      const T sparse = pruned ? T(0) : current;
+      const double cost = pruned ? static_cast<double>(current) * static_cast<double>(pivot) : 0.0;
+      losses[r - begin] += cost * cost;
+      kept[r] = !pruned;
+      delta[r] = weight[r] - sparse;
+      weight[r] = sparse;
+    }
+  }
+  for (int i = 0; i < kPartial; ++i) loss += losses[i];
+  return loss;
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {kLanes<T>, kTileRows,    kTilePanels, multiply<T>, substitute<T>, correlate<T>,
+                               copy<T>,   transpose<T>, combine<T>,  score<T>,    prune<T>};
 
 }  // namespace
 }  // namespace spade_fast

@@ -13,14 +13,17 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
-#include <limits>
+#include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../check.h"
 #include "gemm.h"
+#include "kernels.h"
 
 namespace spade_fast {
 namespace {
@@ -31,6 +34,8 @@ using torch::stable::Tensor;
 using torch::stable::transpose;
 
 constexpr int64_t kPanelColumns = 96;
+constexpr int64_t kSmallestHistogram = 512;  // scores for which a histogram pays
+constexpr int64_t kBuckets = 2048;           // upper 12 bits of a float without its sign
 
 // How many of `candidates` weights of one block are pruned. Both rules are evaluated in double, as Python would.
 int64_t count_to_prune(int64_t candidates, double sparsity, bool published_count) {
@@ -46,16 +51,19 @@ class ColumnPruner {
  public:
   ColumnPruner(int64_t groups, int64_t rows, int64_t columns, int64_t block_size, const T* factor, T* weight, T* delta,
                bool* kept)
-      : groups_(groups),
+      : kernel_(kernels<T>()),
+        groups_(groups),
         rows_(rows),
         columns_(columns),
         factor_(factor),
         weight_(weight),
         delta_(delta),
         kept_(kept),
-        current_(block_size * groups * rows),
+        current_(rows),
         change_(block_size * groups * rows),
-        scores_(block_size * groups * rows) {}
+        scores_(block_size * groups * rows) {
+    ordered_.reserve(scores_.size());
+  }
 
   // Prunes columns [begin, end) of all groups, whose earlier panel starts at `panel`;
   // sums [groups, panel columns, rows] holds sum_{j < panel} M_ij delta_j. Returns the loss.
@@ -65,7 +73,7 @@ class ColumnPruner {
     for (int64_t g = 0; g < groups_; ++g) {
       for (int64_t i = begin; i < end; ++i) {
         T* sum = sums + (g * panel_columns + i - panel) * rows_;
-        for (int64_t j = panel; j < begin; ++j) add_multiple(m(g, i, j), delta(g, j), sum);
+        combine(g, i, panel, begin, delta(g, panel), rows_, sum);
         predict(g, begin, i, sum);
       }
     }
@@ -75,7 +83,7 @@ class ColumnPruner {
     for (int64_t g = 0; g < groups_; ++g) {
       for (int64_t i = begin; i < end; ++i) {
         T* sum = sums + (g * panel_columns + i - panel) * rows_;
-        for (int64_t j = begin; j < i; ++j) add_multiple(m(g, i, j), delta(g, j), sum);
+        combine(g, i, begin, i, delta(g, begin), rows_, sum);
         loss += prune_column(g, i, i - begin, width, sum, threshold);
       }
     }
@@ -95,75 +103,91 @@ class ColumnPruner {
   bool* kept(int64_t g, int64_t i) const { return kept_ + (g * columns_ + i) * rows_; }
   int64_t slot(int64_t g, int64_t local) const { return (local * groups_ + g) * rows_; }
 
-  void add_multiple(T factor, const T* __restrict source, T* __restrict target) const {
-    for (int64_t r = 0; r < rows_; ++r) target[r] += factor * source[r];
+  // sum += sum_{j in [begin, end)} M_ij vector_j, the vectors of one group lying `stride` apart.
+  void combine(int64_t g, int64_t i, int64_t begin, int64_t end, const T* vectors, int64_t stride, T* sum) const {
+    kernel_.combine(factor_ + (g * columns_ + i) * columns_ + begin, vectors, stride, end - begin, rows_, sum);
   }
 
   // Scores of column i as if no other column of its block were pruned (forward substitution inside the block).
   // Absolute values instead of squares: the same order, and no underflow.
   void predict(int64_t g, int64_t begin, int64_t i, const T* sum) {
-    T* __restrict current = current_.data() + slot(g, i - begin);
-    T* __restrict change = change_.data() + slot(g, i - begin);
-    T* __restrict score = scores_.data() + slot(g, i - begin);
+    T* current = current_.data();
     std::copy(sum, sum + rows_, current);
-    for (int64_t j = begin; j < i; ++j) add_multiple(m(g, i, j), change_.data() + slot(g, j - begin), current);
-    const T pivot = m(g, i, i);
-    const T* __restrict w = weight(g, i);
-    for (int64_t r = 0; r < rows_; ++r) {
-      current[r] = w[r] + current[r] / pivot;
-      change[r] = w[r] - current[r];
-      const T value = std::abs(current[r] * pivot);
-      score[r] = std::isnan(value) ? std::numeric_limits<T>::infinity() : value;  // NaN has no place in an order
-    }
+    combine(g, i, begin, i, change_.data() + slot(g, 0), groups_ * rows_, current);
+    kernel_.score(weight(g, i), current, m(g, i, i), rows_, change_.data() + slot(g, i - begin),
+                  scores_.data() + slot(g, i - begin));
   }
 
   Threshold select(int64_t candidates, int64_t count, int64_t width, bool published_count) {
     if (count == 0) return {T(-1), 0};
-    ordered_.assign(scores_.begin(), scores_.begin() + candidates);
-    std::nth_element(ordered_.begin(), ordered_.begin() + (count - 1), ordered_.end());
-    const T score = ordered_[count - 1];
-    if (published_count) return {score, std::numeric_limits<int64_t>::max()};  // its `<=` takes every tie
-    int64_t equal = count - std::count_if(ordered_.begin(), ordered_.begin() + count, [=](T s) { return s < score; });
+    const int64_t below = gather_around(candidates, count);  // scores too small to be in `ordered_`
+    const auto kth = ordered_.begin() + (count - below - 1);
+    std::nth_element(ordered_.begin(), kth, ordered_.end());
+    const T score = *kth;
+    const int64_t ties = std::count(ordered_.begin(), ordered_.end(), score);
+    int64_t going = count - below - std::count_if(ordered_.begin(), kth, [=](T s) { return s < score; });
+    if (published_count || going == ties) return {score, candidates};  // the published `<=` takes every tie
     // The lowest indices among the equal scores: walk rows first, then the block's columns.
     for (int64_t g = 0; g < groups_; ++g) {
       for (int64_t r = 0; r < rows_; ++r) {
         for (int64_t local = 0; local < width; ++local) {
-          if (scores_[slot(g, local) + r] == score && --equal == 0) return {score, (g * rows_ + r) * width + local + 1};
+          if (scores_[slot(g, local) + r] == score && --going == 0) return {score, (g * rows_ + r) * width + local + 1};
         }
       }
     }
     return {score, candidates};
   }
 
-  double prune_column(int64_t g, int64_t i, int64_t local, int64_t width, const T* __restrict sum,
-                      Threshold threshold) {
-    const T pivot = m(g, i, i);
-    const T* __restrict score = scores_.data() + slot(g, local);
-    T* __restrict w = weight(g, i);
-    T* __restrict d = delta(g, i);
-    bool* __restrict keep = kept(g, i);
-    double loss = 0;
-    for (int64_t r = 0; r < rows_; ++r) {
-      const T c = w[r] + sum[r] / pivot;
-      const bool tie_goes = (g * rows_ + r) * width + local < threshold.index;
-      const bool pruned = score[r] < threshold.score || (score[r] == threshold.score && tie_goes);
-      const T q = pruned ? T(0) : c;
-      const double cost = pruned ? static_cast<double>(c) * static_cast<double>(pivot) : 0.0;
-      loss += cost * cost;
-      keep[r] = !pruned;
-      d[r] = w[r] - q;
-      w[r] = q;
+  // Fills `ordered_` with the scores among which the count-th smallest is, and tells how many are smaller than those.
+  // Of many float32 scores, none of them negative, these are the ones that agree with it in exponent and three bits.
+  int64_t gather_around(int64_t candidates, int64_t count) {
+    const T* scores = scores_.data();
+    ordered_.clear();
+    if constexpr (std::is_same_v<T, float>) {
+      if (candidates >= kSmallestHistogram) {
+        std::array<std::array<uint32_t, kBuckets>, 2> counts{};  // two, since neighbours often share a bucket
+        for (int64_t i = 0; i < candidates; ++i) ++counts[i % 2][bucket_of(scores[i])];
+        int64_t below = 0;
+        uint32_t bucket = 0;
+        for (int64_t in_bucket = 0;; ++bucket, below += in_bucket) {
+          in_bucket = counts[0][bucket] + counts[1][bucket];
+          if (below + in_bucket >= count) break;
+        }
+        for (int64_t i = 0; i < candidates; ++i) {
+          if (bucket_of(scores[i]) == bucket) ordered_.push_back(scores[i]);
+        }
+        return below;
+      }
     }
-    return loss / 2;
+    ordered_.assign(scores, scores + candidates);
+    return 0;
   }
 
+  static uint32_t bucket_of(float score) {
+    uint32_t bits;
+    std::memcpy(&bits, &score, sizeof(bits));
+    return bits >> 20;
+  }
+
+  double prune_column(int64_t g, int64_t i, int64_t local, int64_t width, const T* sum, Threshold threshold) {
+    // The rows whose index, row * width + local, is below the threshold's: there ties go too.
+    const int64_t rows_before = (std::max<int64_t>(0, threshold.index - local) + width - 1) / width - g * rows_;
+    const int64_t ties = std::clamp<int64_t>(rows_before, 0, rows_);
+    const auto prune = [&](int64_t begin, int64_t end, bool with_ties) {
+      return kernel_.prune(sum + begin, scores_.data() + slot(g, local) + begin, threshold.score, with_ties, m(g, i, i),
+                           end - begin, weight(g, i) + begin, delta(g, i) + begin, kept(g, i) + begin);
+    };
+    return (prune(0, ties, true) + prune(ties, rows_, false)) / 2;
+  }
+
+  const Kernels<T>& kernel_;
   const int64_t groups_, rows_, columns_;
-  const T* factor_;  // [groups, columns, columns]
-  T* weight_;        // [groups, columns, rows]: dense before a column's turn, sparse after it
-  T* delta_;         // [groups, columns, rows]: dense - sparse, for finished columns
-  bool* kept_;       // [groups, columns, rows]
-  // Scratch of one block, [block columns, groups, rows] each.
-  std::vector<T> current_, change_, scores_, ordered_;
+  const T* factor_;                           // [groups, columns, columns]
+  T* weight_;                                 // [groups, columns, rows]: dense before a column's turn, sparse after it
+  T* delta_;                                  // [groups, columns, rows]: dense - sparse, for finished columns
+  bool* kept_;                                // [groups, columns, rows]
+  std::vector<T> current_;                    // [rows]
+  std::vector<T> change_, scores_, ordered_;  // of one block: [block columns, groups, rows]
 };
 
 std::tuple<Tensor, Tensor, Tensor> prune_columns(Tensor weight, Tensor factor, double sparsity, int64_t block_size,
