@@ -87,7 +87,10 @@ def explain(
         str, typer.Option(help="Share to prune (0.8), a plan (FILE.json), or the name of a preset.")
     ] = "default",
     num_augmentations: Annotated[int, typer.Option(help="Views of the photograph to trace on.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Views that go through the network at a time.")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Views that go through the network at a time.", show_default="16 on a CPU, else 64"),
+    ] = None,
     refit: Annotated[
         bool, typer.Option("--refit", help="Refit the kept weights: slower, keeps the answer more often.")
     ] = False,

@@ -141,9 +141,9 @@ def solve(
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
     grouped = weight.detach().reshape(hessian.shape[0], -1, hessian.shape[1]).to(dtype)  # [G, r, d]
     hessian = hessian.detach().to(dtype)
-    if not _is_finite(grouped):
+    if not is_finite(grouped):
         raise InvalidInputError("the weight holds NaN or infinite values: it cannot be pruned")
-    if not _is_finite(hessian):
+    if not is_finite(hessian):
         raise InvalidInputError("the Hessian holds NaN or infinite values: some layer input was not finite")
     hessian = _symmetric(hessian)
 
@@ -161,7 +161,7 @@ def solve(
         sparse, loss = refit_kept(grouped.double(), _add_damping(hessian.double(), factor.damping), mask)
     # Keeps the memory format, channels_last among others, and the dtype.
     result = torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape))
-    if not _is_finite(result) or not loss.isfinite():
+    if not is_finite(result) or not loss.isfinite():
         raise InvalidInputError(
             f"pruning overflows {str(weight.dtype).removeprefix('torch.')}: the weights reach "
             f"{weight.abs().max().item():.1e}; scale them down or use a wider dtype"
@@ -311,7 +311,7 @@ def _pivots_have_digits(pivots: Tensor, hessian: Tensor, damping: float) -> bool
     return bool((pivots**2 > _PIVOT_TO_NOISE * noise).all())
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """Whether no entry is NaN or infinite: much quicker than ``isfinite().all()``, which makes a mask."""
     low, high = values.aminmax()  # both NaN if any entry is
     return math.isfinite(low) and math.isfinite(high)

@@ -253,6 +253,42 @@ def test_block_size_is_the_taps_of_one_channel_unless_asked_for():
     assert whole.sparsity == 0.5
 
 
+def test_a_model_that_views_its_maps_is_traced_in_their_usual_layout():
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.linear = nn.Linear(4 * 10 * 12, 3)
+            self.layouts: list[bool] = []
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.layouts.append(input.is_contiguous())
+            maps = self.conv(input)
+            return self.linear(maps.view(len(maps), -1))  # fails for maps that are stored channels last
+
+    model = Views().double()
+    trace = sf.trace(model, picture(), {"conv": 0.5, "linear": 0.5}, batch_size=3, **SETTINGS)
+    assert model.layouts == [False, True, True, True]
+    plain = nn.Sequential(model.conv, nn.Flatten(), model.linear)
+    expected = sf.trace(plain, picture(), {"0": 0.5, "2": 0.5}, batch_size=3, **SETTINGS)
+    for name, other in (("conv", "0"), ("linear", "2")):
+        assert torch.equal(trace.layers[name].mask, expected.layers[other].mask)
+        torch.testing.assert_close(trace.layers[name].weight, expected.layers[other].weight)
+
+
+def test_an_error_of_the_model_itself_comes_through():
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, _input: Tensor) -> Tensor:
+            raise RuntimeError("broken by itself")
+
+    with pytest.raises(RuntimeError, match="broken by itself"):
+        sf.trace(Broken(), torch.rand(3, 8, 8), {"conv": 0.5}, **SETTINGS)
+
+
 def test_refit_keeps_the_mask_and_lowers_the_loss():
     model = network(torch.float64)
     plain, refitted = (sf.trace(model, picture(), {"0": 0.5}, refit=refit, **SETTINGS) for refit in (False, True))
