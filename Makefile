@@ -2,6 +2,7 @@
 # make demo   explain a photograph, say where the figure is
 # make test   all tests
 # make sanitize  the operators over random shapes, under the address and undefined behaviour sanitizers
+# make bench  native against the published procedure in plain PyTorch: tables in benchmarks/results
 # make check  what continuous integration runs beside the tests: lint, types, CUDA sources
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.11.0 torchvision==0.26.0
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test sanitize check format clean
+.PHONY: env demo test sanitize bench check format clean
 
 env: $(VENV)/.built
 
@@ -35,6 +36,10 @@ sanitize: env
 	  -DSPADE_FAST_SANITIZE=address,undefined
 	cmake --build build/asan
 	ctest --test-dir build/asan --output-on-failure
+
+bench: env
+	$(BIN)/python -m pytest -q benchmarks/bench_*.py --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json > benchmarks/results/cpu.md
 
 check: env
 	$(BIN)/ruff check .

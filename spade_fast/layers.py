@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MethodType
 from typing import Any, NamedTuple, TypeGuard
@@ -109,17 +110,7 @@ class GramSum:
         if images.shape[0] == 0:
             return
         size = (images.shape[1], images.shape[2], images.shape[3])
-        outputs = [
-            (
-                size[1 + axis]
-                + 2 * geometry.padding[axis]
-                - geometry.dilation[axis] * (geometry.kernel_size[axis] - 1)
-                - 1
-            )
-            // geometry.stride[axis]
-            + 1
-            for axis in range(2)
-        ]
+        outputs = geometry.outputs(*size[1:])
         self.samples += images.shape[0] * outputs[0] * outputs[1]
         if not self._native:
             self._finish(reference.conv2d_gram(images, geometry))
@@ -166,8 +157,17 @@ class InputRecorder(TorchFunctionMode):
         The parameters to watch, by a name for messages.
     unless_first
         Names of those to leave out if theirs is the first ``linear`` or ``conv2d`` call of all.
-    backend
+    backend, hessian_dtype, positions_per_column, seed
         As in :func:`spade_fast.trace`.
+
+    Attributes
+    ----------
+    sums
+        What was summed, by name.
+    left_out
+        Name of the layer that was left out for being first, None if none was.
+    share
+        Share of all inputs that the next pass holds: it takes that share of the positions that may be taken.
     """
 
     def __init__(
@@ -176,15 +176,21 @@ class InputRecorder(TorchFunctionMode):
         *,
         unless_first: Collection[str] = (),
         backend: ops.Backend = "auto",
+        hessian_dtype: torch.dtype | None = None,
+        positions_per_column: float | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.sums: dict[str, GramSum] = {}
-        #: Name of the layer that was left out for being first, None if none was.
         self.left_out: str | None = None
         self._names = {id(weight): name for name, weight in weights.items()}
         self._unless_first = frozenset(unless_first)
         self._called = False
+        self.share = 1.0
         self._backend = backend
+        self._dtype = hessian_dtype
+        self._positions_per_column = positions_per_column
+        self._generator = torch.Generator().manual_seed(seed)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -207,7 +213,11 @@ class InputRecorder(TorchFunctionMode):
         if name is None or name == self.left_out:
             return
         device = call.images.device
-        dtype = torch.float64 if call.images.dtype == torch.float64 else torch.float32
+        images, geometry = call.images.detach(), call.geometry
+        if self._dtype == torch.bfloat16:
+            images = images.to(torch.bfloat16)  # once, before all products: errors of single entries make H indefinite
+        double = self._dtype == torch.float64 or (self._dtype is None and images.dtype == torch.float64)
+        dtype = torch.float64 if double else torch.float32
         groups, columns = call.geometry.groups, call.geometry.columns(call.images.shape[1])
         total = self.sums.get(name)
         if total is None:
@@ -218,7 +228,10 @@ class InputRecorder(TorchFunctionMode):
                 f"layer {name!r} is called with {groups} groups and {columns} columns, but was called with "
                 f"{total.groups} and {total.columns} before: leave it out of `layers`"
             )
-        total.add(call.images.detach().to(dtype), call.geometry)
+        if self._positions_per_column is not None:
+            most = math.ceil(self._positions_per_column * columns * self.share)
+            images, geometry = sample_patches(images, geometry, most, self._generator)
+        total.add(images.to(dtype), geometry)
 
 
 class _Call(NamedTuple):
@@ -255,6 +268,47 @@ def _conv2d_call(
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values[0], values[-1]
+
+
+def sample_patches(
+    images: Tensor, geometry: ops.Geometry, count: int, generator: torch.Generator
+) -> tuple[Tensor, ops.Geometry]:
+    """The patches at `count` random output positions, none twice, as inputs of a 1x1 convolution.
+
+    Where there are no more positions than that, the images and the geometry as they are.
+
+    Parameters
+    ----------
+    images
+        [n, channels, height, width].
+    geometry
+        How they are convolved.
+    count
+        Positions wanted, of all images together.
+    generator
+        On the CPU.
+
+    Returns
+    -------
+    images, geometry
+        [count, channels * taps, 1, 1] in the column order of the layer's Gram matrix, and its convolution.
+    """
+    height, width = geometry.outputs(images.shape[2], images.shape[3])
+    if images.shape[0] * height * width <= count:
+        return images, geometry
+    chosen = torch.randperm(images.shape[0] * height * width, generator=generator)[:count].sort().values
+    chosen = chosen.to(images.device)
+    image, y, x = chosen // (height * width), chosen // width % height, chosen % width
+    down, right = (
+        start[:, None] * geometry.stride[axis]
+        + torch.arange(geometry.kernel_size[axis], device=images.device) * geometry.dilation[axis]
+        for axis, start in enumerate((y, x))
+    )
+    vertical, horizontal = geometry.padding
+    padded = F.pad(images, (horizontal, horizontal, vertical, vertical)).permute(0, 2, 3, 1)
+    patches = padded[image[:, None, None], down[:, :, None], right[:, None, :]]  # [count, ky, kx, channels]
+    columns = patches.permute(0, 3, 1, 2).reshape(count, -1)
+    return columns[:, :, None, None], ops.Geometry(groups=geometry.groups)
 
 
 def hessian(layer: nn.Module, inputs: Tensor, *, backend: ops.Backend = "auto") -> Tensor:

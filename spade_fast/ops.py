@@ -73,6 +73,12 @@ class Geometry(NamedTuple):
         """Columns of one group's patches, in the order (channel, ky, kx) of ``weight.flatten(1)``."""
         return channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
+    def outputs(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output for an input of that size."""
+        reach = [step * (taps - 1) + 1 for step, taps in zip(self.dilation, self.kernel_size, strict=True)]
+        padded = height + 2 * self.padding[0], width + 2 * self.padding[1]
+        return (padded[0] - reach[0]) // self.stride[0] + 1, (padded[1] - reach[1]) // self.stride[1] + 1
+
 
 def conv2d_sums_shape(size: tuple[int, int, int], geometry: Geometry) -> list[int]:
     """Shape of the sums from which :func:`conv2d_gram` makes the Gram matrix.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from spade_fast import ops, presets
 from spade_fast.augmentation import Augmentation
 from spade_fast.errors import InvalidInputError
+from spade_fast.folding import Fold, FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.images import image_tensor
 from spade_fast.layers import InputRecorder, mask_block_size, prunable_layers, unsupported_layers
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
@@ -49,6 +51,8 @@ def trace(
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
     batch_size: int | None = None,
+    hessian_dtype: torch.dtype | None = None,
+    positions_per_column: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     backend: ops.Backend = "auto",
@@ -91,8 +95,15 @@ def trace(
     batch_size
         Views that go through the model at a time. Default: 16 on a CPU, whose caches more would leave, else 64. Changes
         the result only by rounding, as long as the model treats the images of a batch each on its own.
+    hessian_dtype
+        ``torch.float32`` or ``torch.float64`` for the sums of the Hessians, or ``torch.bfloat16``: layer inputs are
+        rounded to it once and summed in float32. Default: as the model, at least float32.
+    positions_per_column
+        Cheaper evidence: of a layer with d columns at most about this times d output positions (rows, tokens) enter the
+        Hessian, chosen at random. Early layers have thousands of times more. Default: all. Which ones are chosen
+        depends on `batch_size`.
     seed
-        Of the augmentation. Equal seeds give equal bits.
+        Of the augmentation and of the choice of positions. Equal seeds give equal bits.
     device
         Trace a copy of the model there. Default: where the model is.
     backend
@@ -118,6 +129,10 @@ def trace(
     _check_whole("seed", seed, 0)
     if not isinstance(refit, bool):
         raise InvalidInputError(f"refit must be True or False, got {refit!r}")
+    if hessian_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise InvalidInputError(f"hessian_dtype must be torch.bfloat16, float32 or float64, got {hessian_dtype!r}")
+    if positions_per_column is not None and not _is_positive(positions_per_column):
+        raise InvalidInputError(f"positions_per_column must be a positive number or None, got {positions_per_column!r}")
     module, preprocess = resolve_model(model, preprocess)
     module = _on_device(module, device)
     selection = _select(module, sparsity, layers)
@@ -137,22 +152,27 @@ def trace(
         "mask_rule": mask_rule,
         "refit": refit,
         "batch_size": batch_size,
+        "hessian_dtype": None if hessian_dtype is None else str(hessian_dtype).removeprefix("torch."),
+        "positions_per_column": positions_per_column,
         "seed": seed,
         "backend": backend,
         "torch": torch.__version__,
     }
 
-    generator = torch.Generator().manual_seed(seed)
-    batches = _batches(images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device)
     count = len(images) * -(-num_augmentations // batch_size)
-    recorder = _dense_pass(
-        module,
-        tqdm(batches, "dense pass", count, disable=not progress, leave=False),
-        preprocess,
-        selection,
-        anchor,
-        backend,
-    )
+    evidence = _Evidence(backend, hessian_dtype, positions_per_column, seed, len(images) * num_augmentations)
+    # The second attempt is for models that call other layers for other views.
+    for attempt in ("fold", "plain"):
+        generator = torch.Generator().manual_seed(seed)
+        batches = _batches(images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device)
+        progress_bar = tqdm(batches, "dense pass", count, disable=not progress, leave=False)
+        try:
+            recorder = _dense_pass(
+                module, progress_bar, preprocess, selection, anchor, evidence, fold=attempt == "fold" and count > 1
+            )
+            break
+        except FoldingMismatch:
+            continue
     dense = _reasons_to_stay_dense(selection, recorder)
     if selection.targets and not recorder.sums:
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in dense.items())
@@ -182,36 +202,82 @@ def trace(
     return Trace(pruned, dense, settings)
 
 
+@dataclass(frozen=True)
+class _Evidence:
+    """What of the layers' inputs is summed, and how."""
+
+    backend: ops.Backend
+    hessian_dtype: torch.dtype | None
+    positions_per_column: float | None
+    seed: int
+    views: int  # of all images
+
+    def recorder(self, selection: _Selection) -> InputRecorder:
+        return InputRecorder(
+            selection.weights,
+            unless_first=selection.unnamed,
+            backend=self.backend,
+            hessian_dtype=self.hessian_dtype,
+            positions_per_column=self.positions_per_column,
+            seed=self.seed,
+        )
+
+
 def _dense_pass(
     module: nn.Module,
     batches: Iterable[Tensor],
     preprocess: Callable[[Tensor], Tensor],
     selection: _Selection,
     anchor: Tensor,
-    backend: ops.Backend,
+    evidence: _Evidence,
+    *,
+    fold: bool,
 ) -> InputRecorder:
-    """Run all views through the dense model; what its layers saw is in the recorder's sums."""
-    recorder = InputRecorder(selection.weights, unless_first=selection.unnamed, backend=backend)
+    """Run all views through the dense model; what its layers saw is in the recorder's sums.
+
+    With `fold`, batch norms are folded into convolutions from the second batch on, where the first shows that nothing
+    but rounding changes.
+    """
+    recorder = evidence.recorder(selection)
+    folded = FoldedBatchNorms([])
     # On a CPU convolutions and Hessians are about twice as fast on channels-last maps.
     memory_format = torch.channels_last if anchor.device.type == "cpu" else torch.contiguous_format
+
+    def run(inputs: Tensor) -> None:
+        with folded, recorder:
+            module(inputs)
+
     # Not inference mode: what a module caches in it could never again take part in a gradient.
     with evaluation_mode(module), torch.no_grad():
         for position, batch in enumerate(batches):
             _check_batch(batch, "augment")
             inputs = preprocess(batch)
             _check_batch(inputs, "preprocess")
+            inputs = inputs.to(anchor).contiguous(memory_format=memory_format)
+            recorder.share = len(batch) / evidence.views
+            if position > 0:
+                run(inputs)
+                continue
+            folds: list[Fold | None] = []
             try:
-                with recorder:
-                    module(inputs.to(anchor).contiguous(memory_format=memory_format))
+                if fold:
+                    folds = learn_folds(module, lambda: run(inputs), inputs[:1])  # noqa: B023
+                else:
+                    run(inputs)
             except RuntimeError:
-                if position > 0 or memory_format == torch.contiguous_format:
+                if memory_format == torch.contiguous_format:
                     raise
                 # Perhaps a `view` of a map, which wants the usual layout: begin anew with that.
                 memory_format = torch.contiguous_format
-                recorder = InputRecorder(selection.weights, unless_first=selection.unnamed, backend=backend)
-                with recorder:
-                    module(inputs.to(anchor).contiguous())
+                recorder = evidence.recorder(selection)
+                recorder.share = len(batch) / evidence.views
+                run(inputs.contiguous())
+            folded = FoldedBatchNorms(folds)
     return recorder
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _check_whole(what: str, value: object, least: int) -> None:

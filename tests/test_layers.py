@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spade_fast as sf
-from spade_fast.layers import InputRecorder, is_depthwise, mask_block_size, prunable_layers, unsupported_layers
+from spade_fast import ops, reference
+from spade_fast.layers import (
+    InputRecorder,
+    is_depthwise,
+    mask_block_size,
+    prunable_layers,
+    sample_patches,
+    unsupported_layers,
+)
 
 
 def unfolded_hessian(images: Tensor, kernel: int, **geometry: int) -> Tensor:
@@ -227,3 +235,30 @@ def test_blocks_widen_until_they_can_reach_their_target():
 def test_quantized_layers_are_reported():
     quantized = torch.ao.nn.quantized.dynamic.Linear(4, 2)
     assert unsupported_layers(nn.Sequential(quantized)) == {"0": "quantized Linear"}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_sampled_patches_are_columns_of_unfold_each_at_most_once(groups, layout):
+    geometry = ops.Geometry((3, 2), (2, 1), (1, 0), (1, 2), groups)
+    images = torch.randn(3, 4, 7, 6).contiguous(memory_format=layout)
+    unfolded = torch.nn.functional.unfold(images, (3, 2), (1, 2), (1, 0), (2, 1)).transpose(1, 2).flatten(0, 1)
+    patches, flat = sample_patches(images, geometry, 20, torch.Generator().manual_seed(0))
+    assert patches.shape == (20, 24, 1, 1)
+    assert flat == ops.Geometry(groups=groups)
+    matches = (patches.flatten(1)[:, None] == unfolded[None]).all(2)
+    assert (matches.sum(1) == 1).all()
+    assert (matches.sum(0) <= 1).all()
+    # The Gram matrix of all positions is that of the patches, in the same order of columns.
+    every, one_by_one = sample_patches(images, geometry, len(unfolded) - 1, torch.Generator().manual_seed(0))
+    total = reference.conv2d_gram(images, geometry)
+    (left_out,) = [row for row in unfolded if not (every.flatten(1) == row).all(1).any()]
+    rest = left_out.view(groups, -1)
+    torch.testing.assert_close(reference.conv2d_gram(every, one_by_one), total - rest[:, :, None] * rest[:, None, :])
+
+
+def test_few_positions_are_all_taken():
+    images, geometry = torch.randn(2, 3, 4, 4), ops.Geometry((3, 3), padding=(1, 1))
+    patches, same = sample_patches(images, geometry, 32, torch.Generator())
+    assert patches is images
+    assert same is geometry

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import cifar
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import spade_fast as sf
 from spade_fast import ops
-from spade_fast.layers import mask_block_size, prunable_layers
+from spade_fast.layers import InputRecorder, mask_block_size, prunable_layers
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -289,6 +290,48 @@ def test_an_error_of_the_model_itself_comes_through():
         sf.trace(Broken(), torch.rand(3, 8, 8), {"conv": 0.5}, **SETTINGS)
 
 
+def test_bfloat16_rounds_the_inputs_once_and_sums_in_float32():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3))
+    views = torch.rand(8, 3, 12, 14)
+    settings = {**SETTINGS, "augment": lambda *_: views, "batch_size": 8}
+    trace = sf.trace(model, picture(), {"0": 0.5}, hessian_dtype=torch.bfloat16, **settings)
+    rounded = views.bfloat16().float()
+    assert not torch.equal(rounded, views)
+    expected = sf.solve(model[0].weight, sf.hessian(model[0], rounded), 0.5, block_size=9)
+    assert torch.equal(trace.layers["0"].weight, expected.weight)
+    assert trace.settings["hessian_dtype"] == "bfloat16"
+
+
+def test_float64_sums_of_a_float32_model():
+    model = network()
+    trace = sf.trace(model, picture(), {"9": 0.5}, hessian_dtype=torch.float64, **SETTINGS)
+    plain = sf.trace(model, picture(), {"9": 0.5}, **SETTINGS)
+    assert trace.layers["9"].weight.dtype == torch.float32
+    torch.testing.assert_close(trace.layers["9"].weight, plain.layers["9"].weight, rtol=1e-3, atol=1e-4)
+    assert trace.layers["9"].loss != plain.layers["9"].loss
+
+
+def test_positions_per_column_caps_what_a_layer_contributes(monkeypatch):
+    seen: dict[str, int] = {}
+    finish = InputRecorder.__exit__
+
+    def watched(self: InputRecorder, *details: Any) -> Any:
+        seen.update({name: total.samples for name, total in self.sums.items()})
+        return finish(self, *details)
+
+    monkeypatch.setattr(InputRecorder, "__exit__", watched)
+    model = network(torch.float64)
+    targets = {"0": 0.5, "4": 0.5, "9": 0.5}
+    every = sf.trace(model, picture(), targets, batch_size=4, **SETTINGS)
+    assert seen == {"0": 8 * 12 * 14, "4": 8 * 12 * 14, "9": 8}
+    capped = sf.trace(model, picture(), targets, batch_size=4, positions_per_column=10, **SETTINGS)
+    assert seen == {"0": 10 * 27, "4": 10 * 6, "9": 8}
+    assert_same_bits(capped, sf.trace(model, picture(), targets, batch_size=4, positions_per_column=10, **SETTINGS))
+    assert not torch.equal(capped.layers["0"].weight, every.layers["0"].weight)
+    assert torch.equal(capped.layers["9"].weight, every.layers["9"].weight)
+    assert_same_bits(every, sf.trace(model, picture(), targets, batch_size=4, positions_per_column=1e6, **SETTINGS))
+
+
 def test_refit_keeps_the_mask_and_lowers_the_loss():
     model = network(torch.float64)
     plain, refitted = (sf.trace(model, picture(), {"0": 0.5}, refit=refit, **SETTINGS) for refit in (False, True))
@@ -473,14 +516,14 @@ def test_trace_many_names_the_image():
 
 
 class Interrupt(nn.Module):
-    """Raises at the second call: in the middle of a trace."""
+    """Raises at the second batch of 4 views: in the middle of a trace."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()
         self.error, self.calls = error, 0
 
     def forward(self, input: Tensor) -> Tensor:
-        self.calls += 1
+        self.calls += len(input) == 4
         if self.calls == 2:
             raise self.error
         return input
@@ -634,6 +677,9 @@ def test_bad_images(image, message):
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"block_size": 0}, "block_size must be a whole number of at least 1"),
         ({"refit": "no"}, "refit must be True or False"),
+        ({"hessian_dtype": torch.float16}, "hessian_dtype must be torch.bfloat16, float32 or float64"),
+        ({"positions_per_column": 0}, "positions_per_column must be a positive number"),
+        ({"positions_per_column": "16"}, "positions_per_column must be a positive number"),
         ({"damping": -1}, "damping"),
         ({"solver": "slow"}, "solver='slow'"),
         ({"mask_rule": "none"}, "mask_rule='none'"),
@@ -711,7 +757,7 @@ def test_no_more_than_one_batch_of_views_is_held():
             return input
 
     sf.trace(nn.Sequential(Spy(), network()), [picture(1), picture(2)], 0.5, batch_size=3, **SETTINGS)
-    assert sizes == [3, 3, 2, 3, 3, 2]
+    assert sizes == [3, 1, 1, 3, 2, 3, 3, 2]  # after the first batch one view shows whether batch norms may be folded
 
 
 @pytest.mark.skipif(not cifar.FOLDER.is_dir(), reason=f"needs the CIFAR-10 networks in {cifar.FOLDER}")

@@ -1,0 +1,89 @@
+"""Markdown tables of benchmark results: python benchmarks/report.py RESULTS.json > RESULTS.md"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+TITLES = {
+    "hessian": "Hessians of single layers, 64 images",
+    "columns": "Pruning column by column, given the factor",
+    "solve": "Factoring and pruning single layers",
+    "trace": "Whole traces",
+}
+
+HEADER = """# Benchmarks
+
+Command: `make bench`. Medians in milliseconds, both variants in one run after checking that they agree; ratio =
+reference / native. GFLOP/s counts the least work that this way of computing has, not what the reference does; MB the
+inputs and results, once each.
+"""
+
+
+def pairs(results: dict[str, Any]) -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Reference and native results of each case, by kind of benchmark."""
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for result in results["benchmarks"]:
+        info = result["extra_info"]
+        cases[info["kind"], info["layer"]][info["backend"]] = result
+    found = defaultdict(list)
+    for (kind, _), variants in cases.items():
+        if len(variants) == 2:
+            found[kind].append((variants["reference"], variants["native"]))
+    return found
+
+
+def row(reference: dict[str, Any], native: dict[str, Any]) -> str:
+    """One case: times, ratio of medians, rates of the native variant."""
+    info, plain, ours = native["extra_info"], reference["stats"]["median"], native["stats"]["median"]
+    cells = [info["layer"], f"{1e3 * plain:.1f}", f"{1e3 * ours:.1f}", f"**{plain / ours:.1f}**"]
+    if "flops" in info:
+        rate = info["flops"] / ours / 1e9
+        cells += [f"{rate:.0f}", f"{100 * rate / info['peak_gflops']:.0f} %", f"{info['bytes'] / 1e6:.1f}"]
+    return f"| {' | '.join([*cells, str(native['stats']['rounds'])])} |"
+
+
+def table(kind: str, found: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """All cases of one kind, then the sums over whole networks."""
+    rates = ["GFLOP/s", "of sgemm", "MB"] if kind != "trace" else []
+    head = ["case", "reference, ms", "native, ms", "ratio", *rates, "rounds"]
+    lines = [f"## {TITLES[kind]}", "", f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    lines += [row(*pair) for pair in found]
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
+    for reference, native in found:
+        for network, count in native["extra_info"]["networks"].items():
+            totals[network][0] += count * reference["stats"]["median"]
+            totals[network][1] += count * native["stats"]["median"]
+            totals[network][2] += count
+    for network, (plain, ours, layers) in totals.items():
+        sums = [
+            f"all {layers:.0f} layers of {network}",
+            f"{1e3 * plain:.0f}",
+            f"{1e3 * ours:.0f}",
+            f"**{plain / ours:.1f}**",
+        ]
+        lines.append(f"| {' | '.join([*sums, *['' for _ in rates], ''])} |")
+    return [*lines, ""]
+
+
+def main(path: str) -> None:
+    results = json.loads(Path(path).read_text(encoding="utf-8"))
+    machine, commit = results["machine_info"], results["commit_info"]
+    info = results["benchmarks"][0]["extra_info"]
+    print(HEADER)
+    print(
+        f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['cpu'].get('count')} cores, "
+        f"{info['threads']} threads, instruction set {info['cpu_capability']}; "
+        f"its own sgemm {info['peak_gflops']:.0f} GFLOP/s; "
+        f"Python {machine['python_version']}, torch {info['torch']}, float32; commit {commit['id'][:7]}"
+        f"{' with changes' if commit['dirty'] else ''}.\n"
+    )
+    for kind, found in pairs(results).items():
+        print("\n".join(table(kind, found)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,251 @@
+"""Batch norms folded into the convolutions before them while a model runs; the model itself is left alone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+# Questions about a tensor that do not look at its values.
+_METADATA = frozenset(
+    {
+        Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.nelement, Tensor.is_contiguous, Tensor.__len__,
+        Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.storage_offset, Tensor.get_device,
+    }
+)  # fmt: skip
+# Attributes by which a convolution's output is known on its way to the batch norm.
+_CALL, _FOLD = "_spade_fast_call", "_spade_fast_fold"
+# How far outputs may move when batch norms are folded: rounding through a hundred layers.
+_TOLERANCE = 1e-3
+
+
+class FoldingMismatch(Exception):  # noqa: N818
+    """A model does not do what it did when the folds were learned."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One call of a convolution whose output goes into a batch norm and nowhere else.
+
+    Attributes
+    ----------
+    original, mean
+        The convolution's own weight and the batch norm's running mean, by which the calls are known again.
+    weight, bias
+        Of both in one.
+    """
+
+    original: Tensor
+    mean: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class _ConvCall:
+    """A convolution's output on its way: which call made it, and the batch norm that has read it."""
+
+    def __init__(self, index: int, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+        self.index, self.weight, self.bias = index, weight, bias
+        self.output = weakref.ref(output)
+        self.fold: Fold | None = None
+        self.read = False
+
+
+class FoldLearner(TorchFunctionMode):
+    """Watches one run of a model for batch norms that can be folded: used as a context manager around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[_ConvCall] = []
+
+    def folds(self) -> list[Fold | None]:
+        """One entry for each call of conv2d, in order. To be asked when the outputs of the run are gone."""
+        # An output that is still alive is held by someone who may look at it.
+        return [call.fold if call.output() is None else None for call in self._calls]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        readers = _tagged(func, args, kwargs, _CALL)
+        result = func(*args, **kwargs)
+        for call in readers:
+            # Only a batch norm that is the first to read can be folded, and only while it stays the last.
+            call.fold = None if call.read or func is not F.batch_norm else _fold(call, *args, **kwargs)
+            call.read = True
+        if func is F.conv2d:
+            _, weight, bias, _, _ = _conv_arguments(*args, **kwargs)
+            call = _ConvCall(len(self._calls), weight, bias, result)
+            self._calls.append(call)
+            setattr(result, _CALL, call)
+        return result
+
+
+class FoldedBatchNorms(TorchFunctionMode):
+    """Runs a model with folds learned before: used as a context manager around each run.
+
+    Raises
+    ------
+    FoldingMismatch
+        From within the model, if it does anything else than it did when the folds were learned.
+    """
+
+    def __init__(self, folds: list[Fold | None]) -> None:
+        super().__init__()
+        self._folds = folds
+        self._next = 0
+
+    def __enter__(self) -> FoldedBatchNorms:
+        """Begin a run, with the first call of a convolution."""
+        self._next = 0
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d:
+            return self._convolve(*args, **kwargs)
+        folded = _tagged(func, args, kwargs, _FOLD)
+        if not folded:
+            return func(*args, **kwargs)
+        maps, mean = _norm_arguments(*args, **kwargs)[:2] if func is F.batch_norm else (None, None)
+        if maps is None or folded[0].mean is not mean:
+            raise FoldingMismatch(f"{func} reads the output of a convolution that only its batch norm read before")
+        delattr(maps, _FOLD)
+        return maps
+
+    def _convolve(self, *args: Any, **kwargs: Any) -> Tensor:
+        maps, weight, bias, rest, options = _conv_arguments(*args, **kwargs)
+        if hasattr(maps, _FOLD):
+            raise FoldingMismatch("a convolution reads what only a batch norm read before")
+        fold = self._folds[self._next] if self._next < len(self._folds) else None
+        self._next += 1
+        if fold is None:
+            return F.conv2d(maps, weight, bias, *rest, **options)
+        if fold.original is not weight:
+            raise FoldingMismatch("convolutions are called in another order than before")
+        output = F.conv2d(maps, fold.weight, fold.bias, *rest, **options)
+        setattr(output, _FOLD, fold)
+        return output
+
+
+def learn_folds(model: nn.Module, run: Callable[[], object], example: Tensor) -> list[Fold | None]:
+    """The folds of a model, learned from one run and checked on an example.
+
+    Parameters
+    ----------
+    model
+        In evaluation mode.
+    run
+        Runs it on any input; what it returns is not looked at.
+    example
+        Input on which the outputs with and without the folds are compared.
+
+    Returns
+    -------
+    list
+        One entry for each call of a convolution, None where nothing can be folded; empty where nothing at all can.
+    """
+    if not _is_plain(model):
+        run()
+        return []
+    learner = FoldLearner()
+    with learner:
+        run()
+    folds = learner.folds()
+    if not any(folds):
+        return []
+    try:
+        plain = model(example)
+        with FoldedBatchNorms(folds):
+            folded = model(example)
+    except (FoldingMismatch, RuntimeError):  # a model may be made for batches of one size
+        return []
+    return folds if _agree(plain, folded) else []
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether all that reads the outputs of convolutions can be seen: no hooks, nothing compiled or scripted."""
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or isinstance(module, torch.jit.ScriptModule):
+            return False
+        if hasattr(module, "_orig_mod"):  # torch.compile
+            return False
+    return not (nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
+def _agree(plain: object, folded: object) -> bool:
+    before = [value for value in pytree.tree_leaves(plain) if isinstance(value, Tensor)]
+    after = [value for value in pytree.tree_leaves(folded) if isinstance(value, Tensor)]
+    if not before or len(before) != len(after):
+        return False
+    return all(
+        first.shape == second.shape
+        and first.is_floating_point()
+        and bool((first - second).abs().max() <= _TOLERANCE * first.abs().max())
+        for first, second in zip(before, after, strict=True)
+    )
+
+
+def _tagged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tag: str) -> list[Any]:
+    """The tags of the tensors whose values a call reads."""
+    if func in _METADATA:
+        return []
+    found = []
+    for argument in (*args, *kwargs.values()):
+        for leaf in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(leaf, Tensor) and tag in leaf.__dict__:
+                found.append(leaf.__dict__[tag])
+    if not found:
+        return []
+    # Of the attributes only those that are tensors show values: `.T`, but not `.shape`.
+    is_metadata = func.__name__ == "__get__" and not isinstance(func(*args, **kwargs), Tensor)
+    return [] if is_metadata else found
+
+
+def _conv_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...], dict[str, Any]]:
+    return input, weight, bias, rest, options
+
+
+def _norm_arguments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,  # noqa: ARG001
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float]:
+    return input, running_mean, running_var, weight, bias, training, eps
+
+
+def _fold(call: _ConvCall, *args: Any, **kwargs: Any) -> Fold | None:
+    _, mean, variance, scale, shift, training, eps = _norm_arguments(*args, **kwargs)
+    if training or mean is None or variance is None or call.weight.dim() != 4:
+        return None
+    # A computed weight is another tensor at each call; half precision would round twice as much.
+    if not isinstance(call.weight, nn.Parameter) or call.weight.dtype not in (torch.float32, torch.float64):
+        return None
+    factor = (variance.double() + eps).rsqrt()
+    if scale is not None:
+        factor = factor * scale.double()
+    bias = -mean.double() if call.bias is None else call.bias.double() - mean.double()
+    bias = bias * factor
+    if shift is not None:
+        bias = bias + shift.double()
+    weight = call.weight.double() * factor[:, None, None, None]
+    if not weight.isfinite().all() or not bias.isfinite().all():
+        return None
+    return Fold(call.weight, mean, weight.to(call.weight).contiguous(), bias.to(call.weight))
