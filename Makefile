@@ -38,8 +38,10 @@ sanitize: env
 	ctest --test-dir build/asan --output-on-failure
 
 bench: env
-	$(BIN)/python -m pytest -q benchmarks/bench_*.py --benchmark-json=benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json > benchmarks/results/cpu.md
+	for name in hessian solver trace; do \
+	  $(BIN)/python -m pytest -q benchmarks/bench_$$name.py --benchmark-json=benchmarks/results/$$name.json && \
+	  $(BIN)/python benchmarks/report.py benchmarks/results/$$name.json > benchmarks/results/$$name.md || exit 1; \
+	done
 
 check: env
 	$(BIN)/ruff check .

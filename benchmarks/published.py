@@ -1,7 +1,8 @@
 """FastSPADE as published, in plain PyTorch, from the photograph to the sparse weights: what traces are timed against.
 
 Views are drawn one by one with torchvision's transforms, forward hooks unfold every layer's inputs into a running
-Hessian, and each layer is inverted and pruned column by column (spade_fast.reference).
+Hessian, and each layer is inverted and pruned column by column (spade_fast.reference). Two things are as in spade_fast,
+so that results can be compared: exact counts, and dead inputs that leave the damping as it is.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def hessians(model: nn.Module, names: Sequence[str], inputs: Tensor, batch_size:
                 images = args[0]
                 geometry = Geometry(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
                 samples = output.shape[0] * output.shape[2] * output.shape[3]
-            hessian, seen = sums.get(name, (torch.zeros(1), 0))
+            hessian, seen = sums.get(name, (torch.zeros(1, dtype=images.dtype), 0))
             total = seen + samples
             sums[name] = (
                 hessian * (seen / total) + reference.conv2d_gram(images, geometry) * (2 / total),
@@ -75,7 +76,8 @@ def trace(
         weight, hessian = model.get_submodule(name).weight.detach(), found[name]
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         dead = diagonal == 0
-        diagonal[dead] = 1
+        live_mean = diagonal.sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp(min=1)
+        diagonal.copy_(torch.where(dead, torch.where(live_mean > 0, live_mean, 1), diagonal))
         diagonal.add_(0.01 * diagonal.mean(1, keepdim=True))
         grouped = weight.reshape(hessian.shape[0], -1, hessian.shape[1]).masked_fill(dead[:, None], 0)
         sparse, _, loss = reference.prune_columns(
