@@ -4,16 +4,14 @@
 #include <map>
 #include <utility>
 
+#include "ceil_div.h"
+
 namespace spade_fast {
 namespace {
 
 // Work of a product in multiply-adds of nominal vectors, for choosing between plans alike on every machine.
 constexpr int64_t kNominalLanes = 16, kNominalRows = 8;
 constexpr double kGatherCost = 1.5;  // of one gathered element, in the same unit
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 double full_cost(int64_t n) {
   return static_cast<double>(ceil_div(n, kNominalRows) * kNominalRows * ceil_div(n, kNominalLanes));

@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../ceil_div.h"
 #include "../check.h"
 #include "kernels.h"
 
@@ -33,10 +34,6 @@ constexpr int64_t kLargestLanes = 16;
 constexpr int64_t kPanels = 3;
 constexpr int64_t kUnpackedRows = 64;  // copied at a time
 constexpr int64_t kErrorColumns = 16;  // summed side by side
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Turns the lower triangle of block [n, n] into its reversed factor. False where a pivot is not positive.
 template <class T>

@@ -7,11 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
+#include "../ceil_div.h"
 #include "../check.h"
 #include "../gram_plan.h"
 #include "kernels.h"
@@ -26,10 +26,6 @@ constexpr int64_t kRunPositions = 256;  // positions per product: the panels of 
 constexpr int64_t kPackedBytes = int64_t{4} << 20;  // of a flat plan's chunk
 constexpr int64_t kLargestTile = 8 * 3 * 16;        // elements: rows * panels * lanes of any instruction set
 constexpr int64_t kAssembleBlock = 16;              // channels: a block of the Gram matrix and its mirror fit the cache
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // One lane of a packed map: rows y0, y0 + stride, ... and columns x0, x0 + stride, ... of one input channel.
 struct Lane {
