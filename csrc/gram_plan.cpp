@@ -68,7 +68,7 @@ std::vector<AxisClass> axis_classes(const ConvGeometry& g, int axis) {
 }  // namespace
 
 Span inside(int64_t offset, int64_t stride, int64_t size, int64_t outputs) {
-  const int64_t begin = offset >= 0 ? 0 : (-offset + stride - 1) / stride;
+  const int64_t begin = offset >= 0 ? 0 : ceil_div(-offset, stride);
   const int64_t end = size > offset ? (size - offset - 1) / stride + 1 : 0;
   return {std::min(begin, outputs), std::max(std::min(begin, outputs), std::min(end, outputs))};
 }

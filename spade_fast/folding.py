@@ -49,10 +49,10 @@ class Fold:
 
 
 class _ConvCall:
-    """A convolution's output on its way: which call made it, and the batch norm that has read it."""
+    """A convolution's output on its way: what made it, and the batch norm that has read it."""
 
-    def __init__(self, index: int, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
-        self.index, self.weight, self.bias = index, weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+        self.weight, self.bias = weight, bias
         self.output = weakref.ref(output)
         self.fold: Fold | None = None
         self.read = False
@@ -82,7 +82,7 @@ class FoldLearner(TorchFunctionMode):
             call.read = True
         if func is F.conv2d:
             _, weight, bias, _, _ = _conv_arguments(*args, **kwargs)
-            call = _ConvCall(len(self._calls), weight, bias, result)
+            call = _ConvCall(weight, bias, result)
             self._calls.append(call)
             setattr(result, _CALL, call)
         return result
@@ -168,9 +168,9 @@ def learn_folds(model: nn.Module, run: Callable[[], object], example: Tensor) ->
         plain = model(example)
         with FoldedBatchNorms(folds):
             folded = model(example)
+        return folds if _agree(plain, folded) else []
     except (FoldingMismatch, RuntimeError):  # a model may be made for batches of one size
         return []
-    return folds if _agree(plain, folded) else []
 
 
 def _is_plain(model: nn.Module) -> bool:

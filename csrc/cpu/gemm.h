@@ -6,13 +6,7 @@
 
 namespace spade_fast {
 
-// out [m, n] = beta * out + a [m, k] b [k, n]; `out` may be a strided view.
-inline void matmul_into(const torch::stable::Tensor& out, double beta, const torch::stable::Tensor& a,
-                        const torch::stable::Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
-}
-
-// out [g, m, n] = beta * out + a [g, m, k] b [g, k, n].
+// out [g, m, n] = beta * out + a [g, m, k] b [g, k, n]; `out` may be a strided view.
 inline void batched_matmul_into(const torch::stable::Tensor& out, double beta, const torch::stable::Tensor& a,
                                 const torch::stable::Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
