@@ -1,8 +1,9 @@
 """FastSPADE as published, in plain PyTorch, from the photograph to the sparse weights: what traces are timed against.
 
 Views are drawn one by one with torchvision's transforms, forward hooks unfold every layer's inputs into a running
-Hessian, and each layer is inverted and pruned column by column (spade_fast.reference). Some things are as in spade_fast,
-so that results can be compared: exact counts, the columns that share a threshold, and damping without dead inputs.
+Hessian, and each layer is inverted and pruned column by column (spade_fast.reference). Some things are as in
+spade_fast, so that results can be compared: exact counts, the columns that share a threshold, and damping without
+dead inputs.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ TITLES = {
 HEADER = """# Benchmarks
 
 Command: `make bench`. Medians in milliseconds, both variants in one run after checking that they agree; ratio =
-reference / native. GFLOP/s counts necessary work, not what the reference does: for Hessians the products of shifted maps
-at stride 1, and one triangle of d x d above that, which shifts still undercut. MB are the inputs and results, once each.
+reference / native. GFLOP/s counts necessary work, not what the reference does: for Hessians the products of shifted
+maps at stride 1, and one triangle of d x d above that, which shifts still undercut. MB are the inputs and results, once
+each.
 "of sgemm" can exceed 100 %: torch's own product does not reach this processor's peak.
 """
 
