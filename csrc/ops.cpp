@@ -29,4 +29,11 @@ STABLE_TORCH_LIBRARY(spade_fast, m) {
   m.def(
       "prune_columns(Tensor weight, Tensor factor, float sparsity, int block_size, "
       "bool published_count) -> (Tensor, Tensor, Tensor)");
+
+  // Views [views, 3, height, width] of an image [3, h, w]. Along an axis, output i of a view is the sum over t of
+  // weights[view, t, i] * input[starts[view, i] + t]. Colours [views, 3]: factor of all channels, clamped to 0..1, turn
+  // of the hue, a second factor and clamp.
+  m.def(
+      "render_views(Tensor image, Tensor row_starts, Tensor row_weights, Tensor column_starts, Tensor column_weights, "
+      "Tensor colours) -> Tensor");
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spade_fast import ops
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError
 
@@ -182,13 +183,13 @@ class Augmentation:
         return height, width
 
     @without_autocast
-    def render(self, image: Tensor, views: Views) -> Tensor:
+    def render(self, image: Tensor, views: Views, *, backend: ops.Backend = "auto") -> Tensor:
         """Render views of an image: crop, resize, flip, then brightness and hue in each view's order.
 
-        Cropping, antialiased bilinear resizing and the flip are two batched matrix products,
-        ``rows @ image @ columns^T``, with weights of their own for each view. Rendering ``views[a:b]`` gives
-        the same values, to rounding; peak memory is a few times ``(3 h + w) W + h H`` numbers a view.
-        Where float32 products are allowed to use TF32, pixels keep its three digits.
+        Rendering ``views[a:b]`` gives the same values, to rounding. The plain PyTorch implementation is differentiable
+        with respect to the image and is what images that want a gradient get: two batched matrix products,
+        ``rows @ image @ columns^T``. Its peak memory is a few times ``(3 h + w) W + h H`` numbers a view, and where
+        float32 products are allowed to use TF32, pixels keep its three digits.
 
         Parameters
         ----------
@@ -197,6 +198,8 @@ class Augmentation:
             does): that would make the host wait for the device.
         views
             From `sample` with ``image_size=(H, W)``.
+        backend
+            "auto" (native, or with a warning the reference), "native" or "reference", the plain PyTorch one.
 
         Returns
         -------
@@ -220,21 +223,15 @@ class Augmentation:
                 f"{image_height} x {image_width} pixels: sample the views with this image's size"
             )
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
-        no_flip = torch.zeros_like(views.flip)
-        rows = _resize_weights(views.top, views.height, no_flip, height, image_height, image)
-        columns = _resize_weights(views.left, views.width, views.flip, width, image_width, image)
-
-        # One plain product for all views and channels, then one batched by view.
-        resized = rows.flatten(0, 1) @ image.transpose(0, 1).reshape(image_height, 3 * image_width)
-        resized = resized.view(len(views), 3 * height, image_width) @ columns.transpose(1, 2)
-        pixels = resized.view(len(views), height, 3, width).transpose(1, 2)
-
+        rows = _resize_bands(views.top, views.height, torch.zeros_like(views.flip), height, image_height, image)
+        columns = _resize_bands(views.left, views.width, views.flip, width, image_width, image)
         factor = views.brightness_factor
-        before = torch.where(views.hue_first, 1.0, factor).to(image)
-        after = torch.where(views.hue_first, factor, 1.0).to(image)
-        pixels = (pixels * before.view(-1, 1, 1, 1)).clamp(0, 1)
-        pixels = _shift_hue(pixels, views.hue_shift.to(image))
-        return (pixels * after.view(-1, 1, 1, 1)).clamp(0, 1)
+        before, after = torch.where(views.hue_first, 1.0, factor), torch.where(views.hue_first, factor, 1.0)
+        colours = torch.stack([before, views.hue_shift, after], 1).to(image)
+        differentiable = torch.is_grad_enabled() and image.requires_grad
+        if not differentiable and ops.resolve_backend(backend, image.device) == "native":
+            return ops.render_views(image, *rows, *columns, colours)
+        return _render(image, rows, columns, colours)
 
     def __call__(self, image: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Draw and render `count` views of an image.
@@ -262,15 +259,15 @@ class Augmentation:
         return self.render(image, views)
 
 
-def _resize_weights(
+def _resize_bands(
     start: Tensor,  # [n] int64, first pixel of the crop
     length: Tensor,  # [n] int64, pixels in the crop
     flip: Tensor,  # [n] bool
     size: int,
     image_size: int,
     like: Tensor,  # gives dtype and device
-) -> Tensor:
-    """Give weights [n, size, image_size] that crop, flip and resize along one axis.
+) -> tuple[Tensor, Tensor]:
+    """Give the bands that crop, flip and resize along one axis: first pixels [n, size], weights [n, taps, size].
 
     Output pixel i of a crop lies at ``c_i = start + (i + 1/2) length / size``. Input pixel x in the crop has
     weight ``max(0, 1 - |x + 1/2 - c_i| / max(1, length / size))``, normalised to sum 1: a triangle as wide
@@ -280,15 +277,36 @@ def _resize_weights(
     output = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5).expand(len(start), size)
     output = torch.where(flip[:, None], size - output, output)
     centre = start[:, None] + output * step[:, None]
-    # Whole and fractional part apart: in float32 a position of some thousands costs the weights 4 digits.
-    whole = centre.floor()
-    offset = (0.5 - (centre - whole)).to(like)
-    x = torch.arange(image_size, dtype=like.dtype, device=like.device)
-    distance = (x - whole.to(like)[:, :, None] + offset[:, :, None]).abs()
-    weights = (1 - distance / step.clamp(min=1).to(like)[:, None, None]).clamp(min=0)
-    first, last = start.to(like)[:, None, None], (start + length - 1).to(like)[:, None, None]
-    weights = weights * ((x >= first) & (x <= last))
-    return weights / weights.sum(2, keepdim=True)
+    radius = step.clamp(min=1)[:, None]
+    taps = min(image_size, math.ceil(2 * radius.max().item())) if len(start) else 1
+    first = (centre - radius - 0.5).floor().long() + 1  # the first pixel that lies less than the radius away
+    first = first.clamp(0, image_size - taps)
+    x = first[:, None] + torch.arange(taps, device="cpu")[:, None]
+    weights = (1 - (x + 0.5 - centre[:, None]).abs() / radius[:, None]).clamp(min=0)
+    weights *= (x >= start[:, None, None]) & (x < (start + length)[:, None, None])
+    weights /= weights.sum(1, keepdim=True)
+    return first.to(like.device), weights.to(like)
+
+
+def _render(image: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], colours: Tensor) -> Tensor:
+    """Do what `ops.render_views` does, in plain PyTorch."""
+    _, image_height, image_width = image.shape
+    by_row, by_column = _dense_weights(*rows, image_height), _dense_weights(*columns, image_width)
+    count, height, width = len(colours), by_row.shape[1], by_column.shape[1]
+    # One plain product for all views and channels, then one batched by view.
+    resized = by_row.flatten(0, 1) @ image.transpose(0, 1).reshape(image_height, 3 * image_width)
+    resized = resized.view(count, 3 * height, image_width) @ by_column.transpose(1, 2)
+    pixels = resized.view(count, height, 3, width).transpose(1, 2)
+    before, turn, after = colours.unbind(1)
+    pixels = _shift_hue((pixels * before.view(-1, 1, 1, 1)).clamp(0, 1), turn)
+    return (pixels * after.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def _dense_weights(first: Tensor, weights: Tensor, image_size: int) -> Tensor:
+    """Weights [n, size, image_size] from bands."""
+    taps, size = weights.shape[1:]
+    places = first[:, :, None] + torch.arange(taps, device=first.device)
+    return weights.new_zeros(len(weights), size, image_size).scatter_(2, places, weights.transpose(1, 2))
 
 
 def _shift_hue(pixels: Tensor, shift: Tensor) -> Tensor:

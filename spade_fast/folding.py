@@ -94,19 +94,26 @@ class FoldedBatchNorms(TorchFunctionMode):
     Raises
     ------
     FoldingMismatch
-        From within the model, if it does anything else than it did when the folds were learned.
+        From within the model or at its end, if it does anything else than it did when the folds were learned.
     """
 
     def __init__(self, folds: list[Fold | None]) -> None:
         super().__init__()
         self._folds = folds
         self._next = 0
+        self._unread = 0  # folded outputs on their way to the batch norm
 
     def __enter__(self) -> FoldedBatchNorms:
         """Begin a run, with the first call of a convolution."""
-        self._next = 0
+        self._next = self._unread = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        """End a run."""
+        super().__exit__(kind, *rest)  # type: ignore[no-untyped-call]
+        if kind is None and self._unread:
+            raise FoldingMismatch(f"{self._unread} batch norms did not read what only they read before")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -121,6 +128,7 @@ class FoldedBatchNorms(TorchFunctionMode):
         if maps is None or folded[0].mean is not mean:
             raise FoldingMismatch(f"{func} reads the output of a convolution that only its batch norm read before")
         delattr(maps, _FOLD)
+        self._unread -= 1
         return maps
 
     def _convolve(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,20 +143,19 @@ class FoldedBatchNorms(TorchFunctionMode):
             raise FoldingMismatch("convolutions are called in another order than before")
         output = F.conv2d(maps, fold.weight, fold.bias, *rest, **options)
         setattr(output, _FOLD, fold)
+        self._unread += 1
         return output
 
 
-def learn_folds(model: nn.Module, run: Callable[[], object], example: Tensor) -> list[Fold | None]:
-    """The folds of a model, learned from one run and checked on an example.
+def learn_folds(model: nn.Module, view: Tensor) -> list[Fold | None]:
+    """The folds of a model, learned from one run on a view and checked by a second.
 
     Parameters
     ----------
     model
         In evaluation mode.
-    run
-        Runs it on any input; what it returns is not looked at.
-    example
-        Input on which the outputs with and without the folds are compared.
+    view
+        An input of the model.
 
     Returns
     -------
@@ -156,21 +163,19 @@ def learn_folds(model: nn.Module, run: Callable[[], object], example: Tensor) ->
         One entry for each call of a convolution, None where nothing can be folded; empty where nothing at all can.
     """
     if not _is_plain(model):
-        run()
         return []
     learner = FoldLearner()
-    with learner:
-        run()
-    folds = learner.folds()
-    if not any(folds):
-        return []
     try:
-        plain = model(example)
+        with learner:
+            plain = model(view)
+        folds = learner.folds()
+        if not any(folds):
+            return []
         with FoldedBatchNorms(folds):
-            folded = model(example)
-        return folds if _agree(plain, folded) else []
-    except (FoldingMismatch, RuntimeError):  # a model may be made for batches of one size
+            folded = model(view)
+    except Exception:  # a model may be made for batches of one size; one that fails on every input will do so again
         return []
+    return folds if _agree(plain, folded) else []
 
 
 def _is_plain(model: nn.Module) -> bool:

@@ -20,6 +20,8 @@ from spade_fast.errors import InvalidInputError
 #: Kinds of layers that are pruned. Subclasses count: what matters is the call that their weight ends up in.
 PRUNABLE = (nn.Linear, nn.Conv2d)
 _SPARSITY_TOLERANCE = 0.02
+# Positions that a native product wants in a row: smaller inputs are gathered first.
+_RUN = 256
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -104,6 +106,7 @@ class GramSum:
         self._dtype, self._device = dtype, device
         self._finished: Tensor | None = None
         self._open: tuple[tuple[int, int, int], ops.Geometry, Tensor] | None = None  # size, geometry, sums
+        self._gathered: list[Tensor] = []  # for the open sums
 
     def add(self, images: Tensor, geometry: ops.Geometry) -> None:
         """Add the patches that a convolution sees in `images` [images, channels, height, width]."""
@@ -118,6 +121,12 @@ class GramSum:
         if self._open is None or self._open[:2] != (size, geometry):
             self._close()
             self._open = size, geometry, self._zeros(*ops.conv2d_sums_shape(size, geometry))
+        if self._gathered or images.shape[0] < _images_wanted(geometry, outputs):
+            self._gathered.append(images.clone())  # the model may write over its maps
+            if sum(map(len, self._gathered)) < _images_wanted(geometry, outputs):
+                return
+            images = torch.cat(self._gathered)
+            self._gathered.clear()
         ops.add_conv2d_sums_(self._open[2], images, geometry)
 
     def gram(self) -> Tensor:
@@ -138,10 +147,19 @@ class GramSum:
         if self._open is not None:
             size, geometry, sums = self._open
             self._open = None
+            if self._gathered:
+                ops.add_conv2d_sums_(sums, torch.cat(self._gathered), geometry)
+                self._gathered.clear()
             self._finish(ops.conv2d_gram(sums, size, geometry))
 
     def _finish(self, gram: Tensor) -> None:
         self._finished = gram if self._finished is None else self._finished.add_(gram)
+
+
+def _images_wanted(geometry: ops.Geometry, outputs: tuple[int, int]) -> int:
+    """How many images make a native product worth its while."""
+    run = outputs[1] if math.prod(geometry.kernel_size) > 1 else outputs[0] * outputs[1]
+    return math.ceil(_RUN / max(1, run))
 
 
 class InputRecorder(TorchFunctionMode):

@@ -173,6 +173,41 @@ def prune_columns(
     return sparse, mask, loss
 
 
+def render_views(
+    image: Tensor,
+    row_starts: Tensor,
+    row_weights: Tensor,
+    column_starts: Tensor,
+    column_weights: Tensor,
+    colours: Tensor,
+) -> Tensor:
+    """Resize by banded weights along both axes, then change brightness and hue: one image, many views.
+
+    Along an axis, output i of a view is the sum over t of ``weights[view, t, i] * input[starts[view, i] + t]``.
+
+    Parameters
+    ----------
+    image
+        [3, H, W], float32 or float64, any strides.
+    row_starts, column_starts
+        int64 [views, h] and [views, w]; every band lies inside the image.
+    row_weights, column_weights
+        [views, taps, h] and [views, taps, w], dtype of the image, contiguous.
+    colours
+        [views, 3], dtype of the image: a factor of all channels, which are then clamped to 0..1; the turn of the hue,
+        1 being the whole circle; a second factor, and clamp.
+
+    Returns
+    -------
+    Tensor
+        [views, 3, h, w].
+    """
+    views: Tensor = torch.ops.spade_fast.render_views(
+        image, row_starts, row_weights, column_starts, column_weights, colours
+    )
+    return views
+
+
 def _fake_add_conv2d_sums_(sums: Tensor, input: Tensor, *geometry: Any) -> None:
     return None
 
@@ -195,8 +230,20 @@ def _fake_prune_columns(
     return sparse, torch.empty_like(sparse, dtype=torch.bool), weight.new_empty((), dtype=torch.float64)
 
 
+def _fake_render_views(
+    image: Tensor,
+    row_starts: Tensor,
+    row_weights: Tensor,
+    column_starts: Tensor,
+    column_weights: Tensor,
+    colours: Tensor,
+) -> Tensor:
+    return image.new_empty(colours.shape[0], 3, row_weights.shape[2], column_weights.shape[2])
+
+
 if _C is not None:
     torch.library.register_fake("spade_fast::add_conv2d_sums_", _fake_add_conv2d_sums_)
     torch.library.register_fake("spade_fast::conv2d_gram", _fake_conv2d_gram)
     torch.library.register_fake("spade_fast::factor_hessian", _fake_factor_hessian)
     torch.library.register_fake("spade_fast::prune_columns", _fake_prune_columns)
+    torch.library.register_fake("spade_fast::render_views", _fake_render_views)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from spade_fast import ops, presets
 from spade_fast.augmentation import Augmentation
 from spade_fast.errors import InvalidInputError
-from spade_fast.folding import Fold, FoldedBatchNorms, FoldingMismatch, learn_folds
+from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.images import image_tensor
 from spade_fast.layers import InputRecorder, mask_block_size, prunable_layers, unsupported_layers
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
@@ -31,8 +31,9 @@ Sparsity: TypeAlias = float | Mapping[str, float] | SparsityPlan | Callable[[nn.
 #: (image [3, H, W], count, generator) to views [count, 3, h, w], pixel values in 0..1.
 Augment: TypeAlias = Callable[[Tensor, int, torch.Generator], Tensor]
 
-# Views that go through the model at a time.
-_CPU_BATCH = 16
+# Views that go through the model at a time. On a CPU so few that maps mostly stay below 32 MiB: larger ones glibc would map
+# anew from the system each time, which costs more than what is computed on them.
+_CPU_BATCH = 6
 _BATCH = 64
 
 
@@ -93,7 +94,7 @@ def trace(
         As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule. A refitted trace takes longer
         and keeps the image's own answer more often (measured in docs/experiments.md).
     batch_size
-        Views that go through the model at a time. Default: 16 on a CPU, whose caches more would leave, else 64. Changes
+        Views that go through the model at a time. Default: 6 on a CPU, whose caches more would leave, else 64. Changes
         the result only by rounding, as long as the model treats the images of a batch each on its own.
     hessian_dtype
         ``torch.float32`` or ``torch.float64`` for the sums of the Hessians, or ``torch.bfloat16``: layer inputs are
@@ -164,7 +165,7 @@ def trace(
     # The second attempt is for models that call other layers for other views.
     for attempt in ("fold", "plain"):
         generator = torch.Generator().manual_seed(seed)
-        batches = _batches(images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device)
+        batches = _batches(images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device, backend)
         progress_bar = tqdm(batches, "dense pass", count, disable=not progress, leave=False)
         try:
             recorder = _dense_pass(
@@ -235,17 +236,17 @@ def _dense_pass(
 ) -> InputRecorder:
     """Run all views through the dense model; what its layers saw is in the recorder's sums.
 
-    With `fold`, batch norms are folded into convolutions from the second batch on, where the first shows that nothing
-    but rounding changes.
+    With `fold`, batch norms are folded into convolutions where a run on one view shows that nothing but rounding
+    changes.
     """
-    recorder = evidence.recorder(selection)
-    folded = FoldedBatchNorms([])
     # On a CPU convolutions and Hessians are about twice as fast on channels-last maps.
     memory_format = torch.channels_last if anchor.device.type == "cpu" else torch.contiguous_format
+    folded, recorder = FoldedBatchNorms([]), evidence.recorder(selection)
 
     def run(inputs: Tensor) -> None:
+        recorder.share = len(inputs) / evidence.views
         with folded, recorder:
-            module(inputs)
+            module(inputs.contiguous(memory_format=memory_format))
 
     # Not inference mode: what a module caches in it could never again take part in a gradient.
     with evaluation_mode(module), torch.no_grad():
@@ -253,26 +254,20 @@ def _dense_pass(
             _check_batch(batch, "augment")
             inputs = preprocess(batch)
             _check_batch(inputs, "preprocess")
-            inputs = inputs.to(anchor).contiguous(memory_format=memory_format)
-            recorder.share = len(batch) / evidence.views
-            if position > 0:
-                run(inputs)
-                continue
-            folds: list[Fold | None] = []
+            inputs = inputs.to(anchor)
             try:
-                if fold:
-                    folds = learn_folds(module, lambda: run(inputs), inputs[:1])  # noqa: B023
-                else:
-                    run(inputs)
+                if position == 0 and fold:
+                    folded = FoldedBatchNorms(learn_folds(module, inputs[:1].contiguous(memory_format=memory_format)))
+                run(inputs)
             except RuntimeError:
-                if memory_format == torch.contiguous_format:
+                if position > 0 or memory_format == torch.contiguous_format:
                     raise
                 # Perhaps a `view` of a map, which wants the usual layout: begin anew with that.
                 memory_format = torch.contiguous_format
+                if fold:
+                    folded = FoldedBatchNorms(learn_folds(module, inputs[:1].contiguous()))
                 recorder = evidence.recorder(selection)
-                recorder.share = len(batch) / evidence.views
-                run(inputs.contiguous())
-            folded = FoldedBatchNorms(folds)
+                run(inputs)
     return recorder
 
 
@@ -452,6 +447,7 @@ def _batches(
     batch_size: int,
     generator: torch.Generator,
     device: torch.device,
+    backend: ops.Backend,
 ) -> Iterator[Tensor]:
     """Augmented views of all images, [at most batch_size, 3, h, w] each."""
     for position, image in enumerate(images):
@@ -472,7 +468,7 @@ def _batches(
         starts = range(0, num_augmentations, batch_size)
         if isinstance(chosen, Augmentation):
             views = chosen.sample(shape, num_augmentations, generator)
-            yield from (chosen.render(frame, views[start : start + batch_size]) for start in starts)
+            yield from (chosen.render(frame, views[i : i + batch_size], backend=backend) for i in starts)
         else:
             for start in starts:
                 yield chosen(frame, min(batch_size, num_augmentations - start), generator)

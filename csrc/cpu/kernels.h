@@ -45,6 +45,13 @@ struct Kernels {
   // 0 or what error propagation made of it, delta what it lost. Returns the sum of (current * pivot)^2 over the pruned.
   double (*prune)(const T* sum, const T* score, T threshold, bool ties, T pivot, int64_t rows, T* weight, T* delta,
                   bool* kept);
+
+  // out[i] += weights[i] * from[starts[i]] for all i < count.
+  void (*add_scattered)(const T* from, const int64_t* starts, const T* weights, int64_t count, T* out);
+
+  // Colours of `count` pixels: each channel times `before`, clamped to 0..1; then the hue turned by `turn`, 1 being the
+  // whole circle, while saturation and value stay; then times `after` and clamped again.
+  void (*jitter)(T before, T turn, T after, int64_t count, T* red, T* green, T* blue);
 };
 
 // Kernels for this machine's best instruction set; the environment variable SPADE_FAST_CPU_CAPABILITY

@@ -201,8 +201,49 @@ SPADE_FAST_TARGET double prune(const T* __restrict sum, const T* __restrict scor
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {kLanes<T>, kTileRows,    kTilePanels, multiply<T>, substitute<T>, correlate<T>,
-                               copy<T>,   transpose<T>, combine<T>,  score<T>,    prune<T>};
+SPADE_FAST_TARGET void add_scattered(const T* __restrict from, const int64_t* __restrict starts,
+                                     const T* __restrict weights, int64_t count, T* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] += weights[i] * from[starts[i]];
+}
+
+template <class T>
+SPADE_FAST_TARGET inline T clamp_to_unit(T value) {
+  value = value < 0 ? T(0) : value;
+  return value > 1 ? T(1) : value;
+}
+
+// One channel of a colour given by its hue in sixths of a turn, value and chroma:
+// value - chroma * clamp(min(k, 4 - k), 0, 1) at k = (hue + corner) mod 6, where 0 <= hue + corner < 18.
+template <class T>
+SPADE_FAST_TARGET inline T channel_of(T hue_and_corner, T value, T chroma) {
+  T k = hue_and_corner;
+  k = k >= 6 ? k - 6 : k;
+  k = k >= 6 ? k - 6 : k;
+  return value - chroma * clamp_to_unit(k < 4 - k ? k : 4 - k);
+}
+
+template <class T>
+SPADE_FAST_TARGET void jitter(T before, T turn, T after, int64_t count, T* __restrict red, T* __restrict green,
+                              T* __restrict blue) {
+  const T shift = 6 * (turn - __builtin_floor(turn));
+  for (int64_t i = 0; i < count; ++i) {
+    const T r = clamp_to_unit(red[i] * before), g = clamp_to_unit(green[i] * before),
+            b = clamp_to_unit(blue[i] * before);
+    const T larger = r > g ? r : g, smaller = r < g ? r : g;
+    const T value = larger > b ? larger : b, chroma = value - (smaller < b ? smaller : b);
+    const T safe = chroma > 0 ? chroma : T(1);
+    const T from_green = 2 + (b - r) / safe, from_blue = 4 + (r - g) / safe, from_red = (g - b) / safe;
+    const T hue = (value == r ? from_red : value == g ? from_green : from_blue) + shift;  // -1..11
+    red[i] = clamp_to_unit(channel_of(hue + 5, value, chroma) * after);
+    green[i] = clamp_to_unit(channel_of(hue + 3, value, chroma) * after);
+    blue[i] = clamp_to_unit(channel_of(hue + 1, value, chroma) * after);
+  }
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {kLanes<T>,    kTileRows,        kTilePanels,  multiply<T>, substitute<T>,
+                               correlate<T>, copy<T>,          transpose<T>, combine<T>,  score<T>,
+                               prune<T>,     add_scattered<T>, jitter<T>};
 
 }  // namespace
 }  // namespace spade_fast
