@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from spade_fast.layers import conv2d_call
+from spade_fast.ops import Geometry
+
 # Questions about a tensor that do not look at its values.
 _METADATA = frozenset(
     {
@@ -102,6 +105,7 @@ class FoldedBatchNorms(TorchFunctionMode):
         self._folds = folds
         self._next = 0
         self._unread = 0  # folded outputs on their way to the batch norm
+        self._packed: dict[int, Tensor] = {}  # weights by position of the call
 
     def __enter__(self) -> FoldedBatchNorms:
         """Begin a run, with the first call of a convolution."""
@@ -135,16 +139,44 @@ class FoldedBatchNorms(TorchFunctionMode):
         maps, weight, bias, rest, options = _conv_arguments(*args, **kwargs)
         if hasattr(maps, _FOLD):
             raise FoldingMismatch("a convolution reads what only a batch norm read before")
-        fold = self._folds[self._next] if self._next < len(self._folds) else None
+        position = self._next
         self._next += 1
+        fold = self._folds[position] if position < len(self._folds) else None
         if fold is None:
             return F.conv2d(maps, weight, bias, *rest, **options)
         if fold.original is not weight:
             raise FoldingMismatch("convolutions are called in another order than before")
-        output = F.conv2d(maps, fold.weight, fold.bias, *rest, **options)
+        if _can_pack(maps, fold.weight):
+            images, geometry = conv2d_call(maps, fold.weight, fold.bias, *rest, **options)[1:]
+            output = self._convolve_packed(position, images, fold, geometry)
+        else:
+            output = F.conv2d(maps, fold.weight, fold.bias, *rest, **options)
         setattr(output, _FOLD, fold)
         self._unread += 1
         return output
+
+    def _convolve_packed(self, position: int, images: Tensor, fold: Fold, geometry: Geometry) -> Tensor:
+        """Convolve with the weight in oneDNN's own layout, into which it otherwise brings it anew at each call."""
+        how = (geometry.padding, geometry.stride, geometry.dilation, geometry.groups)
+        if position not in self._packed:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            self._packed[position] = pack(fold.weight, *how, list(images.shape))
+        # What inductor compiles convolutions to; the last three arguments could fuse an activation.
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            images, self._packed[position], fold.bias, *how, "none", [], ""
+        )
+        return output
+
+
+def _can_pack(images: Tensor, weight: Tensor) -> bool:
+    return (
+        images.device.type == "cpu"
+        and images.dim() == 4
+        and images.numel() > 0
+        and images.dtype == weight.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
 
 
 def learn_folds(model: nn.Module, view: Tensor) -> list[Fold | None]:

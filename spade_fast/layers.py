@@ -218,11 +218,11 @@ class InputRecorder(TorchFunctionMode):
         if func is F.linear:
             self._record(_linear_call, args, kwargs)
         elif func is F.conv2d:
-            self._record(_conv2d_call, args, kwargs)
+            self._record(conv2d_call, args, kwargs)
         return result
 
     @without_autocast
-    def _record(self, parse: Callable[..., _Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, parse: Callable[..., Call], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = parse(*args, **kwargs)
         name = self._names.get(id(call.weight))
         if not self._called and name in self._unless_first:
@@ -252,7 +252,7 @@ class InputRecorder(TorchFunctionMode):
         total.add(images.to(dtype), geometry)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """One use of a weight, as the convolution that it is."""
 
     weight: Tensor
@@ -260,12 +260,12 @@ class _Call(NamedTuple):
     geometry: ops.Geometry
 
 
-def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Call:  # noqa: ARG001
+def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:  # noqa: ARG001
     rows = input.reshape(-1, input.shape[-1])
-    return _Call(weight, rows[:, :, None, None], ops.Geometry())
+    return Call(weight, rows[:, :, None, None], ops.Geometry())
 
 
-def _conv2d_call(
+def conv2d_call(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,  # noqa: ARG001
@@ -273,14 +273,14 @@ def _conv2d_call(
     padding: str | int | tuple[int, ...] = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
-) -> _Call:
+) -> Call:
     kernel = (weight.shape[2], weight.shape[3])
     images = input if input.dim() == 4 else input[None]
     if padding == "same":
         extra = [step * (size - 1) for step, size in zip(_pair(dilation), kernel, strict=True)]
         images = F.pad(images, (extra[1] // 2, -(-extra[1] // 2), extra[0] // 2, -(-extra[0] // 2)))
     zeros = (0, 0) if isinstance(padding, str) else _pair(padding)
-    return _Call(weight, images, ops.Geometry(kernel, _pair(stride), zeros, _pair(dilation), groups))
+    return Call(weight, images, ops.Geometry(kernel, _pair(stride), zeros, _pair(dilation), groups))
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from spade_fast import ops, presets
 from spade_fast.augmentation import Augmentation
 from spade_fast.errors import InvalidInputError
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
+from spade_fast.heap import kept_heap
 from spade_fast.images import image_tensor
 from spade_fast.layers import InputRecorder, mask_block_size, prunable_layers, unsupported_layers
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
@@ -31,8 +32,8 @@ Sparsity: TypeAlias = float | Mapping[str, float] | SparsityPlan | Callable[[nn.
 #: (image [3, H, W], count, generator) to views [count, 3, h, w], pixel values in 0..1.
 Augment: TypeAlias = Callable[[Tensor, int, torch.Generator], Tensor]
 
-# Views that go through the model at a time. On a CPU so few that maps mostly stay below 32 MiB: larger ones glibc would map
-# anew from the system each time, which costs more than what is computed on them.
+# Views that go through the model at a time. On a CPU so few that maps mostly stay below 32 MiB: glibc takes larger ones
+# from the system anew each time (see heap.py).
 _CPU_BATCH = 6
 _BATCH = 64
 
@@ -165,7 +166,9 @@ def trace(
     # The second attempt is for models that call other layers for other views.
     for attempt in ("fold", "plain"):
         generator = torch.Generator().manual_seed(seed)
-        batches = _batches(images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device, backend)
+        batches = _batches(
+            images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device, backend
+        )
         progress_bar = tqdm(batches, "dense pass", count, disable=not progress, leave=False)
         try:
             recorder = _dense_pass(
@@ -224,6 +227,7 @@ class _Evidence:
         )
 
 
+@kept_heap()
 def _dense_pass(
     module: nn.Module,
     batches: Iterable[Tensor],

@@ -86,6 +86,30 @@ def check_factor(draw: random.Random) -> None:
     assert (factor.mT @ factor - damped).abs().max() <= TOLERANCE * damped.abs().max()
 
 
+def check_render(draw: random.Random) -> None:
+    """Bands are sums, and colours those of the HSV circle."""
+    views, height, width = draw.choice([0, 1, 3]), draw.choice([1, 7, 40]), draw.choice([1, 5, 33, 70])
+    sizes, starts, weights, dense = draw.choice([(1, 1), (5, 18), (16, 64)]), [], [], []
+    for pixels, size in zip((height, width), sizes, strict=True):
+        taps = draw.randint(1, pixels)
+        starts.append(torch.randint(0, pixels - taps + 1, (views, size)))
+        weights.append(torch.rand(views, taps, size, dtype=torch.float64) / taps)
+        places = starts[-1][:, :, None] + torch.arange(taps)
+        dense.append(torch.zeros(views, size, pixels).double().scatter_(2, places, weights[-1].transpose(1, 2)))
+    image = torch.rand(3, height, width, dtype=torch.float64)
+    turn = torch.randint(-7, 8, (views,)).double() / 6  # of the hue by sixths: to the next corner of the colour cube
+    colours = torch.stack([torch.ones(views), turn, torch.full((views,), 1.5)], 1).double()
+    rendered = torch.ops.spade_fast.render_views(image, starts[0], weights[0], starts[1], weights[1], colours)
+    for view in range(views):
+        pixels = dense[0][view] @ image @ dense[1][view].T
+        sixths = round(6 * turn[view].item()) % 6
+        if sixths % 2:  # to the complement of the channel two thirds of a turn away
+            pixels = pixels.amax(0) + pixels.amin(0) - pixels
+            sixths += 3
+        pixels = (pixels.roll(sixths // 2, 0) * 1.5).clamp(0, 1)
+        assert (rendered[view] - pixels).abs().max() <= TOLERANCE
+
+
 def main(library: str, cases: str = "200") -> None:
     """Load the library and run so many cases of each operator."""
     torch.ops.load_library(library)
@@ -95,6 +119,7 @@ def main(library: str, cases: str = "200") -> None:
         check_gram(draw)
         check_factor(draw)
         check_prune_columns(draw)
+        check_render(draw)
     print(f"{cases} cases of each operator agree")  # noqa: T201
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spade_fast import ops
 from spade_fast.augmentation import Augmentation, Views
 from spade_fast.errors import InvalidInputError
 
@@ -63,6 +64,13 @@ def torchvision_view(image: torch.Tensor, views: Views, index: int, size: tuple[
     return pixels
 
 
+@pytest.fixture(params=["native", "reference"])
+def backend(request) -> ops.Backend:
+    if request.param == "native" and "cpu" not in ops.native_devices():
+        pytest.skip("the extension is not built")
+    return request.param
+
+
 IMAGE_AND_OUTPUT_SIZES = [
     ((64, 80), (32, 32)),
     ((61, 47), (24, 40)),
@@ -79,11 +87,11 @@ IMAGE_AND_OUTPUT_SIZES = [
 
 @pytest.mark.parametrize(("image_size", "size"), IMAGE_AND_OUTPUT_SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_views_equal_torchvision(image_size, size, dtype):
+def test_views_equal_torchvision(image_size, size, dtype, backend):
     image = picture(*image_size, dtype)
     augmentation = Augmentation(size=size)
     views = augmentation.sample(image_size, 40, seeded())
-    rendered = augmentation.render(image, views)
+    rendered = augmentation.render(image, views, backend=backend)
     assert rendered.dtype == dtype
     assert rendered.shape == (40, 3, *size)
     assert rendered.is_contiguous()
@@ -95,53 +103,53 @@ def test_views_equal_torchvision(image_size, size, dtype):
 
 
 @pytest.mark.parametrize(("image_size", "size"), IMAGE_AND_OUTPUT_SIZES, ids=str)
-def test_views_without_hue_equal_torchvision_in_double_precision(image_size, size):
+def test_views_without_hue_equal_torchvision_in_double_precision(image_size, size, backend):
     image = picture(*image_size, torch.float64)
     augmentation = Augmentation(size=size, hue=0.0)
     views = augmentation.sample(image_size, 40, seeded())
-    for index, pixels in enumerate(augmentation.render(image, views)):
+    for index, pixels in enumerate(augmentation.render(image, views, backend=backend)):
         expected = torchvision_view(image, views, index, size)
         torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_weights_are_the_triangle_written_out(length):
+def test_weights_are_the_triangle_written_out(length, backend):
     # One output pixel in the width, where torch 2.11's own antialiased resize is wrong.
     image = picture(6, 20, torch.float64)
     view = one_view(6, 20, left=4, width=length)
-    rendered = Augmentation(size=(6, 1)).render(image, view)[0, :, :, 0]
+    rendered = Augmentation(size=(6, 1)).render(image, view, backend=backend)[0, :, :, 0]
     centre = 4 + length / 2
     weights = [max(0.0, 1 - abs(x + 0.5 - centre) / length) for x in range(4, 4 + length)]
     expected = sum(w * image[:, :, x] for w, x in zip(weights, range(4, 4 + length), strict=True)) / sum(weights)
     torch.testing.assert_close(rendered, expected, rtol=0, atol=1e-13)
 
 
-def test_plain_view_is_the_image():
+def test_plain_view_is_the_image(backend):
     image = picture(9, 11)
-    rendered = Augmentation(size=(9, 11)).render(image, one_view(9, 11))
+    rendered = Augmentation(size=(9, 11)).render(image, one_view(9, 11), backend=backend)
     torch.testing.assert_close(rendered[0], image, rtol=0, atol=1e-6)
 
 
-def test_flip_mirrors_left_to_right():
+def test_flip_mirrors_left_to_right(backend):
     image = picture(9, 11)
-    rendered = Augmentation(size=(9, 11)).render(image, one_view(9, 11, flip=True))
+    rendered = Augmentation(size=(9, 11)).render(image, one_view(9, 11, flip=True), backend=backend)
     torch.testing.assert_close(rendered[0], image.flip(2), rtol=0, atol=1e-6)
 
 
-def test_pixels_outside_the_crop_take_no_part():
+def test_pixels_outside_the_crop_take_no_part(backend):
     image = torch.ones(3, 8, 8)
     image[:, 2:5, 3:7] = 0.25
     view = one_view(8, 8, top=2, left=3, height=3, width=4)
-    rendered = Augmentation(size=(10, 2)).render(image, view)
+    rendered = Augmentation(size=(10, 2)).render(image, view, backend=backend)
     torch.testing.assert_close(rendered, torch.full_like(rendered, 0.25))
 
 
 @pytest.mark.parametrize("hue_first", [False, True])
-def test_order_of_brightness_and_hue(hue_first):
+def test_order_of_brightness_and_hue(hue_first, backend):
     colour = (0.2, 0.5, 0.8)
     view = one_view(1, 1, brightness_factor=1.5, hue_shift=0.1, hue_first=hue_first)
     image = torch.tensor(colour, dtype=torch.float64).view(3, 1, 1)
-    rendered = Augmentation(size=1).render(image, view).flatten().tolist()
+    rendered = Augmentation(size=1).render(image, view, backend=backend).flatten().tolist()
 
     def brighter(pixel):
         return tuple(min(1.0, 1.5 * channel) for channel in pixel)
@@ -158,55 +166,57 @@ def turned(pixel: tuple[float, ...], shift: float) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.3, -1 / 6, 0.0, 0.01, 1 / 3, 0.5])
-def test_hue_equals_the_standard_librarys(shift):
+def test_hue_equals_the_standard_librarys(shift, backend):
     levels = [0.0, 0.25, 0.5, 1.0]  # all orders of the channels, and all ties
     pixels = [(r, g, b) for r in levels for g in levels for b in levels]
     image = torch.tensor(pixels, dtype=torch.float64).T.reshape(3, 8, 8)
-    rendered = Augmentation(size=8).render(image, one_view(8, 8, hue_shift=shift))
+    rendered = Augmentation(size=8).render(image, one_view(8, 8, hue_shift=shift), backend=backend)
     expected = torch.tensor([turned(pixel, shift) for pixel in pixels], dtype=torch.float64)
     torch.testing.assert_close(rendered[0].flatten(1).T, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_hue_leaves_gray_alone(dtype):
+def test_hue_leaves_gray_alone(dtype, backend):
     image = torch.rand(1, 20, 20, generator=seeded(), dtype=dtype).expand(3, -1, -1)
     augmentation = Augmentation(size=16, brightness=0.0, hue=0.5)
     views = augmentation.sample((20, 20), 10, seeded())
     unshifted = replace(views, hue_shift=torch.zeros(10, dtype=torch.float64))
-    shifted = augmentation.render(image, views)
+    shifted = augmentation.render(image, views, backend=backend)
     bound = 8 * torch.finfo(dtype).eps
-    torch.testing.assert_close(shifted, augmentation.render(image, unshifted), rtol=0, atol=bound)
+    torch.testing.assert_close(shifted, augmentation.render(image, unshifted, backend=backend), rtol=0, atol=bound)
     torch.testing.assert_close(shifted[:, 0], shifted[:, 1], rtol=0, atol=bound)
 
 
-def test_float32_is_accurate_far_from_the_corner():
+def test_float32_is_accurate_far_from_the_corner(backend):
     # A position near 40,000 has an error of .002 pixels in float32: noise shows it.
     image = picture(4, 40_000, torch.float64)
     view = one_view(4, 40_000, left=39_000, width=700, flip=True)
     augmentation = Augmentation(size=(4, 333))
-    rendered = augmentation.render(image.float(), view)
-    torch.testing.assert_close(rendered.double(), augmentation.render(image, view), rtol=0, atol=1e-6)
+    rendered = augmentation.render(image.float(), view, backend=backend)
+    torch.testing.assert_close(rendered.double(), augmentation.render(image, view, backend=backend), rtol=0, atol=1e-6)
 
 
-def test_rendering_a_slice_is_slicing_the_rendering():
+def test_rendering_a_slice_is_slicing_the_rendering(backend):
     image = picture(50, 60)
     augmentation = Augmentation(size=(20, 24))
     views = augmentation.sample((50, 60), 10, seeded())
-    whole = augmentation.render(image, views)
+    whole = augmentation.render(image, views, backend=backend)
     assert len(views) == 10
     assert len(views[3:7]) == 4
-    torch.testing.assert_close(augmentation.render(image, views[3:7]), whole[3:7], rtol=0, atol=1e-6)
-    torch.testing.assert_close(augmentation.render(image, views[::4]), whole[::4], rtol=0, atol=1e-6)
-    assert augmentation.render(image, views[4:4]).shape == (0, 3, 20, 24)
+    torch.testing.assert_close(augmentation.render(image, views[3:7], backend=backend), whole[3:7], rtol=0, atol=1e-6)
+    torch.testing.assert_close(augmentation.render(image, views[::4], backend=backend), whole[::4], rtol=0, atol=1e-6)
+    assert augmentation.render(image, views[4:4], backend=backend).shape == (0, 3, 20, 24)
 
 
-def test_image_memory_layout_does_not_matter():
+def test_image_memory_layout_does_not_matter(backend):
     image = picture(30, 40)
     augmentation = Augmentation(size=16)
     views = augmentation.sample((30, 40), 4, seeded())
     strided = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert not strided.is_contiguous()
-    assert torch.equal(augmentation.render(strided, views), augmentation.render(image, views))
+    assert torch.equal(
+        augmentation.render(strided, views, backend=backend), augmentation.render(image, views, backend=backend)
+    )
 
 
 def test_views_are_differentiable_in_the_image():

@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 def learned(model: nn.Module, inputs: Tensor) -> list[bool]:
     with torch.no_grad():
-        return [fold is not None for fold in learn_folds(model, lambda: model(inputs), inputs[:1])]
+        return [fold is not None for fold in learn_folds(model, inputs)]
 
 
 INPUTS = torch.rand(2, 3, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_folded_runs_skip_the_norm_and_give_the_same(affine, bias, monkeypatch):
     model = settled(Net(lambda net, x: net.second(F.relu(net.norm(net.conv(x)), inplace=True)), affine, bias))
     with torch.no_grad():
         plain = model(INPUTS)
-        folds = learn_folds(model, lambda: model(INPUTS), INPUTS[:1])
+        folds = learn_folds(model, INPUTS[:1])
         assert [fold is not None for fold in folds] == [True, False]
         monkeypatch.setattr(torch, "batch_norm", None)  # from here on a batch norm that is called fails
         for _ in range(2):
@@ -135,26 +135,43 @@ def test_half_precision_is_not_folded():
 
 
 def test_a_model_for_batches_of_one_size_is_not_folded():
-    model = settled(Net(lambda net, x: net.norm(net.conv(x)).view(2, 4, -1)))
-    model.norm.register_buffer("pairs", torch.zeros(2))
-    body = model.body
-    model.body = lambda net, x: body(net, x) + net.norm.pairs.view(len(x), 1, 1)
-    assert learned(model, INPUTS) == []
+    model = settled(Net(lambda net, x: net.norm(net.conv(x)).view(2, 4, 4, 5)))
+    assert learned(model, INPUTS) == [True]
+    assert learned(model, INPUTS[:1]) == []
 
 
 def test_another_course_than_the_learned_one_is_noticed():
     def body(net: Net, x: Tensor) -> Tensor:
         maps = net.conv(x)
+        if len(x) == 3:
+            return maps
         return net.norm(maps) if len(x) == 2 else F.relu(maps)
 
     model = settled(Net(body))
     with torch.no_grad():
-        # The example takes the other course: it shows at once that nothing can be folded.
-        assert learn_folds(model, lambda: model(INPUTS), INPUTS[:1]) == []
-        folds = learn_folds(model, lambda: model(INPUTS), INPUTS)
+        assert not any(learn_folds(model, INPUTS[:1]))
+        folds = learn_folds(model, INPUTS)
         assert any(folds)
-        with pytest.raises(FoldingMismatch), FoldedBatchNorms(folds):
+        with pytest.raises(FoldingMismatch, match="reads the output"), FoldedBatchNorms(folds):
             model(INPUTS[:1])
+        with pytest.raises(FoldingMismatch, match="1 batch norms did not read"), FoldedBatchNorms(folds):
+            model(torch.cat([INPUTS, INPUTS[:1]]))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("padding", [0, (2, 1), "same", "valid"])
+def test_float32_convolutions_are_packed_whatever_their_geometry(padding, groups):
+    model = settled(Net(lambda net, x: net.norm(net.conv(x)))).float()
+    model.conv = nn.Conv2d(4, 4, (3, 2), padding=padding, groups=groups, dilation=(1, 2))
+    if not isinstance(padding, str):
+        model.conv.stride = (2, 1)
+    inputs = torch.rand(3, 4, 9, 8)
+    with torch.no_grad():
+        plain = model(inputs)
+        for size in (1, 3):  # packed for one view, then used for three
+            with FoldedBatchNorms(learn_folds(model, inputs[:size])) as folded:
+                torch.testing.assert_close(model(inputs), plain)
+                assert list(folded._packed) == [0]
 
 
 def test_traces_with_and_without_folding_differ_by_rounding_only():
@@ -172,7 +189,7 @@ def test_traces_with_and_without_folding_differ_by_rounding_only():
         assert layer.loss != 0
 
 
-def test_a_trace_folds_from_the_second_batch_on(monkeypatch):
+def test_a_trace_folds_all_its_batches(monkeypatch):
     norms = []
     plain = torch.batch_norm
 
@@ -184,7 +201,7 @@ def test_a_trace_folds_from_the_second_batch_on(monkeypatch):
     model = settled(Net(lambda net, x: net.second(net.norm(net.conv(x))).mean((2, 3))))
     image = torch.rand(3, 9, 9, dtype=torch.float64)
     sf.trace(model, image, {"second": 0.25}, preprocess=nn.Identity(), num_augmentations=7, batch_size=3)
-    assert norms == [3, 1]  # the first batch, the example without folds
+    assert norms == [1]  # the view from which the folds are learned
 
 
 def test_a_model_that_takes_another_course_later_is_traced_without_folding():
@@ -193,14 +210,15 @@ def test_a_model_that_takes_another_course_later_is_traced_without_folding():
     def body(net: Net, x: Tensor) -> Tensor:
         runs.append(len(x))
         maps = net.conv(x)
-        return net.second(F.relu(maps) if len(x) == 1 and len(runs) > 3 else net.norm(maps)).mean((2, 3))
+        return net.second(F.relu(maps) if len(runs) % 5 == 0 else net.norm(maps)).mean((2, 3))
 
     model = settled(Net(body))
     image = torch.rand(3, 9, 9, dtype=torch.float64)
     settings = {"preprocess": nn.Identity(), "num_augmentations": 5, "batch_size": 2}
     trace = sf.trace(model, image, {"second": 0.25}, **settings)
-    # Learned and tried twice, then folded until the last view took the other course; then all again.
-    assert runs == [2, 1, 1, 2, 1, 2, 2, 1]
+    # Learned and tried on one view, then folded until the last view took the other course; then all again.
+    assert runs == [1, 1, 2, 2, 1, 2, 2, 1]
+    runs.clear()
     model.register_forward_hook(lambda *_: None)  # nothing is folded under hooks
     expected = sf.trace(model, image, {"second": 0.25}, **settings)
     assert torch.equal(trace.layers["second"].weight, expected.layers["second"].weight)

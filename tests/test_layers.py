@@ -123,6 +123,21 @@ def test_a_module_called_twice_sums_its_inputs():
     torch.testing.assert_close(total.gram()[0], rows.T @ rows)
 
 
+def test_inputs_that_the_model_writes_over_later_count_as_they_were():
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3).double()
+
+        def forward(self, input: Tensor) -> Tensor:
+            output = self.conv(input)
+            input.zero_()
+            return output
+
+    model, inputs = Overwriting(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(record(model, inputs.clone()).sums["conv"].hessian()[0], unfolded_hessian(inputs, 3))
+
+
 def test_functional_calls_are_seen_and_other_weights_are_not():
     class Functional(nn.Module):
         def __init__(self) -> None:

@@ -284,6 +284,39 @@ def test_selection_among_many_float32_scores(values, sparsity, published):
         assert torch.equal(native[0], plain[0].float())
 
 
+def render_arguments(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Two views of 3 x 5 pixels, of an image of 6 x 7."""
+    starts = [torch.randint(0, 4, (2, size)) for size in (3, 5)]
+    weights = [torch.rand(2, 3, size, dtype=dtype) / 3 for size in (3, 5)]
+    image, colours = torch.rand(3, 6, 7, dtype=dtype), torch.rand(2, 3, dtype=dtype)
+    return [image, starts[0], weights[0], starts[1], weights[1], colours]
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "message"),
+    [
+        (0, lambda image: image[:2], "image must be a float32 or float64 tensor .3, height, width., got .2, 6, 7."),
+        (0, lambda image: image.half(), "image must be a float32 or float64"),
+        (1, lambda starts: starts + 1, "row bands must lie within the 6 pixels of the image, one covers 4 to 7"),
+        (1, lambda starts: starts.int(), "row starts must be a contiguous int64"),
+        (1, lambda starts: starts[:1], "row starts must be .* got .1, 3."),
+        (2, lambda weights: weights[:, :, :2], "row weights must be a contiguous"),
+        (2, lambda weights: weights.double(), "row weights must be .* of the image's dtype"),
+        (3, lambda starts: starts - 4, "column bands must lie within the 7 pixels of the image"),
+        (3, lambda starts: starts + 2**62, "column bands must lie within"),
+        (4, lambda weights: weights[:1], "column weights must be .* got .1, 3, 5."),
+        (5, lambda colours: colours[:, :2], "colours must be .* got .2, 2."),
+        (5, lambda colours: colours.double(), "colours must be .* of the image's dtype"),
+    ],
+)
+def test_views_that_would_leave_the_image_are_refused(position, change, message):
+    arguments = render_arguments()
+    arguments[1].fill_(3)
+    arguments[position] = change(arguments[position])
+    with pytest.raises(RuntimeError, match=message):
+        ops.render_views(*arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     images = torch.randn(2, 4, 5, 5, dtype=dtype)
@@ -298,6 +331,7 @@ def test_opcheck(dtype):
     for published in (False, True):
         arguments = (torch.randn(2, 3, 6, dtype=dtype), factor, 0.5, 2, published)
         torch.library.opcheck(operators.prune_columns.default, arguments)
+    torch.library.opcheck(operators.render_views.default, render_arguments(dtype))
 
 
 @pytest.mark.parametrize("columns", [1, 2, 9, 95, 96, 97, 193, 300])

@@ -202,7 +202,7 @@ def test_each_image_of_a_set_gets_its_own_views():
             return input
 
     sf.trace(nn.Sequential(Spy(), network()), [picture(1), picture(1)], 0.5, **SETTINGS)
-    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[-2], seen[-1])
 
 
 def test_a_missing_kernel_is_warned_of_once(monkeypatch):
@@ -269,7 +269,7 @@ def test_a_model_that_views_its_maps_is_traced_in_their_usual_layout():
 
     model = Views().double()
     trace = sf.trace(model, picture(), {"conv": 0.5, "linear": 0.5}, batch_size=3, **SETTINGS)
-    assert model.layouts == [False, True, True, True]
+    assert model.layouts == [False] * 2 + [True] * 4  # one view each, and the batches: the first in both layouts
     plain = nn.Sequential(model.conv, nn.Flatten(), model.linear)
     expected = sf.trace(plain, picture(), {"0": 0.5, "2": 0.5}, batch_size=3, **SETTINGS)
     for name, other in (("conv", "0"), ("linear", "2")):
@@ -491,8 +491,12 @@ def test_batch_size_changes_rounding_only():
 
 def test_native_equals_reference():
     model = network(torch.float64)
+    views = torch.rand(
+        SETTINGS["num_augmentations"], 3, 12, 14, dtype=torch.float64
+    )  # rendered they differ by rounding
+    settings = {**SETTINGS, "augment": lambda *_: views, "batch_size": len(views)}
     native, plain = (
-        sf.trace(model, picture(), 0.5, backend=backend, **SETTINGS) for backend in ("native", "reference")
+        sf.trace(model, picture(), 0.5, backend=backend, **settings) for backend in ("native", "reference")
     )
     for name, layer in native.layers.items():
         assert torch.equal(layer.mask, plain.layers[name].mask)
@@ -561,7 +565,7 @@ def test_tracing_runs_in_evaluation_mode():
 
     model = nn.Sequential(Spy(), network()).train()
     sf.trace(model, picture(), 0.5, **SETTINGS)
-    assert seen == [False]
+    assert set(seen) == {False}
     assert model[0].training
 
 
@@ -757,7 +761,7 @@ def test_no_more_than_one_batch_of_views_is_held():
             return input
 
     sf.trace(nn.Sequential(Spy(), network()), [picture(1), picture(2)], 0.5, batch_size=3, **SETTINGS)
-    assert sizes == [3, 1, 1, 3, 2, 3, 3, 2]  # after the first batch one view shows whether batch norms may be folded
+    assert sizes == [1, 1, 3, 3, 2, 3, 3, 2]  # one view shows which batch norms may be folded
 
 
 @pytest.mark.skipif(not cifar.FOLDER.is_dir(), reason=f"needs the CIFAR-10 networks in {cifar.FOLDER}")
