@@ -23,12 +23,18 @@ STABLE_TORCH_LIBRARY(spade_fast, m) {
   // the lower triangle is factored, and its backward error [G], float64, in units of d eps ||H||: infinite where there
   // is no factor.
   m.def("factor_hessian(Tensor hessian, float damping) -> (Tensor, Tensor)");
+  // The same for many layers, side by side.
+  m.def("factor_hessians(Tensor[] hessians, float damping) -> (Tensor[], Tensor[])");
 
   // Column-wise OBS pruning of weight [G, r, d] given the lower factor M [G, d, d], H = M^T M.
   // Returns the sparse weight, the mask (true: kept), both [G, r, d], and the loss, float64 [].
   m.def(
       "prune_columns(Tensor weight, Tensor factor, float sparsity, int block_size, "
       "bool published_count) -> (Tensor, Tensor, Tensor)");
+  // The same for many layers, side by side; losses [layers].
+  m.def(
+      "prune_layers(Tensor[] weights, Tensor[] factors, float[] sparsities, int[] block_sizes, bool published_count) "
+      "-> (Tensor[], Tensor[], Tensor)");
 
   // Views [views, 3, height, width] of an image [3, h, w]. Along an axis, output i of a view is the sum over t of
   // weights[view, t, i] * input[starts[view, i] + t]. Colours [views, 3]: factor of all channels, clamped to 0..1, turn

@@ -173,6 +173,26 @@ def prune_columns(
     return sparse, mask, loss
 
 
+def factor_hessians(hessians: Sequence[Tensor], damping: float) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`factor_hessian` of many layers, side by side: lists of factors and of errors."""
+    factors, errors = torch.ops.spade_fast.factor_hessians(hessians, damping)
+    return factors, errors
+
+
+def prune_layers(
+    weights: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    sparsities: Sequence[float],
+    block_sizes: Sequence[int],
+    published_count: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """:func:`prune_columns` of many layers, side by side: lists of weights and masks, and losses [layers]."""
+    sparse, masks, losses = torch.ops.spade_fast.prune_layers(
+        weights, factors, sparsities, block_sizes, published_count
+    )
+    return sparse, masks, losses
+
+
 def render_views(
     image: Tensor,
     row_starts: Tensor,
@@ -230,6 +250,23 @@ def _fake_prune_columns(
     return sparse, torch.empty_like(sparse, dtype=torch.bool), weight.new_empty((), dtype=torch.float64)
 
 
+def _fake_factor_hessians(hessians: Sequence[Tensor], damping: float) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = [_fake_factor_hessian(hessian, damping) for hessian in hessians]
+    return [factor for factor, _ in pairs], [error for _, error in pairs]
+
+
+def _fake_prune_layers(
+    weights: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    sparsities: Sequence[float],
+    block_sizes: Sequence[int],
+    published_count: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    sparse = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    masks = [torch.empty_like(weight, dtype=torch.bool) for weight in sparse]
+    return sparse, masks, weights[0].new_empty(len(weights), dtype=torch.float64)
+
+
 def _fake_render_views(
     image: Tensor,
     row_starts: Tensor,
@@ -246,4 +283,6 @@ if _C is not None:
     torch.library.register_fake("spade_fast::conv2d_gram", _fake_conv2d_gram)
     torch.library.register_fake("spade_fast::factor_hessian", _fake_factor_hessian)
     torch.library.register_fake("spade_fast::prune_columns", _fake_prune_columns)
+    torch.library.register_fake("spade_fast::factor_hessians", _fake_factor_hessians)
+    torch.library.register_fake("spade_fast::prune_layers", _fake_prune_layers)
     torch.library.register_fake("spade_fast::render_views", _fake_render_views)

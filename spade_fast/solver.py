@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -68,7 +69,6 @@ class Factor:
     fallback: Fallback | None
 
 
-@without_autocast
 def solve(
     weight: Tensor,
     hessian: Tensor,
@@ -122,43 +122,157 @@ def solve(
         For shapes, dtypes and devices that do not fit, values that are not finite, arguments out of range, and a
         Hessian that has no Cholesky factor even at damping 1 (it is not positive semidefinite).
     """
-    sparsity = check_sparsity(sparsity, "sparsity")
+    return solve_layers(
+        [Problem(weight, hessian, sparsity, block_size)],
+        damping=damping,
+        solver=solver,
+        mask_rule=mask_rule,
+        refit=refit,
+        backend=backend,
+    )[0]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer to prune: arguments of :func:`solve`, and the layer's name for messages."""
+
+    weight: Tensor
+    hessian: Tensor
+    sparsity: float
+    block_size: int = 1
+    name: str | None = None
+
+
+@without_autocast
+def solve_layers(
+    problems: Sequence[Problem],
+    *,
+    damping: float = 0.01,
+    solver: Solver = "fast",
+    mask_rule: ops.MaskRule = "exact_count",
+    refit: bool = False,
+    backend: ops.Backend = "auto",
+) -> list[Solution]:
+    """Solve many layers, which natively are factored and pruned side by side: see :func:`solve`.
+
+    All are on one device. Peak memory is some three times that of the Hessians.
+    """
     if solver not in get_args(Solver):
         raise InvalidInputError(f"solver={solver!r} is unknown: choose one of {', '.join(get_args(Solver))}")
     if mask_rule not in get_args(ops.MaskRule):
         raise InvalidInputError(f"mask_rule={mask_rule!r} is unknown: choose 'exact_count' or 'published'")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise InvalidInputError(f"block_size must be a positive whole number of columns, got {block_size!r}")
     if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
         raise InvalidInputError(f"damping must be a finite share of the mean diagonal, at least 0, got {damping!r}")
     if not isinstance(refit, bool):
         raise InvalidInputError(f"refit must be True or False, got {refit!r}")
+    solutions: dict[int, Solution] = {}
+    open_problems: dict[int, _Grouped] = {}
+    for i, problem in enumerate(problems):
+        with _naming(problem):
+            grouped = _check(problem)
+            if problem.sparsity == 0 and mask_rule == "exact_count":
+                ones = torch.ones_like(problem.weight, dtype=torch.bool)
+                solutions[i] = Solution(problem.weight.detach().clone(), ones, 0.0, 0.0)
+            else:
+                open_problems[i] = _prepare(grouped)
+    if open_problems:
+        native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
+        factors = _factor_all(problems, open_problems, damping, native)
+        pruned = _prune_all(problems, open_problems, factors, mask_rule, native)
+        for i, (sparse, mask, loss) in pruned.items():
+            with _naming(problems[i]):
+                solutions[i] = _finish(problems[i], open_problems[i], factors[i], sparse, mask, loss, refit)
+    return [solutions[i] for i in range(len(problems))]
+
+
+class _Grouped(NamedTuple):
+    """A problem in the shapes of the operators."""
+
+    weight: Tensor  # [G, r, d]
+    hessian: Tensor  # [G, d, d]
+    dead: Tensor  # [G, d] bool, inputs that are always zero
+
+
+@contextmanager
+def _naming(problem: Problem) -> Iterator[None]:
+    """Put the layer's name before what is wrong with it."""
+    try:
+        yield
+    except InvalidInputError as error:
+        if problem.name is None:
+            raise
+        raise InvalidInputError(f"layer {problem.name!r}: {error}") from error
+
+
+def _check(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The weight [G, r, d] and the Hessian [G, d, d] in the wider of their dtypes, at least float32."""
+    weight, hessian, block_size = problem.weight, problem.hessian, problem.block_size
+    check_sparsity(problem.sparsity, "sparsity")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise InvalidInputError(f"block_size must be a positive whole number of columns, got {block_size!r}")
     hessian = hessian[None] if hessian.dim() == 2 else hessian
     _check_shapes(weight, hessian)
-    if sparsity == 0 and mask_rule == "exact_count":
-        return Solution(weight.detach().clone(), torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0)
-
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
-    grouped = weight.detach().reshape(hessian.shape[0], -1, hessian.shape[1]).to(dtype)  # [G, r, d]
-    hessian = hessian.detach().to(dtype)
-    if not is_finite(grouped):
+    grouped = weight.detach().reshape(hessian.shape[0], -1, hessian.shape[1])
+    return grouped.to(dtype), hessian.detach().to(dtype)
+
+
+def _prepare(grouped: tuple[Tensor, Tensor]) -> _Grouped:
+    weight, hessian = grouped
+    if not is_finite(weight):
         raise InvalidInputError("the weight holds NaN or infinite values: it cannot be pruned")
     if not is_finite(hessian):
         raise InvalidInputError("the Hessian holds NaN or infinite values: some layer input was not finite")
     hessian = _symmetric(hessian)
-
-    dead = hessian.diagonal(dim1=1, dim2=2) == 0  # [G, d]
+    dead = hessian.diagonal(dim1=1, dim2=2) == 0
     if dead.any():
-        hessian, grouped = _without_coupling(hessian, dead), grouped.masked_fill(dead[:, None], 0)
+        hessian, weight = _without_coupling(hessian, dead), weight.masked_fill(dead[:, None], 0)
+    return _Grouped(weight, hessian, dead)
+
+
+def _factor_all(
+    problems: Sequence[Problem], grouped: Mapping[int, _Grouped], damping: float, native: bool
+) -> dict[int, Factor]:
+    factor_each = lower_factors if native else _reference_factors
+    matrices = factor_each([each.hessian for each in grouped.values()], damping)
+    factors = {}
+    for (i, each), matrix in zip(grouped.items(), matrices, strict=True):
+        with _naming(problems[i]):
+            found = None if matrix is None else Factor(matrix, damping, None)
+            factors[i] = found or _factor_harder(each.hessian, damping, factor_each)
+    return factors
+
+
+def _prune_all(
+    problems: Sequence[Problem],
+    grouped: Mapping[int, _Grouped],
+    factors: Mapping[int, Factor],
+    mask_rule: ops.MaskRule,
+    native: bool,
+) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Sparse weights, masks and losses, by position of the problem."""
     published = mask_rule == "published"
-    native = ops.resolve_backend(backend, weight.device) == "native"
-    factor = factorize(hessian, damping, lower_factor if native else _reference_factor)
-    sparse, mask, loss = (ops if native else reference).prune_columns(
-        grouped.to(factor.matrix.dtype), factor.matrix, sparsity, block_size, published
-    )
-    mask &= ~dead[:, None]
+    matrices = [factors[i].matrix for i in grouped]
+    weights = [each.weight.to(matrix.dtype) for each, matrix in zip(grouped.values(), matrices, strict=True)]
+    sparsities = [float(problems[i].sparsity) for i in grouped]
+    block_sizes = [problems[i].block_size for i in grouped]
+    found: Iterable[tuple[Tensor, Tensor, Tensor]]
+    if native:
+        found = zip(*ops.prune_layers(weights, matrices, sparsities, block_sizes, published), strict=True)
+    else:
+        arguments = zip(weights, matrices, sparsities, block_sizes, strict=True)
+        found = (reference.prune_columns(*each, published) for each in arguments)
+    return dict(zip(grouped, found, strict=True))
+
+
+def _finish(
+    problem: Problem, grouped: _Grouped, factor: Factor, sparse: Tensor, mask: Tensor, loss: Tensor, refit: bool
+) -> Solution:
+    weight = problem.weight
+    mask &= ~grouped.dead[:, None]
     if refit and loss.isfinite():
-        sparse, loss = refit_kept(grouped.double(), _add_damping(hessian.double(), factor.damping), mask)
+        damped = _add_damping(grouped.hessian.double(), factor.damping)
+        sparse, loss = refit_kept(grouped.weight.double(), damped, mask)
     # Keeps the memory format, channels_last among others, and the dtype.
     result = torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape))
     if not is_finite(result) or not loss.isfinite():
@@ -175,35 +289,25 @@ def solve(
     )
 
 
-def factorize(hessian: Tensor, damping: float, factor: Callable[[Tensor, float], Tensor | None]) -> Factor:
-    """Factor H + damping * mean(diag H) * I.
+def _factor_harder(
+    hessian: Tensor, damping: float, factor_each: Callable[[list[Tensor], float], list[Tensor | None]]
+) -> Factor:
+    """Factor H + damping * mean(diag H) * I, which has failed before, in float64.
 
-    Where that fails it is redone in float64; only where that fails too is the damping raised, tenfold each time.
-
-    Parameters
-    ----------
-    hessian
-        [G, d, d], float32 or float64, symmetric and finite, without zeros on its diagonal.
-    damping
-        Share of the mean diagonal, of each group by itself.
-    factor
-        Gives the factor of a matrix and a damping, or None where there is none or it would be too inaccurate.
+    Only where that fails too the damping is raised, tenfold each time.
 
     Raises
     ------
     InvalidInputError
         If no damping up to 1 makes it positive definite.
     """
-    matrix = factor(hessian, damping)
-    if matrix is not None:
-        return Factor(matrix, damping, None)
     hessian = hessian.double()
-    matrix = factor(hessian, damping)
+    (matrix,) = factor_each([hessian], damping)
     if matrix is not None:
         return Factor(matrix, damping, "float64")
     raised = max(10 * damping, _SMALLEST_RAISED_DAMPING)
     while raised <= _LARGEST_DAMPING:
-        matrix = factor(hessian, raised)
+        (matrix,) = factor_each([hessian], raised)
         if matrix is not None:
             return Factor(matrix, raised, "damping")
         raised *= 10
@@ -282,22 +386,27 @@ def _add_damping(hessian: Tensor, damping: float) -> Tensor:
     return damped
 
 
-def lower_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    """Lower triangular M [G, d, d] with H + damping * mean(diag H) * I = M^T M.
+def lower_factors(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
+    """Lower triangular M [G, d, d] with H + damping * mean(diag H) * I = M^T M, of each.
 
-    None where there is none, or where its backward error is beyond what LAPACK's own tests accept.
+    Of a layer None where there is none, or where its backward error is beyond what LAPACK's own tests accept.
     """
-    factor, error = ops.factor_hessian(hessian, damping)
-    if not (error <= _LAPACK_TEST_RATIO).all():
-        return None
-    return factor if _pivots_have_digits(factor.diagonal(dim1=1, dim2=2), hessian, damping) else None
+    found: list[Tensor | None] = []
+    for hessian, factor, error in zip(hessians, *ops.factor_hessians(hessians, damping), strict=True):
+        good = (error <= _LAPACK_TEST_RATIO).all() and _pivots_have_digits(
+            factor.diagonal(dim1=1, dim2=2), hessian, damping
+        )
+        found.append(factor if good else None)
+    return found
 
 
-def _reference_factor(hessian: Tensor, damping: float) -> Tensor | None:
-    upper = reference.factor(_add_damping(hessian, damping))
-    if upper is None or not _pivots_have_digits(1 / upper.diagonal(dim1=1, dim2=2), hessian, damping):
-        return None
-    return upper
+def _reference_factors(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for hessian in hessians:
+        upper = reference.factor(_add_damping(hessian, damping))
+        good = upper is not None and _pivots_have_digits(1 / upper.diagonal(dim1=1, dim2=2), hessian, damping)
+        found.append(upper if good else None)
+    return found
 
 
 def _pivots_have_digits(pivots: Tensor, hessian: Tensor, damping: float) -> bool:

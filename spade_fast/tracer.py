@@ -20,11 +20,11 @@ from spade_fast.errors import InvalidInputError
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.heap import kept_heap
 from spade_fast.images import image_tensor
-from spade_fast.layers import InputRecorder, mask_block_size, prunable_layers, unsupported_layers
+from spade_fast.layers import GramSum, InputRecorder, mask_block_size, prunable_layers, unsupported_layers
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
-from spade_fast.solver import Solution, Solver, is_finite, solve
+from spade_fast.solver import Problem, Solution, Solver, is_finite, solve_layers
 from spade_fast.traces import LayerTrace, Trace
 
 Picture: TypeAlias = Image.Image | Tensor
@@ -36,6 +36,8 @@ Augment: TypeAlias = Callable[[Tensor, int, torch.Generator], Tensor]
 # from the system anew each time (see heap.py).
 _CPU_BATCH = 6
 _BATCH = 64
+# Numbers in the Hessians of layers that are solved together (128 MiB), unless a single one has more.
+_SOLVED_TOGETHER = 1 << 25
 
 
 def trace(
@@ -186,17 +188,16 @@ def trace(
 
     rules: dict[str, Any] = {"damping": damping, "solver": solver, "mask_rule": mask_rule, "refit": refit}
     solutions: dict[str, Solution] = {}
-    for name in tqdm(list(recorder.sums), "pruning", disable=not progress, leave=False):  # in order of the calls
-        weight, target = selection.weights[name], selection.targets[name]
-        hessian = recorder.sums.pop(name).hessian()  # one at a time: the sums of solved layers are freed
-        if block_size is None:
-            block = mask_block_size(weight, target if mask_rule == "exact_count" else 0.0)
-        else:
-            block = block_size
-        try:
-            solutions[name] = solve(weight, hessian, target, block_size=block, backend=backend, **rules)
-        except InvalidInputError as error:
-            raise InvalidInputError(f"layer {name!r}: {error}") from error
+    with tqdm(None, "pruning", len(recorder.sums), disable=not progress, leave=False) as progress_bar:
+        for names in _solved_together(recorder.sums):  # in order of the calls
+            problems = []
+            for name in names:
+                weight, target = selection.weights[name], selection.targets[name]
+                hessian = recorder.sums.pop(name).hessian()  # the sums of solved layers are freed
+                block = block_size or mask_block_size(weight, target if mask_rule == "exact_count" else 0.0)
+                problems.append(Problem(weight, hessian, target, block, name))
+            solutions.update(zip(names, solve_layers(problems, backend=backend, **rules), strict=True))
+            progress_bar.update(len(names))
     pruned = {
         name: LayerTrace.of(solutions[leader], selection.targets[leader])
         for name, leader in selection.leaders.items()
@@ -204,6 +205,20 @@ def trace(
     }
     _warn_of_empty_layers(pruned, last=next(reversed(solutions), None))
     return Trace(pruned, dense, settings)
+
+
+def _solved_together(sums: Mapping[str, GramSum]) -> list[list[str]]:
+    """Names of layers in their order, in lists whose Hessians take little memory together."""
+    lists: list[list[str]] = []
+    room = 0
+    for name, total in sums.items():
+        size = total.groups * total.columns**2
+        if size > room:
+            lists.append([])
+            room = _SOLVED_TOGETHER
+        lists[-1].append(name)
+        room -= size
+    return lists
 
 
 @dataclass(frozen=True)

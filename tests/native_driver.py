@@ -86,6 +86,20 @@ def check_factor(draw: random.Random) -> None:
     assert (factor.mT @ factor - damped).abs().max() <= TOLERANCE * damped.abs().max()
 
 
+def check_side_by_side(draw: random.Random) -> None:
+    """Many layers give what each gives alone."""
+    columns = [draw.choice([1, 2, 9, 97, 130]) for _ in range(draw.randint(1, 6))]
+    inputs = [torch.randn(1, d, d + 5, dtype=torch.float64) for d in columns]
+    weights = [torch.randn(1, draw.choice([1, 30]), d, dtype=torch.float64) for d in columns]
+    factors, _ = torch.ops.spade_fast.factor_hessians([x @ x.mT for x in inputs], 0.01)
+    sparsities, blocks = [draw.random() for _ in columns], [draw.randint(1, 12) for _ in columns]
+    found = torch.ops.spade_fast.prune_layers(weights, factors, sparsities, blocks, False)
+    for i in range(len(columns)):
+        alone = torch.ops.spade_fast.prune_columns(weights[i], factors[i], sparsities[i], blocks[i], False)
+        assert torch.equal(found[1][i], alone[1])
+        assert (found[0][i] - alone[0]).abs().max() <= TOLERANCE * (1 + alone[0].abs().max())
+
+
 def check_render(draw: random.Random) -> None:
     """Bands are sums, and colours those of the HSV circle."""
     views, height, width = draw.choice([0, 1, 3]), draw.choice([1, 7, 40]), draw.choice([1, 5, 33, 70])
@@ -119,6 +133,7 @@ def main(library: str, cases: str = "200") -> None:
         check_gram(draw)
         check_factor(draw)
         check_prune_columns(draw)
+        check_side_by_side(draw)
         check_render(draw)
     print(f"{cases} cases of each operator agree")  # noqa: T201
 

@@ -331,7 +331,40 @@ def test_opcheck(dtype):
     for published in (False, True):
         arguments = (torch.randn(2, 3, 6, dtype=dtype), factor, 0.5, 2, published)
         torch.library.opcheck(operators.prune_columns.default, arguments)
+    torch.library.opcheck(operators.factor_hessians.default, ([factor, factor[:1, :2, :2]], 0.01))
+    weights = [torch.randn(2, 3, 6, dtype=dtype), torch.randn(2, 1, 6, dtype=dtype)]
+    torch.library.opcheck(operators.prune_layers.default, (weights, [factor, factor], [0.5, 0.2], [2, 1], False))
     torch.library.opcheck(operators.render_views.default, render_arguments(dtype))
+
+
+@pytest.mark.parametrize("columns", [[5], [3, 150, 7, 1, 40], [20] * 9, [300, 2, 2]])
+def test_layers_side_by_side_are_as_one_by_one(columns):
+    inputs = [torch.randn(2, d, d + 5, dtype=torch.float64) for d in columns]
+    hessians = [x @ x.mT for x in inputs]
+    factors, errors = ops.factor_hessians(hessians, 0.01)
+    assert len(factors) == len(errors) == len(columns)
+    for hessian, factor, error in zip(hessians, factors, errors, strict=True):
+        alone, alone_error = ops.factor_hessian(hessian, 0.01)
+        assert_close(factor, alone)
+        assert error.shape == alone_error.shape
+    weights = [torch.randn(2, rows + 1, d, dtype=torch.float64) for rows, d in enumerate(columns)]
+    sparsities, blocks = [0.1 * (i + 1) for i in range(len(columns))], [1 + i % 3 for i in range(len(columns))]
+    sparse, masks, losses = ops.prune_layers(weights, factors, sparsities, blocks, False)
+    for i, (weight, factor) in enumerate(zip(weights, factors, strict=True)):
+        alone = ops.prune_columns(weight, factor, sparsities[i], blocks[i], False)
+        assert_close(sparse[i], alone[0])
+        assert torch.equal(masks[i], alone[1])
+        assert losses[i].item() == pytest.approx(alone[2].item(), rel=1e-12)
+
+
+def test_lists_of_layers_that_do_not_fit_are_refused():
+    factor, weight = torch.eye(4)[None], torch.randn(1, 2, 4)
+    with pytest.raises(RuntimeError, match="for each layer, got 2, 1, 2 and 2"):
+        ops.prune_layers([weight, weight], [factor], [0.5, 0.5], [1, 1], False)
+    with pytest.raises(RuntimeError, match=r"factor must be a \[1, 4, 4\]"):
+        ops.prune_layers([weight, weight], [factor, factor[:, :3]], [0.5, 0.5], [1, 1], False)
+    with pytest.raises(RuntimeError, match=r"hessian must be .* got \[4, 4\]"):
+        ops.factor_hessians([factor, factor[0]], 0.01)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 9, 95, 96, 97, 193, 300])

@@ -11,7 +11,7 @@ import spade_fast as sf
 from spade_fast import reference
 from spade_fast.layers import mask_block_size
 from spade_fast.reference import count_to_prune
-from spade_fast.solver import lower_factor, refit_kept
+from spade_fast.solver import Problem, lower_factors, refit_kept, solve_layers
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 10), (50, 24)),
@@ -190,7 +190,7 @@ def integer_hessian() -> Tensor:
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_what_float32_cannot_factor_is_redone_in_float64(backend):
     hessian, weight = integer_hessian(), torch.randn(4, 8)
-    assert lower_factor(hessian.float()[None], 0.0) is None
+    assert lower_factors([hessian.float()[None]], 0.0) == [None]
     solution = sf.solve(weight, hessian.float(), 0.5, damping=0, backend=backend)
     exact = sf.solve(weight.double(), hessian, 0.5, damping=0, backend=backend)
     assert (solution.fallback, solution.damping) == ("float64", 0)
@@ -221,9 +221,9 @@ def test_damping_is_raised_tenfold_until_it_does():
 def test_an_inaccurate_factor_is_not_used():
     inputs = torch.randn(30, 90)
     hessian = (inputs @ inputs.T)[None]
-    assert lower_factor(hessian, 0.01) is not None
+    assert lower_factors([hessian], 0.01) != [None]
     hessian[0, 3, 20] *= 1.01  # above the diagonal: the factor is that of another matrix
-    assert lower_factor(hessian, 0.01) is None
+    assert lower_factors([hessian], 0.01) == [None]
 
 
 def test_autocast_changes_nothing():
@@ -261,7 +261,7 @@ def test_backward_error_of_kept_columns_is_within_the_lapack_ratio(dtype, dampin
     solution = sf.solve(weight, hessian, 0.5, damping=damping)
     assert solution.fallback is None
     damped = hessian.double() + damping * hessian.diagonal(dim1=1, dim2=2).double().mean() * torch.eye(d)
-    lower = lower_factor(hessian, damping)[0]
+    lower = lower_factors([hessian], damping)[0][0]
     assert torch.allclose((lower.mT @ lower).double(), damped[0], rtol=1e-3, atol=1e-3 * damped.abs().max().item())
     change = (weight - solution.weight).double()
     residual = (change @ lower.double().mT)[solution.mask].abs().max()
@@ -460,3 +460,38 @@ def test_an_input_whose_square_underflows_is_dead(refit):
     assert hessian[2].any()
     solution = sf.solve(torch.randn(4, 5), hessian, 0.5, refit=refit)
     assert not solution.weight[:, 2].any()
+
+
+def test_many_layers_are_solved_as_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    problems = []
+    for name, (rows, columns, sparsity) in enumerate([(6, 40, 0.5), (9, 7, 0.0), (3, 120, 0.9), (5, 5, 1.0)]):
+        inputs = torch.randn(columns, 2 * columns, generator=generator, dtype=torch.float64)
+        inputs[0] *= name % 2  # a dead input in every second layer
+        weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        problems.append(Problem(weight, inputs @ inputs.T, sparsity, 1 + name, str(name)))
+    for backend in ("native", "reference"):
+        solutions = solve_layers(problems, refit=True, backend=backend)
+        assert len(solutions) == len(problems)
+        for problem, solution in zip(problems, solutions, strict=True):
+            settings = {"block_size": problem.block_size, "refit": True, "backend": backend}
+            alone = sf.solve(problem.weight, problem.hessian, problem.sparsity, **settings)
+            assert torch.equal(solution.mask, alone.mask)
+            torch.testing.assert_close(solution.weight, alone.weight, rtol=1e-12, atol=1e-12)
+            assert solution.loss == pytest.approx(alone.loss, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("weight", "hessian", "message"),
+    [
+        (torch.ones(2, 3), torch.eye(2), "layer 'second': .* needs a Hessian"),
+        (torch.full((2, 3), torch.nan), torch.eye(3), "layer 'second': the weight holds NaN"),
+        (torch.ones(2, 3), torch.full((3, 3), torch.inf), "layer 'second': the Hessian holds NaN or infinite"),
+        (torch.ones(2, 3), -torch.eye(3), "layer 'second': the Hessian has no Cholesky factor"),
+        (torch.tensor([[3e38, 3e38]]), torch.tensor([[1.0, 0.9], [0.9, 1.0]]), "layer 'second': pruning overflows"),
+    ],
+)
+def test_what_is_wrong_with_one_of_many_layers_names_it(weight, hessian, message):
+    good = Problem(torch.ones(2, 3), torch.eye(3), 0.5, 1, "first")
+    with pytest.raises(sf.InvalidInputError, match=message):
+        solve_layers([good, Problem(weight, hessian, 0.5, 1, "second")], damping=0)

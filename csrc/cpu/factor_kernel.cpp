@@ -20,6 +20,7 @@
 #include "../ceil_div.h"
 #include "../check.h"
 #include "kernels.h"
+#include "side_by_side.h"
 
 namespace spade_fast {
 namespace {
@@ -269,11 +270,15 @@ void factor_groups(const Tensor& hessian, double damping, Tensor& factor, double
   }
 }
 
-std::tuple<Tensor, Tensor> factor_hessian(Tensor hessian, double damping) {
+void check_hessian(const Tensor& hessian, double damping) {
   STD_TORCH_CHECK(
       hessian.dim() == 3 && hessian.size(1) == hessian.size(2) && hessian.size(1) > 0 && is_float_or_double(hessian),
       "hessian must be a float32 or float64 tensor [groups, columns, columns], got ", shape_text(hessian.sizes()));
   STD_TORCH_CHECK(damping >= 0, "damping must be at least 0, got ", damping);
+}
+
+std::tuple<Tensor, Tensor> factor_hessian(Tensor hessian, double damping) {
+  check_hessian(hessian, damping);
   Tensor source = torch::stable::contiguous(hessian);
   Tensor factor = torch::stable::new_empty(source, {source.size(0), source.size(1), source.size(2)});
   Tensor errors = torch::stable::new_empty(source, {source.size(0)}, ScalarType::Double);
@@ -283,10 +288,22 @@ std::tuple<Tensor, Tensor> factor_hessian(Tensor hessian, double damping) {
   return {factor, errors};
 }
 
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> factor_hessians(std::vector<Tensor> hessians, double damping) {
+  std::vector<double> costs;
+  for (const Tensor& hessian : hessians) {
+    check_hessian(hessian, damping);
+    costs.push_back(static_cast<double>(hessian.numel()) * static_cast<double>(hessian.size(1)));
+  }
+  std::vector<Tensor> factors(hessians.size()), errors(hessians.size());
+  run_side_by_side(costs, [&](int64_t i) { std::tie(factors[i], errors[i]) = factor_hessian(hessians[i], damping); });
+  return {factors, errors};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, m) {
   m.impl("factor_hessian", TORCH_BOX(&factor_hessian));
+  m.impl("factor_hessians", TORCH_BOX(&factor_hessians));
 }
 
 }  // namespace spade_fast

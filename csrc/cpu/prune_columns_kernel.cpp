@@ -24,6 +24,7 @@
 #include "../check.h"
 #include "gemm.h"
 #include "kernels.h"
+#include "side_by_side.h"
 
 namespace spade_fast {
 namespace {
@@ -34,6 +35,7 @@ using torch::stable::Tensor;
 using torch::stable::transpose;
 
 constexpr int64_t kPanelColumns = 96;
+constexpr int64_t kColumnCost = 500;         // of selecting and pruning in a column, in products of a sum
 constexpr int64_t kSmallestHistogram = 512;  // scores for which a histogram pays
 constexpr int64_t kBuckets = 2048;           // upper 12 bits of a float without its sign
 
@@ -190,19 +192,23 @@ class ColumnPruner {
   std::vector<T> change_, scores_, ordered_;  // of one block: [block columns, groups, rows]
 };
 
-std::tuple<Tensor, Tensor, Tensor> prune_columns(Tensor weight, Tensor factor, double sparsity, int64_t block_size,
-                                                 bool published_count) {
+void check_problem(const Tensor& weight, const Tensor& factor, double sparsity, int64_t block_size) {
   STD_TORCH_CHECK(weight.dim() == 3 && is_float_or_double(weight),
                   "weight must be a float32 or float64 tensor [groups, rows, columns], got ",
                   shape_text(weight.sizes()));
-  const int64_t groups = weight.size(0), rows = weight.size(1), columns = weight.size(2);
+  const int64_t groups = weight.size(0), columns = weight.size(2);
   STD_TORCH_CHECK(factor.dim() == 3 && factor.size(0) == groups && factor.size(1) == columns &&
                       factor.size(2) == columns && factor.scalar_type() == weight.scalar_type(),
                   "factor must be a [", groups, ", ", columns, ", ", columns, "] tensor of the weight's dtype, got ",
                   shape_text(factor.sizes()));
   STD_TORCH_CHECK(sparsity >= 0 && sparsity <= 1, "sparsity must lie in 0..1, got ", sparsity);
   STD_TORCH_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
+}
 
+std::tuple<Tensor, Tensor, Tensor> prune_columns(Tensor weight, Tensor factor, double sparsity, int64_t block_size,
+                                                 bool published_count) {
+  check_problem(weight, factor, sparsity, block_size);
+  const int64_t groups = weight.size(0), rows = weight.size(1), columns = weight.size(2);
   Tensor lower = torch::stable::contiguous(factor);
   Tensor swapped = transpose(weight, 1, 2);
   // A copy even where the transpose is contiguous already: the loop overwrites it.
@@ -238,10 +244,37 @@ std::tuple<Tensor, Tensor, Tensor> prune_columns(Tensor weight, Tensor factor, d
   return {torch::stable::contiguous(transpose(sparse, 1, 2)), torch::stable::contiguous(transpose(kept, 1, 2)), loss};
 }
 
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> prune_layers(std::vector<Tensor> weights,
+                                                                          std::vector<Tensor> factors,
+                                                                          std::vector<double> sparsities,
+                                                                          std::vector<int64_t> block_sizes,
+                                                                          bool published_count) {
+  const size_t layers = weights.size();
+  STD_TORCH_CHECK(layers > 0 && factors.size() == layers && sparsities.size() == layers && block_sizes.size() == layers,
+                  "prune_layers needs a weight, factor, sparsity and block size for each layer, got ", layers, ", ",
+                  factors.size(), ", ", sparsities.size(), " and ", block_sizes.size());
+  std::vector<double> costs;
+  for (size_t i = 0; i < layers; ++i) {
+    check_problem(weights[i], factors[i], sparsities[i], block_sizes[i]);
+    costs.push_back(static_cast<double>(weights[i].numel()) * static_cast<double>(weights[i].size(2) + kColumnCost));
+  }
+  std::vector<Tensor> sparse(layers), kept(layers);
+  Tensor losses = torch::stable::new_zeros(weights[0], {static_cast<int64_t>(layers)}, ScalarType::Double);
+  double* loss = losses.mutable_data_ptr<double>();
+  run_side_by_side(costs, [&](int64_t i) {
+    Tensor one;
+    std::tie(sparse[i], kept[i], one) =
+        prune_columns(weights[i], factors[i], sparsities[i], block_sizes[i], published_count);
+    loss[i] = *one.const_data_ptr<double>();
+  });
+  return {sparse, kept, losses};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(spade_fast, CPU, m) {
   m.impl("prune_columns", TORCH_BOX(&prune_columns));
+  m.impl("prune_layers", TORCH_BOX(&prune_layers));
 }
 
 }  // namespace spade_fast
