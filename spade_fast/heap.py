@@ -1,4 +1,4 @@
-"""Memory that a dense pass uses again instead of getting it anew from the system."""
+"""Memory that a trace uses again instead of getting it anew from the system."""
 
 from __future__ import annotations
 

@@ -107,6 +107,7 @@ class GramSum:
         self._finished: Tensor | None = None
         self._open: tuple[tuple[int, int, int], ops.Geometry, Tensor] | None = None  # size, geometry, sums
         self._gathered: list[Tensor] = []  # for the open sums
+        self._images_gathered = 0
 
     def add(self, images: Tensor, geometry: ops.Geometry) -> None:
         """Add the patches that a convolution sees in `images` [images, channels, height, width]."""
@@ -121,13 +122,14 @@ class GramSum:
         if self._open is None or self._open[:2] != (size, geometry):
             self._close()
             self._open = size, geometry, self._zeros(*ops.conv2d_sums_shape(size, geometry))
-        if self._gathered or images.shape[0] < _images_wanted(geometry, outputs):
-            self._gathered.append(images.clone())  # the model may write over its maps
-            if sum(map(len, self._gathered)) < _images_wanted(geometry, outputs):
-                return
-            images = torch.cat(self._gathered)
-            self._gathered.clear()
-        ops.add_conv2d_sums_(self._open[2], images, geometry)
+        wanted = _images_wanted(geometry, outputs)
+        if not self._gathered and images.shape[0] >= wanted:
+            ops.add_conv2d_sums_(self._open[2], images, geometry)
+            return
+        self._gathered.append(images.clone())  # the model may write over its maps
+        self._images_gathered += images.shape[0]
+        if self._images_gathered >= wanted:
+            self._add_gathered(self._open[2], geometry)
 
     def gram(self) -> Tensor:
         """The sum so far, [groups, columns, columns]."""
@@ -148,9 +150,13 @@ class GramSum:
             size, geometry, sums = self._open
             self._open = None
             if self._gathered:
-                ops.add_conv2d_sums_(sums, torch.cat(self._gathered), geometry)
-                self._gathered.clear()
+                self._add_gathered(sums, geometry)
             self._finish(ops.conv2d_gram(sums, size, geometry))
+
+    def _add_gathered(self, sums: Tensor, geometry: ops.Geometry) -> None:
+        ops.add_conv2d_sums_(sums, torch.cat(self._gathered), geometry)
+        self._gathered.clear()
+        self._images_gathered = 0
 
     def _finish(self, gram: Tensor) -> None:
         self._finished = gram if self._finished is None else self._finished.add_(gram)
@@ -215,10 +221,9 @@ class InputRecorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)  # first, so that a call that is wrong in itself fails as it would anyway
-        if func is F.linear:
-            self._record(_linear_call, args, kwargs)
-        elif func is F.conv2d:
-            self._record(conv2d_call, args, kwargs)
+        if func is F.linear or func is F.conv2d:
+            with torch._C.DisableTorchFunction():  # what is done here is no business of other modes
+                self._record(_linear_call if func is F.linear else conv2d_call, args, kwargs)
         return result
 
     @without_autocast

@@ -40,6 +40,7 @@ _BATCH = 64
 _SOLVED_TOGETHER = 1 << 25
 
 
+@kept_heap()
 def trace(
     model: nn.Module | LoadedModel,
     image: Picture | Sequence[Picture],
@@ -242,7 +243,6 @@ class _Evidence:
         )
 
 
-@kept_heap()
 def _dense_pass(
     module: nn.Module,
     batches: Iterable[Tensor],
