@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-# glibc takes allocations above its threshold, 32 MiB at most, from the system and gives them back when they are freed.
-_LARGEST_THRESHOLD = 2**25
+# glibc maps blocks of some size on, up to 32 MiB. One that is mapped and then freed raises that size to its own.
+_MAPPED = 2**25 - 2**16
 _BLOCK = 3 * 2**23
 _BLOCKS = 20
 
@@ -17,13 +17,13 @@ _BLOCKS = 20
 def kept_heap() -> Iterator[None]:
     """Keep freed memory in the process while inside: also a decorator.
 
-    glibc gives free memory at the end of its heap back to the system, and each map that a network makes next is then
-    paged in anew: a third of the time of a trace. Here an untouched block at the very end keeps what is freed below
-    it from being the end. Untouched memory takes address space only; elsewhere than under glibc this does nothing.
+    glibc gives the free end of its heap back to the system, and takes large blocks from the system directly, so that
+    the maps a network makes are paged in anew each time: a third of the time of a trace. Here some 450 MiB of the heap
+    stay free for them, below an untouched block at the very end. Memory that is not used costs address space only, and
+    all goes back when the trace is done. Elsewhere than under glibc this does nothing.
     """
     try:
-        # What is mapped and then freed raises the threshold to its own size: the blocks come from the heap.
-        torch.empty(_LARGEST_THRESHOLD - 2**16, dtype=torch.uint8)
+        torch.empty(_MAPPED, dtype=torch.uint8)
         last = [torch.empty(_BLOCK, dtype=torch.uint8) for _ in range(_BLOCKS)][-1]
     except RuntimeError:  # no address space to spare
         last = None

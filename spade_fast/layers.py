@@ -138,9 +138,11 @@ class GramSum:
             self._finished = self._zeros(self.groups, self.columns, self.columns)
         return self._finished
 
-    def hessian(self) -> Tensor:
-        """H = (2 / samples) X X^T, [groups, columns, columns]."""
-        return self.gram() * (2 / self.samples)
+    def into_hessian(self) -> Tensor:
+        """H = (2 / samples) X X^T, [groups, columns, columns], in the memory of the sum, which is empty afterwards."""
+        hessian = self.gram().mul_(2 / self.samples)
+        self._finished, self.samples = None, 0
+        return hessian
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
@@ -377,4 +379,4 @@ def hessian(layer: nn.Module, inputs: Tensor, *, backend: ops.Backend = "auto") 
             f"{type(layer).__name__} does not apply its weight through torch.nn.functional as it is "
             "(a custom forward?), so its inputs cannot be seen"
         )
-    return recorder.sums["layer"].hessian()
+    return recorder.sums["layer"].into_hessian()

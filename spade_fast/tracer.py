@@ -32,9 +32,8 @@ Sparsity: TypeAlias = float | Mapping[str, float] | SparsityPlan | Callable[[nn.
 #: (image [3, H, W], count, generator) to views [count, 3, h, w], pixel values in 0..1.
 Augment: TypeAlias = Callable[[Tensor, int, torch.Generator], Tensor]
 
-# Views that go through the model at a time. On a CPU so few that maps mostly stay below 32 MiB: glibc takes larger ones
-# from the system anew each time (see heap.py).
-_CPU_BATCH = 6
+# Views that go through the model at a time.
+_CPU_BATCH = 16
 _BATCH = 64
 # Numbers in the Hessians of layers that are solved together (128 MiB), unless a single one has more.
 _SOLVED_TOGETHER = 1 << 25
@@ -98,7 +97,7 @@ def trace(
         As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule. A refitted trace takes longer
         and keeps the image's own answer more often (measured in docs/experiments.md).
     batch_size
-        Views that go through the model at a time. Default: 6 on a CPU, whose caches more would leave, else 64. Changes
+        Views that go through the model at a time. Default: 16 on a CPU, whose caches more would leave, else 64. Changes
         the result only by rounding, as long as the model treats the images of a batch each on its own.
     hessian_dtype
         ``torch.float32`` or ``torch.float64`` for the sums of the Hessians, or ``torch.bfloat16``: layer inputs are
@@ -194,7 +193,7 @@ def trace(
             problems = []
             for name in names:
                 weight, target = selection.weights[name], selection.targets[name]
-                hessian = recorder.sums.pop(name).hessian()  # the sums of solved layers are freed
+                hessian = recorder.sums.pop(name).into_hessian()  # the sums of solved layers are freed
                 block = block_size or mask_block_size(weight, target if mask_rule == "exact_count" else 0.0)
                 problems.append(Problem(weight, hessian, target, block, name))
             solutions.update(zip(names, solve_layers(problems, backend=backend, **rules), strict=True))

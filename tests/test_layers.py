@@ -135,7 +135,9 @@ def test_inputs_that_the_model_writes_over_later_count_as_they_were():
             return output
 
     model, inputs = Overwriting(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(record(model, inputs.clone()).sums["conv"].hessian()[0], unfolded_hessian(inputs, 3))
+    torch.testing.assert_close(
+        record(model, inputs.clone()).sums["conv"].into_hessian()[0], unfolded_hessian(inputs, 3)
+    )
 
 
 def test_functional_calls_are_seen_and_other_weights_are_not():
@@ -185,7 +187,7 @@ def test_batches_add_up(shape):
     with torch.no_grad(), recorder:
         for batch in inputs.split([1, 2, 3]):
             layer(batch)
-    torch.testing.assert_close(recorder.sums["layer"].hessian(), sf.hessian(layer, inputs))
+    torch.testing.assert_close(recorder.sums["layer"].into_hessian(), sf.hessian(layer, inputs))
 
 
 def test_autocast_does_not_reach_the_sums():
