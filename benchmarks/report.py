@@ -12,7 +12,9 @@ TITLES = {
     "hessian": "Hessians of single layers, 64 images",
     "columns": "Pruning column by column, given the factor",
     "solve": "Factoring and pruning single layers",
+    "network": "Factoring and pruning a network",
     "trace": "Whole traces",
+    "evidence": "Forward passes and Hessians alone, of given views",
 }
 
 HEADER = """# Benchmarks
@@ -45,12 +47,13 @@ def row(reference: dict[str, Any], native: dict[str, Any]) -> str:
     if "flops" in info:
         rate = info["flops"] / ours / 1e9
         cells += [f"{rate:.0f}", f"{100 * rate / info['peak_gflops']:.0f} %", f"{info['bytes'] / 1e6:.1f}"]
+        cells.append(f"{100 * info['bytes'] / ours / 1e9 / info['bandwidth']:.0f} %")
     return f"| {' | '.join([*cells, str(native['stats']['rounds'])])} |"
 
 
 def table(kind: str, found: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
     """All cases of one kind, then the sums over whole networks."""
-    rates = ["GFLOP/s", "of sgemm", "MB"] if kind != "trace" else []
+    rates = ["GFLOP/s", "of sgemm", "MB", "of copy"] if kind not in ("trace", "evidence") else []
     head = ["case", "reference, ms", "native, ms", "ratio", *rates, "rounds"]
     lines = [f"## {TITLES[kind]}", "", f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
     lines += [row(*pair) for pair in found]
@@ -79,7 +82,7 @@ def main(path: str) -> None:
     print(
         f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['cpu'].get('count')} cores, "
         f"{info['threads']} threads, instruction set {info['cpu_capability']}; "
-        f"its own sgemm {info['peak_gflops']:.0f} GFLOP/s; "
+        f"its own sgemm {info['peak_gflops']:.0f} GFLOP/s, its copy {info['bandwidth']:.0f} GB/s; "
         f"Python {machine['python_version']}, torch {info['torch']}, float32; commit {commit['id'][:7]}"
         f"{' with changes' if commit['dirty'] else ''}.\n"
     )

@@ -23,9 +23,10 @@ using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 constexpr int64_t kRunPositions = 256;  // positions per product: the panels of a tile stay in the first caches
-constexpr int64_t kPackedBytes = int64_t{4} << 20;  // of a flat plan's chunk
-constexpr int64_t kLargestTile = 8 * 3 * 16;        // elements: rows * panels * lanes of any instruction set
-constexpr int64_t kAssembleBlock = 16;              // channels: a block of the Gram matrix and its mirror fit the cache
+constexpr int64_t kPackedBytes = int64_t{1} << 20;       // of a flat plan's chunk: stays in the second caches
+constexpr int64_t kPackedImageBytes = int64_t{1} << 19;  // of the images of a depthwise panel that are packed together
+constexpr int64_t kLargestTile = 8 * 3 * 16;             // elements: rows * panels * lanes of any instruction set
+constexpr int64_t kAssembleBlock = 16;  // channels: a block of the Gram matrix and its mirror fit the cache
 
 // One lane of a packed map: rows y0, y0 + stride, ... and columns x0, x0 + stride, ... of one input channel.
 struct Lane {
@@ -315,7 +316,8 @@ void add_depthwise(const GramPlan& plan, const Tensor& input, T* sums) {
   const ConvGeometry& g = plan.geometry;
   const Kernels<T>& kernel = kernels<T>();
   const int64_t images = input.size(0), rows = tallest_map(plan);
-  const int64_t chunk = std::min(images_at_a_time(plan, images), int64_t{8});
+  const int64_t image_bytes = PackedMaps(plan, 1, 1, kernel.lanes).elements * static_cast<int64_t>(sizeof(T));
+  const int64_t chunk = std::clamp(kPackedImageBytes / image_bytes, int64_t{1}, images_at_a_time(plan, images));
   const PackedMaps layout(plan, 1, chunk, kernel.lanes);
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(g.groups, kernel.lanes));
   Tensor buffer = torch::stable::new_empty(input, {workers, layout.elements + plan.sums * kernel.lanes});
