@@ -317,7 +317,8 @@ void add_depthwise(const GramPlan& plan, const Tensor& input, T* sums) {
   const Kernels<T>& kernel = kernels<T>();
   const int64_t images = input.size(0), rows = tallest_map(plan);
   const int64_t image_bytes = PackedMaps(plan, 1, 1, kernel.lanes).elements * static_cast<int64_t>(sizeof(T));
-  const int64_t chunk = std::clamp(kPackedImageBytes / image_bytes, int64_t{1}, images_at_a_time(plan, images));
+  const int64_t chunk =
+      std::clamp(kPackedImageBytes / std::max<int64_t>(1, image_bytes), int64_t{1}, images_at_a_time(plan, images));
   const PackedMaps layout(plan, 1, chunk, kernel.lanes);
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), ceil_div(g.groups, kernel.lanes));
   Tensor buffer = torch::stable::new_empty(input, {workers, layout.elements + plan.sums * kernel.lanes});
