@@ -2,7 +2,7 @@
 # make demo   explain a photograph, say where the figure is
 # make test   all tests
 # make sanitize  the operators over random shapes, under the address and undefined behaviour sanitizers
-# make bench  native against the published procedure in plain PyTorch: tables in benchmarks/results
+# make bench  native against the published procedure in plain PyTorch: tables and a plot in benchmarks/results (an hour)
 # make check  what continuous integration runs beside the tests: lint, types, CUDA sources
 PYTHON ?= python3
 VENV := .venv
@@ -42,6 +42,7 @@ bench: env
 	  $(BIN)/python -m pytest -q benchmarks/bench_$$name.py --benchmark-json=benchmarks/results/$$name.json && \
 	  $(BIN)/python benchmarks/report.py benchmarks/results/$$name.json > benchmarks/results/$$name.md || exit 1; \
 	done
+	$(BIN)/python benchmarks/scaling.py
 
 check: env
 	$(BIN)/ruff check .
