@@ -26,6 +26,17 @@ from matplotlib.figure import Figure
 import spade_fast as sf
 from spade_fast import ops
 
+HEADER = """# Scaling of whole traces
+
+Command: `make bench`. Each figure is from a process of its own, a median where there are several rounds. Ratio:
+published / spade_fast. Memory is the most that the process of spade_fast had, with Python, torch and the photograph;
+beside it what the weights and the Hessians of the pruned layers take. ResNet-50: all layers at 0.9, else the default
+plan. "hessians": forward passes and Hessians alone.
+"""
+COLUMNS = [
+    "| network | what | views | pixels | threads | published, s | spade_fast, s | ratio | GiB | weights + Hessians, GiB |",
+    "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+]
 COLOURS = {"spade_fast": "#1b6ca8", "published": "#c65d21"}
 MARKS = {"EfficientNet-Lite0": "o", "ResNet-50": "s"}
 
@@ -45,18 +56,19 @@ class Run:
 
 def plan() -> list[Run]:
     lite, resnet = "EfficientNet-Lite0", "ResNet-50"
-    cores = [1 << i for i in range(os.cpu_count().bit_length()) if 1 << i <= os.cpu_count()]
+    fewer = [1 << i for i in range(os.cpu_count().bit_length()) if 1 << i < os.cpu_count()]
     runs = []
     for variant in ("spade_fast", "published"):
         few = {"variant": variant, "rounds": 3 if variant == "spade_fast" else 1}
         runs += [Run(lite, views=views, **few) for views in (16, 64, 256, 1024)]
         runs += [Run(lite, size=size, **few) for size in (128, 320, 448)]
-        runs += [Run(lite, threads=threads, **few) for threads in cores]
-        runs.append(Run(resnet, variant, views=1024, rounds=1))
-        runs.append(Run(resnet, variant, views=64, rounds=1))
-    for what in ("trace", "hessians"):
-        runs += [Run(resnet, "spade_fast", threads=threads, what=what) for threads in cores]
-    return list(dict.fromkeys(runs))
+        runs += [Run(lite, threads=threads, **few) for threads in fewer]
+        runs += [
+            Run(resnet, views=views, **{**few, "rounds": few["rounds"] if views == 64 else 1}) for views in (64, 1024)
+        ]
+    runs += [Run(resnet, "spade_fast", threads=threads) for threads in fewer]
+    runs += [Run(resnet, "spade_fast", threads=threads, what="hessians") for threads in (*fewer, 0)]
+    return runs
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -127,19 +139,7 @@ def machine() -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [
-        "# Scaling of whole traces",
-        "",
-        "Command: `make bench`. Each figure is from a process of its own, a median where there are several rounds. Ratio:",
-        "published / spade_fast. Memory is the most that the process of spade_fast had, with Python, torch and the",
-        "photograph; beside it what the weights and the Hessians of the pruned layers take. ResNet-50: all layers at 0.9,",
-        'else the default plan. "hessians": forward passes and Hessians alone.',
-        "",
-        f"{results['machine']}.",
-        "",
-        "| network | what | views | pixels | threads | published, s | spade_fast, s | ratio | GiB | weights + Hessians |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = [HEADER, f"{results['machine']}.", "", *COLUMNS]
     published_seconds = {key(run): run["seconds"] for run in results["runs"] if run["variant"] == "published"}
     for run in results["runs"]:
         if run["variant"] != "spade_fast":
