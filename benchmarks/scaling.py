@@ -34,7 +34,7 @@ beside it what the weights and the Hessians of the pruned layers take. ResNet-50
 plan. "hessians": forward passes and Hessians alone.
 """
 COLUMNS = [
-    "| network | what | views | pixels | threads | published, s | spade_fast, s | ratio | GiB | weights + Hessians, GiB |",
+    "| network | what | views | pixels | threads | published, s | spade_fast, s | ratio | GiB | weights, Hessians |",
     "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
 ]
 COLOURS = {"spade_fast": "#1b6ca8", "published": "#c65d21"}

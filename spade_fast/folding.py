@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,32 @@ _METADATA = frozenset(
         Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.storage_offset, Tensor.get_device,
     }
 )  # fmt: skip
-# Attributes by which a convolution's output is known on its way to the batch norm.
+# Attributes by which a convolution's output is known: to the learner, and on its way to the folded batch norm.
 _CALL, _FOLD = "_spade_fast_call", "_spade_fast_fold"
-# How far outputs may move when batch norms are folded: rounding through a hundred layers.
+# What stands in the place of the fold once the batch norm has read the output.
+_READ = "read"
+# How far a layer's inputs may move, of their largest, when batch norms are folded: rounding through a hundred layers.
 _TOLERANCE = 1e-3
 
 
 class FoldingMismatch(Exception):  # noqa: N818
     """A model does not do what it did when the folds were learned."""
+
+
+class _Norm(NamedTuple):
+    """What a batch norm is called with, beside its input."""
+
+    mean: Tensor | None
+    variance: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    training: bool
+    eps: float
+
+    def is_that_of(self, other: _Norm) -> bool:
+        """Whether all tensors are the very same."""
+        same = all(first is second for first, second in zip(self[:4], other[:4], strict=True))
+        return same and self[4:] == other[4:]
 
 
 @dataclass(frozen=True)
@@ -39,14 +57,14 @@ class Fold:
 
     Attributes
     ----------
-    original, mean
-        The convolution's own weight and the batch norm's running mean, by which the calls are known again.
+    parameters, norm
+        The convolution's own weight and bias and those of the batch norm, by which the calls are known again.
     weight, bias
         Of both in one.
     """
 
-    original: Tensor
-    mean: Tensor
+    parameters: tuple[Tensor, Tensor | None]
+    norm: _Norm
     weight: Tensor
     bias: Tensor
 
@@ -105,11 +123,13 @@ class FoldedBatchNorms(TorchFunctionMode):
         self._folds = folds
         self._next = 0
         self._unread = 0  # folded outputs on their way to the batch norm
+        self._mismatch: str | None = None  # kept, for a model may catch every exception
         self._packed: dict[int, Tensor] = {}  # weights by position of the call
 
     def __enter__(self) -> FoldedBatchNorms:
         """Begin a run, with the first call of a convolution."""
         self._next = self._unread = 0
+        self._mismatch = None
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -117,7 +137,13 @@ class FoldedBatchNorms(TorchFunctionMode):
         """End a run."""
         super().__exit__(kind, *rest)  # type: ignore[no-untyped-call]
         if kind is None and self._unread:
-            raise FoldingMismatch(f"{self._unread} batch norms did not read what only they read before")
+            self._mismatch = self._mismatch or f"{self._unread} batch norms did not read what only they read before"
+        if kind is None and self._mismatch:
+            raise FoldingMismatch(self._mismatch)
+
+    def _refusal(self, message: str) -> FoldingMismatch:
+        self._mismatch = message
+        return FoldingMismatch(message)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -128,24 +154,25 @@ class FoldedBatchNorms(TorchFunctionMode):
         folded = _tagged(func, args, kwargs, _FOLD)
         if not folded:
             return func(*args, **kwargs)
-        maps, mean = _norm_arguments(*args, **kwargs)[:2] if func is F.batch_norm else (None, None)
-        if maps is None or folded[0].mean is not mean:
-            raise FoldingMismatch(f"{func} reads the output of a convolution that only its batch norm read before")
-        delattr(maps, _FOLD)
-        self._unread -= 1
-        return maps
+        if func is F.batch_norm and folded[0] is not _READ:
+            maps, norm = _norm_call(*args, **kwargs)
+            if len(folded) == 1 and hasattr(maps, _FOLD) and norm.is_that_of(folded[0].norm):
+                self._unread -= 1
+                setattr(maps, _FOLD, _READ)
+                return maps.detach()  # another tensor, so that one who reads `maps` later is noticed
+        raise self._refusal(f"{func} reads the output of a convolution that only its batch norm read before")
 
     def _convolve(self, *args: Any, **kwargs: Any) -> Tensor:
         maps, weight, bias, rest, options = _conv_arguments(*args, **kwargs)
-        if hasattr(maps, _FOLD):
-            raise FoldingMismatch("a convolution reads what only a batch norm read before")
+        if _tagged(F.conv2d, args, kwargs, _FOLD):
+            raise self._refusal("a convolution reads what only a batch norm read before")
         position = self._next
         self._next += 1
         fold = self._folds[position] if position < len(self._folds) else None
         if fold is None:
             return F.conv2d(maps, weight, bias, *rest, **options)
-        if fold.original is not weight:
-            raise FoldingMismatch("convolutions are called in another order than before")
+        if fold.parameters[0] is not weight or fold.parameters[1] is not bias:
+            raise self._refusal("convolutions are called in another order than before")
         if _can_pack(maps, fold.weight):
             images, geometry = conv2d_call(maps, fold.weight, fold.bias, *rest, **options)[1:]
             output = self._convolve_packed(position, images, fold, geometry)
@@ -198,16 +225,38 @@ def learn_folds(model: nn.Module, view: Tensor) -> list[Fold | None]:
         return []
     learner = FoldLearner()
     try:
-        with learner:
-            plain = model(view)
+        plain = _run(model, view, learner)
         folds = learner.folds()
         if not any(folds):
             return []
-        with FoldedBatchNorms(folds):
-            folded = model(view)
+        folded = _run(model, view, FoldedBatchNorms(folds))
     except Exception:  # a model may be made for batches of one size; one that fails on every input will do so again
         return []
     return folds if _agree(plain, folded) else []
+
+
+class _LayerInputs(TorchFunctionMode):
+    """Keeps copies of what convolutions and linear layers are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.conv2d or func is F.linear:
+            with torch._C.DisableTorchFunction():  # copying is no reading
+                self.inputs.append((args[0] if args else kwargs["input"]).clone())
+        return func(*args, **(kwargs or {}))
+
+
+def _run(model: nn.Module, view: Tensor, mode: TorchFunctionMode) -> list[Tensor]:
+    """The inputs of all layers, and the outputs of the model, run on a copy of the view."""
+    layers = _LayerInputs()
+    with mode, layers:
+        outputs = model(view.clone())
+    return layers.inputs + [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor)]
 
 
 def _is_plain(model: nn.Module) -> bool:
@@ -220,16 +269,12 @@ def _is_plain(model: nn.Module) -> bool:
     return not (nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
-def _agree(plain: object, folded: object) -> bool:
-    before = [value for value in pytree.tree_leaves(plain) if isinstance(value, Tensor)]
-    after = [value for value in pytree.tree_leaves(folded) if isinstance(value, Tensor)]
-    if not before or len(before) != len(after):
-        return False
-    return all(
+def _agree(plain: list[Tensor], folded: list[Tensor]) -> bool:
+    return len(plain) == len(folded) and all(
         first.shape == second.shape
         and first.is_floating_point()
-        and bool((first - second).abs().max() <= _TOLERANCE * first.abs().max())
-        for first, second in zip(before, after, strict=True)
+        and (first.numel() == 0 or bool((first - second).abs().max() <= _TOLERANCE * first.abs().max()))
+        for first, second in zip(plain, folded, strict=True)
     )
 
 
@@ -255,7 +300,7 @@ def _conv_arguments(
     return input, weight, bias, rest, options
 
 
-def _norm_arguments(
+def _norm_call(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -264,25 +309,28 @@ def _norm_arguments(
     training: bool = False,
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float]:
-    return input, running_mean, running_var, weight, bias, training, eps
+) -> tuple[Tensor, _Norm]:
+    return input, _Norm(running_mean, running_var, weight, bias, training, eps)
 
 
 def _fold(call: _ConvCall, *args: Any, **kwargs: Any) -> Fold | None:
-    _, mean, variance, scale, shift, training, eps = _norm_arguments(*args, **kwargs)
-    if training or mean is None or variance is None or call.weight.dim() != 4:
+    norm = _norm_call(*args, **kwargs)[1]
+    if norm.training or norm.mean is None or norm.variance is None or call.weight.dim() != 4:
         return None
-    # A computed weight is another tensor at each call; half precision would round twice as much.
+    # Of half precision twice as much would be rounded.
     if not isinstance(call.weight, nn.Parameter) or call.weight.dtype not in (torch.float32, torch.float64):
         return None
-    factor = (variance.double() + eps).rsqrt()
-    if scale is not None:
-        factor = factor * scale.double()
-    bias = -mean.double() if call.bias is None else call.bias.double() - mean.double()
+    # What is computed is another tensor at each call.
+    if not all(value is None or isinstance(value, nn.Parameter) for value in (call.bias, norm.scale, norm.shift)):
+        return None
+    factor = (norm.variance.double() + norm.eps).rsqrt()
+    if norm.scale is not None:
+        factor = factor * norm.scale.double()
+    bias = -norm.mean.double() if call.bias is None else call.bias.double() - norm.mean.double()
     bias = bias * factor
-    if shift is not None:
-        bias = bias + shift.double()
+    if norm.shift is not None:
+        bias = bias + norm.shift.double()
     weight = call.weight.double() * factor[:, None, None, None]
     if not weight.isfinite().all() or not bias.isfinite().all():
         return None
-    return Fold(call.weight, mean, weight.to(call.weight).contiguous(), bias.to(call.weight))
+    return Fold((call.weight, call.bias), norm, weight.to(call.weight).contiguous(), bias.to(call.weight))

@@ -19,15 +19,21 @@ def kept_heap() -> Iterator[None]:
 
     glibc gives the free end of its heap back to the system, and takes large blocks from the system directly, so that
     the maps a network makes are paged in anew each time: a third of the time of a trace. Here some 450 MiB of the heap
-    stay free for them, below an untouched block at the very end. Memory that is not used costs address space only, and
-    all goes back when the trace is done. Elsewhere than under glibc this does nothing.
+    stay free for them, below a block at the very end. Blocks are never touched: what is not used of them costs address
+    space only. Afterwards glibc gives back what is free above the last result that is kept. Elsewhere than under glibc
+    this is of no use, and costs nothing.
     """
     try:
-        torch.empty(_MAPPED, dtype=torch.uint8)
-        last = [torch.empty(_BLOCK, dtype=torch.uint8) for _ in range(_BLOCKS)][-1]
+        _untouched(_MAPPED)
+        last = [_untouched(_BLOCK) for _ in range(_BLOCKS)][-1]
     except RuntimeError:  # no address space to spare
         last = None
     try:
         yield
     finally:
         del last
+
+
+def _untouched(size: int) -> torch.UntypedStorage:
+    # No tensor: torch.use_deterministic_algorithms would fill it, torch.set_default_device put it elsewhere.
+    return torch.UntypedStorage(size, device="cpu")  # type: ignore[no-untyped-call]

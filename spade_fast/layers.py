@@ -22,6 +22,8 @@ PRUNABLE = (nn.Linear, nn.Conv2d)
 _SPARSITY_TOLERANCE = 0.02
 # Positions that a native product wants in a row: smaller inputs are gathered first.
 _RUN = 256
+# Numbers of the inputs that are gathered, at most.
+_GATHERED = 1 << 22
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -122,7 +124,7 @@ class GramSum:
         if self._open is None or self._open[:2] != (size, geometry):
             self._close()
             self._open = size, geometry, self._zeros(*ops.conv2d_sums_shape(size, geometry))
-        wanted = _images_wanted(geometry, outputs)
+        wanted = min(_images_wanted(geometry, outputs), max(1, _GATHERED // math.prod(size)))
         if not self._gathered and images.shape[0] >= wanted:
             ops.add_conv2d_sums_(self._open[2], images, geometry)
             return

@@ -169,7 +169,9 @@ def prune_columns(
         [G, r, d] sparse weight; [G, r, d] bool, True where kept; float64 scalar, the sum of score / 2 over
         pruned weights, equal to half of tr(D H D^T) for the change D of the weight.
     """
-    sparse, mask, loss = torch.ops.spade_fast.prune_columns(weight, factor, sparsity, block_size, published_count)
+    sparse, mask, loss = torch.ops.spade_fast.prune_columns(
+        weight.detach(), factor, sparsity, block_size, published_count
+    )
     return sparse, mask, loss
 
 

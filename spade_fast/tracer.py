@@ -39,7 +39,6 @@ _BATCH = 64
 _SOLVED_TOGETHER = 1 << 25
 
 
-@kept_heap()
 def trace(
     model: nn.Module | LoadedModel,
     image: Picture | Sequence[Picture],
@@ -82,7 +81,8 @@ def trace(
         Views of each image. The paper uses 1024.
     augment
         An :class:`Augmentation`; or a function (image [3, H, W], count, generator) to views [count, 3, h, w], called
-        once for each batch. Default: the published distribution at the network's input size.
+        once for each batch, and for all of them anew where a model turns out to call other layers for other views.
+        Default: the published distribution at the network's input size.
     preprocess
         Turns views [n, 3, h, w] in 0..1 into model inputs. Default: the model's own, where it is known.
     solver
@@ -165,20 +165,21 @@ def trace(
 
     count = len(images) * -(-num_augmentations // batch_size)
     evidence = _Evidence(backend, hessian_dtype, positions_per_column, seed, len(images) * num_augmentations)
-    # The second attempt is for models that call other layers for other views.
-    for attempt in ("fold", "plain"):
-        generator = torch.Generator().manual_seed(seed)
-        batches = _batches(
-            images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device, backend
-        )
-        progress_bar = tqdm(batches, "dense pass", count, disable=not progress, leave=False)
-        try:
-            recorder = _dense_pass(
-                module, progress_bar, preprocess, selection, anchor, evidence, fold=attempt == "fold" and count > 1
+    with kept_heap():
+        # The second attempt is for models that call other layers for other views.
+        for attempt in ("fold", "plain"):
+            generator = torch.Generator().manual_seed(seed)
+            batches = _batches(
+                images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device, backend
             )
-            break
-        except FoldingMismatch:
-            continue
+            progress_bar = tqdm(batches, "dense pass", count, disable=not progress, leave=False)
+            try:
+                recorder = _dense_pass(
+                    module, progress_bar, preprocess, selection, anchor, evidence, fold=attempt == "fold" and count > 1
+                )
+                break
+            except FoldingMismatch:
+                continue
     dense = _reasons_to_stay_dense(selection, recorder)
     if selection.targets and not recorder.sums:
         reasons = "; ".join(f"{name!r}: {reason}" for name, reason in dense.items())
@@ -188,7 +189,7 @@ def trace(
 
     rules: dict[str, Any] = {"damping": damping, "solver": solver, "mask_rule": mask_rule, "refit": refit}
     solutions: dict[str, Solution] = {}
-    with tqdm(None, "pruning", len(recorder.sums), disable=not progress, leave=False) as progress_bar:
+    with kept_heap(), tqdm(None, "pruning", len(recorder.sums), disable=not progress, leave=False) as progress_bar:
         for names in _solved_together(recorder.sums):  # in order of the calls
             problems = []
             for name in names:
@@ -273,12 +274,15 @@ def _dense_pass(
             inputs = preprocess(batch)
             _check_batch(inputs, "preprocess")
             inputs = inputs.to(anchor)
-            try:
-                if position == 0 and fold:
-                    folded = FoldedBatchNorms(learn_folds(module, inputs[:1].contiguous(memory_format=memory_format)))
+            if position > 0:
                 run(inputs)
+                continue
+            try:
+                if fold:
+                    folded = FoldedBatchNorms(learn_folds(module, inputs[:1].contiguous(memory_format=memory_format)))
+                run(inputs.clone())  # the model may write over its inputs before it fails
             except RuntimeError:
-                if position > 0 or memory_format == torch.contiguous_format:
+                if memory_format == torch.contiguous_format:
                     raise
                 # Perhaps a `view` of a map, which wants the usual layout: begin anew with that.
                 memory_format = torch.contiguous_format
@@ -493,7 +497,7 @@ def _batches(
 
 
 def _check_batch(batch: object, source: str) -> None:
-    if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() != 4 or not len(batch):
+    if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() != 4 or not batch.numel():
         got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
         raise InvalidInputError(f"{source} must give a non-empty float batch [n, channels, h, w], got {got}")
     if not is_finite(batch):

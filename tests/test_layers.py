@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import spade_fast as sf
 from spade_fast import ops, reference
 from spade_fast.layers import (
+    GramSum,
     InputRecorder,
     is_depthwise,
     mask_block_size,
@@ -121,6 +122,27 @@ def test_a_module_called_twice_sums_its_inputs():
     total = record(model, inputs).sums["shared"]
     assert total.samples == 12
     torch.testing.assert_close(total.gram()[0], rows.T @ rows)
+
+
+def test_maps_of_several_sizes_add_up():
+    layer = nn.Conv2d(3, 2, 3, padding=1).double()
+    maps = [torch.randn(2, 3, *size, dtype=torch.float64) for size in ((5, 5), (7, 4), (5, 5))]
+    recorder = InputRecorder({"layer": layer.weight})
+    with torch.no_grad(), recorder:
+        for inputs in maps:
+            layer(inputs)
+    positions = [len(inputs) * inputs.shape[2] * inputs.shape[3] for inputs in maps]
+    expected = sum(unfolded_hessian(F.pad(x, (1, 1, 1, 1)), 3) * n for x, n in zip(maps, positions, strict=True))
+    torch.testing.assert_close(recorder.sums["layer"].into_hessian()[0], expected / sum(positions))
+
+
+def test_tall_narrow_inputs_are_not_gathered_without_bound():
+    total = GramSum(1, 96, torch.float32, torch.device("cpu"), native=True)
+    geometry = ops.Geometry((3, 1))
+    for _ in range(9):
+        total.add(torch.ones(16, 32, 2000, 1), geometry)
+        assert sum(images.numel() for images in total._gathered) < 2**22
+    torch.testing.assert_close(total.gram(), torch.full((1, 96, 96), 9 * 16 * 1998.0))
 
 
 def test_inputs_that_the_model_writes_over_later_count_as_they_were():

@@ -297,13 +297,13 @@ def render_arguments(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     [
         (0, lambda image: image[:2], "image must be a float32 or float64 tensor .3, height, width., got .2, 6, 7."),
         (0, lambda image: image.half(), "image must be a float32 or float64"),
-        (1, lambda starts: starts + 1, "row bands must lie within the 6 pixels of the image, one covers 4 to 7"),
+        (1, lambda starts: starts + 1, "row bands must lie within the 6 pixels of the image, one of 3 begins at 4"),
         (1, lambda starts: starts.int(), "row starts must be a contiguous int64"),
         (1, lambda starts: starts[:1], "row starts must be .* got .1, 3."),
         (2, lambda weights: weights[:, :, :2], "row weights must be a contiguous"),
         (2, lambda weights: weights.double(), "row weights must be .* of the image's dtype"),
         (3, lambda starts: starts - 4, "column bands must lie within the 7 pixels of the image"),
-        (3, lambda starts: starts + 2**62, "column bands must lie within"),
+        (3, lambda starts: starts.fill_(2**63 - 1), "column bands must lie within"),
         (4, lambda weights: weights[:1], "column weights must be .* got .1, 3, 5."),
         (5, lambda colours: colours[:, :2], "colours must be .* got .2, 2."),
         (5, lambda colours: colours.double(), "colours must be .* of the image's dtype"),
@@ -315,6 +315,20 @@ def test_views_that_would_leave_the_image_are_refused(position, change, message)
     arguments[position] = change(arguments[position])
     with pytest.raises(RuntimeError, match=message):
         ops.render_views(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_of_minus_zero_are_those_of_zero(dtype):
+    factor = -torch.eye(4, dtype=dtype)[None]
+    _, mask, loss = ops.prune_columns(torch.zeros(1, 600, 4, dtype=dtype), factor, 0.25, 1, False)
+    assert torch.equal(mask.sum(1), torch.full((1, 4), 450))
+    assert not mask[:, :150].any()
+    assert loss == 0
+
+
+def test_no_gradient_passes_an_operator():
+    weight = torch.randn(1, 3, 4, requires_grad=True)
+    assert not ops.prune_columns(weight, torch.eye(4)[None], 0.5, 1, False)[0].requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -367,7 +381,7 @@ def test_lists_of_layers_that_do_not_fit_are_refused():
         ops.factor_hessians([factor, factor[0]], 0.01)
 
 
-@pytest.mark.parametrize("columns", [1, 2, 9, 95, 96, 97, 193, 300])
+@pytest.mark.parametrize("columns", [1, 2, 9, 95, 96, 97, 193, 300, 353, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_factor_equals_torch_cholesky_from_the_end(columns, dtype):
     inputs = torch.randn(2, columns, 2 * columns + 3, dtype=dtype)

@@ -31,8 +31,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 96;   // rows of a block: a multiple of every instruction set's lanes
 constexpr int64_t kDepth = 256;  // rows of a product at a time: its panels stay in the second cache
-constexpr int64_t kLargestLanes = 16;
-constexpr int64_t kPanels = 3;
+constexpr int64_t kPanels = kMostPanels;
+static_assert(kBlock % kLargestLanes == 0, "a block begins at a panel");
 constexpr int64_t kUnpackedRows = 64;  // copied at a time
 constexpr int64_t kErrorColumns = 16;  // summed side by side
 

@@ -24,8 +24,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t kRunPositions = 256;  // positions per product: the panels of a tile stay in the first caches
 constexpr int64_t kPackedBytes = int64_t{1} << 20;       // of a flat plan's chunk: stays in the second caches
+constexpr int64_t kMostPackedPixels = int64_t{1} << 23;  // of images that are packed together, unless one has more
 constexpr int64_t kPackedImageBytes = int64_t{1} << 19;  // of the images of a depthwise panel that are packed together
-constexpr int64_t kLargestTile = 8 * 3 * 16;             // elements: rows * panels * lanes of any instruction set
+constexpr int64_t kLargestTile = kMostRows * kMostPanels * kLargestLanes;  // elements
 constexpr int64_t kAssembleBlock = 16;  // channels: a block of the Gram matrix and its mirror fit the cache
 
 // One lane of a packed map: rows y0, y0 + stride, ... and columns x0, x0 + stride, ... of one input channel.
@@ -243,7 +244,11 @@ int64_t tallest_map(const GramPlan& plan) {
 
 // Images that are packed together, so that one row of them makes a run of about kRunPositions.
 int64_t images_at_a_time(const GramPlan& plan, int64_t images) {
-  const int64_t wanted = std::clamp(kRunPositions / std::max<int64_t>(1, plan.maps[0].width), int64_t{1}, images);
+  const ConvGeometry& g = plan.geometry;
+  const int64_t few =
+      std::max<int64_t>(1, kMostPackedPixels / std::max<int64_t>(1, g.groups * g.channels * g.height * g.width));
+  const int64_t wanted =
+      std::clamp(kRunPositions / std::max<int64_t>(1, plan.maps[0].width), int64_t{1}, std::min(few, images));
   return ceil_div(images, ceil_div(images, wanted));
 }
 

@@ -9,6 +9,9 @@
 
 namespace spade_fast {
 
+// What no instruction set exceeds: sizes of buffers for a tile.
+constexpr int64_t kLargestLanes = 16, kMostRows = 8, kMostPanels = 3;
+
 template <class T>
 struct Kernels {
   int64_t lanes;   // columns of a panel: one vector

@@ -43,6 +43,8 @@ struct IndicesUpTo<0, kIndex...> {
   using type = Indices<kIndex...>;
 };
 constexpr int kTileRows = SPADE_FAST_TILE_ROWS, kTilePanels = SPADE_FAST_TILE_PANELS;
+static_assert(kLanes<float> <= kLargestLanes && kTilePanels <= kMostPanels && kTileRows <= kMostRows,
+              "buffers of a tile are made for these");
 
 template <class T, int kPanels>
 SPADE_FAST_TARGET void multiply_panels(const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
@@ -171,7 +173,7 @@ SPADE_FAST_TARGET void score(const T* __restrict weight, const T* __restrict sum
   for (int64_t r = 0; r < rows; ++r) {
     const T shift = sum[r] / pivot;
     const T signed_score = (weight[r] + shift) * pivot;
-    const T value = signed_score < 0 ? -signed_score : signed_score;
+    const T value = signed_score > 0 ? signed_score : 0 - signed_score;  // of -0 too it is 0
     change[r] = -shift;
     score[r] = value == value ? value : T(__builtin_inf());  // NaN has no place in an order
   }

@@ -168,7 +168,7 @@ class ColumnPruner {
   static uint32_t bucket_of(float score) {
     uint32_t bits;
     std::memcpy(&bits, &score, sizeof(bits));
-    return bits >> 20;
+    return bits >> 20 & (kBuckets - 1);
   }
 
   double prune_column(int64_t g, int64_t i, int64_t local, int64_t width, const T* sum, Threshold threshold) {

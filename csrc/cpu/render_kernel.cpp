@@ -75,8 +75,8 @@ void check_bands(const char* axis, const Tensor& starts, const Tensor& weights, 
                   axis, " starts must be a contiguous int64 [views, size] tensor, got ", shape_text(starts.sizes()));
   const int64_t* first = starts.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < starts.numel(); ++i) {
-    STD_TORCH_CHECK(first[i] >= 0 && first[i] + weights.size(1) <= pixels, axis, " bands must lie within the ", pixels,
-                    " pixels of the image, one covers ", first[i], " to ", first[i] + weights.size(1));
+    STD_TORCH_CHECK(first[i] >= 0 && first[i] <= pixels - weights.size(1), axis, " bands must lie within the ", pixels,
+                    " pixels of the image, one of ", weights.size(1), " begins at ", first[i]);
   }
 }
 
