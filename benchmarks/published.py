@@ -68,10 +68,14 @@ def hessians(model: nn.Module, names: Sequence[str], inputs: Tensor, batch_size:
 
 
 def trace(
-    model: nn.Module, targets: dict[str, float], preprocess: Callable[[Tensor], Tensor], views: Callable[[], Tensor]
+    model: nn.Module,
+    targets: dict[str, float],
+    preprocess: Callable[[Tensor], Tensor],
+    views: Callable[[], Tensor],
+    batch_size: int = 64,
 ) -> dict[str, tuple[Tensor, float]]:
     """Sparse weight and loss of each layer in `targets`."""
-    found = hessians(model, list(targets), preprocess(views()))
+    found = hessians(model, list(targets), preprocess(views()), batch_size)
     pruned = {}
     for name, target in targets.items():
         weight, hessian = model.get_submodule(name).weight.detach(), found[name]
