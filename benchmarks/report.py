@@ -19,14 +19,13 @@ TITLES = {
 
 HEADER = """# Benchmarks
 
-Command: `make bench`. Medians in milliseconds, both variants in one run after checking that they agree; ratio =
+Command: `make bench`. Medians in milliseconds, all variants in one run after checking that they agree; ratio =
 reference / native. GFLOP/s counts necessary work, not what the reference does: for Hessians the products of shifted
 maps at stride 1, and one triangle of d x d above that, which shifts still undercut. MB are the inputs and results, once
-each.
-"of sgemm" can exceed 100 %: torch's own product does not reach this processor's peak. "of copy" is those bytes' share
-of the rate of a large copy. Layers of few channels reach neither: packing them, and tiles that are not full, take most of
-their time. Depthwise layers have a multiplication for each number loaded. Traces: the reference runs in batches of 64, and
-once more in batches of 16, as the native variant does.
+each. "of sgemm" can exceed 100 %: torch's own product does not reach this processor's peak. "of copy" is those bytes'
+share of the rate of a large copy. Layers of few channels reach neither: packing them, and tiles that are not full, take
+most of their time. Depthwise layers have a multiplication for each number loaded. Whole traces: the reference runs in
+batches of 64, and once more in batches of 16, as the native variant does.
 """
 
 

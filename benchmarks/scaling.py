@@ -87,7 +87,7 @@ def measure(run: Run) -> dict[str, float]:
     views = published.draw_views(PHOTO, run.size, run.views) if run.what == "hessians" else None
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: loading took more than tracing may
     times = []
-    for _ in range(run.rounds + (run.rounds > 1)):
+    for _ in range(run.rounds):
         start = time.perf_counter()
         if views is not None:
             native_hessians(net, sparsity, views)
@@ -97,7 +97,7 @@ def measure(run: Run) -> dict[str, float]:
             published.trace(net.module, targets, preprocess, lambda: published.draw_views(PHOTO, run.size, run.views))
         times.append(time.perf_counter() - start)
     return {
-        "seconds": statistics.median(times[-run.rounds :]),
+        "seconds": statistics.median(times),
         "peak_bytes": peak_bytes(),
         "weight_bytes": 4 * sum(parameter.numel() for parameter in net.module.parameters()),
         "hessian_bytes": sum(4 * hessian_numbers(net.module.get_submodule(name)) for name in targets),

@@ -443,6 +443,14 @@ def test_rounding_of_an_asymmetric_hessian_does_not_matter(backend):
     assert torch.equal(solution.mask, sf.solve(weight.double(), exact, 0.5, backend=backend).mask)
 
 
+@pytest.mark.parametrize("place", [(0, 1), (3, 300), (300, 3), (398, 399)])
+def test_asymmetry_is_found_wherever_it_is(place):
+    hessian = torch.eye(400)
+    hessian[place] = 0.5
+    with pytest.raises(sf.InvalidInputError, match="not symmetric"):
+        sf.solve(torch.ones(2, 400), hessian, 0.5)
+
+
 def test_an_asymmetric_hessian_is_refused():
     hessian = torch.eye(4)
     hessian[2, 0] = 0.5

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import spade_fast as sf
-from spade_fast import ops
-from spade_fast.layers import InputRecorder, mask_block_size, prunable_layers
+from spade_fast import ops, tracer
+from spade_fast.layers import GramSum, InputRecorder, mask_block_size, prunable_layers
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -465,8 +465,25 @@ def test_plans_that_do_not_fit_the_model(sparsity, layers, message):
 
 
 def test_empty_outputs_of_the_last_layer_are_warned_of():
-    with pytest.warns(UserWarning, match=r"layer '9': \d+ of 10 outputs have no weight left at sparsity 0.95"):
+    with pytest.warns(
+        UserWarning, match=r"layer '9': \d+ of 10 outputs have no weight left at sparsity 0.95"
+    ) as caught:
         sf.trace(network(), picture(), {"9": 0.95}, **SETTINGS)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+@pytest.mark.parametrize(
+    ("room", "lists"),
+    [(0, [["a"], ["b"], ["c"], ["d"]]), (20, [["a", "b"], ["c"], ["d"]]), (200, [["a", "b", "c", "d"]])],
+)
+def test_layers_are_solved_together_while_their_hessians_are_small(room, lists, monkeypatch):
+    monkeypatch.setattr(tracer, "_SOLVED_TOGETHER", room)
+    shapes = {"a": (1, 2), "b": (4, 2), "c": (1, 9), "d": (1, 1)}
+    sums = {
+        name: GramSum(groups, columns, torch.float32, torch.device("cpu"), native=True)
+        for name, (groups, columns) in shapes.items()
+    }
+    assert tracer._solved_together(sums) == lists
 
 
 # Same seed, same bits
