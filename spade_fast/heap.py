@@ -18,7 +18,7 @@ def kept_heap() -> Iterator[None]:
     """Keep freed memory in the process while inside: also a decorator.
 
     glibc gives the free end of its heap back to the system, and takes large blocks from the system directly, so that
-    the maps a network makes are paged in anew each time: a third of the time of a trace. Here some 450 MiB of the heap
+    the maps a network makes are paged in anew each time: a sixth of a trace and more. Here some 450 MiB of the heap
     stay free for them, below a block at the very end. Blocks are never touched: what is not used of them costs address
     space only. Afterwards glibc gives back what is free above the last result that is kept. Elsewhere than under glibc
     this is of no use, and costs nothing.
