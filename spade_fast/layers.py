@@ -323,8 +323,7 @@ def sample_patches(
     height, width = geometry.outputs(images.shape[2], images.shape[3])
     if images.shape[0] * height * width <= count:
         return images, geometry
-    chosen = torch.randperm(images.shape[0] * height * width, generator=generator)[:count].sort().values
-    chosen = chosen.to(images.device)
+    chosen = _choose(images.shape[0] * height * width, count, generator).to(images.device)
     image, y, x = chosen // (height * width), chosen // width % height, chosen % width
     down, right = (
         start[:, None] * geometry.stride[axis]
@@ -332,10 +331,19 @@ def sample_patches(
         for axis, start in enumerate((y, x))
     )
     vertical, horizontal = geometry.padding
-    padded = F.pad(images, (horizontal, horizontal, vertical, vertical)).permute(0, 2, 3, 1)
-    patches = padded[image[:, None, None], down[:, :, None], right[:, None, :]]  # [count, ky, kx, channels]
+    if vertical or horizontal:
+        images = F.pad(images, (horizontal, horizontal, vertical, vertical))
+    patches = images.permute(0, 2, 3, 1)[image[:, None, None], down[:, :, None], right[:, None, :]]  # [count, ky, kx, channels]
     columns = patches.permute(0, 3, 1, 2).reshape(count, -1)
     return columns[:, :, None, None], ops.Geometry(groups=geometry.groups)
+
+
+def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` of the numbers below `population`, none twice, each as likely: one of each of so many stretches."""
+    bounds = torch.arange(count + 1) * population // count
+    within = torch.rand(count, generator=generator, dtype=torch.float64) * bounds.diff()
+    turn = torch.randint(population, (1,), generator=generator)  # else those in shorter stretches were likelier
+    return (bounds[:-1] + within.long() + turn) % population
 
 
 def hessian(layer: nn.Module, inputs: Tensor, *, backend: ops.Backend = "auto") -> Tensor:

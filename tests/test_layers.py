@@ -296,6 +296,18 @@ def test_sampled_patches_are_columns_of_unfold_each_at_most_once(groups, layout)
     torch.testing.assert_close(reference.conv2d_gram(every, one_by_one), total - rest[:, :, None] * rest[:, None, :])
 
 
+def test_positions_are_equally_likely():
+    # Ten images of one pixel, which tells which of them it is.
+    images, generator = torch.arange(10.0)[:, None, None, None], torch.Generator().manual_seed(0)
+    rounds = 4000
+    taken = torch.zeros(10)
+    for _ in range(rounds):
+        patches, _ = sample_patches(images, ops.Geometry(), 7, generator)
+        taken[patches.flatten().long()] += 1
+    assert taken.sum() == 7 * rounds
+    assert (taken / rounds - 0.7).abs().max() < 5 * (0.7 * 0.3 / rounds) ** 0.5
+
+
 def test_few_positions_are_all_taken():
     images, geometry = torch.randn(2, 3, 4, 4), ops.Geometry((3, 3), padding=(1, 1))
     patches, same = sample_patches(images, geometry, 32, torch.Generator())

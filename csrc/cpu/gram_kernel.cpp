@@ -52,9 +52,14 @@ class Packer {
     const auto count = static_cast<int64_t>(lanes.size());
     const int64_t from_step = geometry_.stride[1] * column_stride_;
     const Window window = window_of(lanes[0], image, row, width);
-    const bool whole = count == kernel_.lanes && window.begin == 0 && window.end == width && is_one_window(lanes);
-    if (whole && channel_stride_ == 1) return kernel_.copy(window.first, from_step, width, out, step);
-    if (whole && from_step == 1) return kernel_.transpose(window.first, channel_stride_, width, out, step);
+    const bool all_inside = window.begin == 0 && window.end == width && is_one_window(lanes);
+    if (all_inside && channel_stride_ == 1) {
+      if (count == kernel_.lanes) return kernel_.copy(window.first, from_step, width, out, step);
+      return kernel_.copy_some(window.first, from_step, width, count, out, step);
+    }
+    if (all_inside && count == kernel_.lanes && from_step == 1) {
+      return kernel_.transpose(window.first, channel_stride_, width, out, step);
+    }
     for (int64_t lane = 0; lane < kernel_.lanes; ++lane) {
       pack_lane(lane < count ? window_of(lanes[lane], image, row, width) : Window{nullptr, 0, 0}, width, step,
                 out + lane);
@@ -107,9 +112,12 @@ std::vector<Tile> tiles_of(const Kernels<T>& kernel, int64_t groups, int64_t n, 
   const int64_t panels = ceil_div(n, kernel.lanes);
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t panel = 0; panel < panels; panel += kernel.panels) {
-      const int64_t width = std::min(kernel.panels, panels - panel);
-      const int64_t rows = upper_only ? std::min(n, (panel + width) * kernel.lanes) : n;
-      for (int64_t row = 0; row < rows; row += kernel.rows) tiles.push_back({group, row, panel, width});
+      const int64_t end = std::min(panel + kernel.panels, panels);
+      const int64_t rows = upper_only ? std::min(n, end * kernel.lanes) : n;
+      for (int64_t row = 0; row < rows; row += kernel.rows) {
+        const int64_t first = upper_only ? std::max(panel, row / kernel.lanes) : panel;
+        tiles.push_back({group, row, first, end - first});
+      }
     }
   }
   return tiles;

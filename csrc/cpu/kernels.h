@@ -34,6 +34,9 @@ struct Kernels {
   // out[k * out_step + l] = from[k * from_step + l] for all k < count, l < lanes.
   void (*copy)(const T* from, int64_t from_step, int64_t count, T* out, int64_t out_step);
 
+  // As copy for l < some, and zeros for the other lanes.
+  void (*copy_some)(const T* from, int64_t from_step, int64_t count, int64_t some, T* out, int64_t out_step);
+
   // out[k * out_step + l] = from[l * lane_step + k] for all k < count, l < lanes.
   void (*transpose)(const T* from, int64_t lane_step, int64_t count, T* out, int64_t out_step);
 
