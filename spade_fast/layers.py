@@ -255,7 +255,8 @@ class InputRecorder(TorchFunctionMode):
                 f"layer {name!r} is called with {groups} groups and {columns} columns, but was called with "
                 f"{total.groups} and {total.columns} before: leave it out of `layers`"
             )
-        if self._positions_per_column is not None:
+        # One channel a group: all products of its positions cost less than a choice among them.
+        if self._positions_per_column is not None and images.shape[1] > groups:
             most = math.ceil(self._positions_per_column * columns * self.share)
             images, geometry = sample_patches(images, geometry, most, self._generator)
         total.add(images.to(dtype), geometry)
@@ -333,7 +334,8 @@ def sample_patches(
     vertical, horizontal = geometry.padding
     if vertical or horizontal:
         images = F.pad(images, (horizontal, horizontal, vertical, vertical))
-    patches = images.permute(0, 2, 3, 1)[image[:, None, None], down[:, :, None], right[:, None, :]]  # [count, ky, kx, channels]
+    maps = images.permute(0, 2, 3, 1)
+    patches = maps[image[:, None, None], down[:, :, None], right[:, None, :]]  # [count, ky, kx, channels]
     columns = patches.permute(0, 3, 1, 2).reshape(count, -1)
     return columns[:, :, None, None], ops.Geometry(groups=geometry.groups)
 

@@ -332,6 +332,15 @@ def test_positions_per_column_caps_what_a_layer_contributes(monkeypatch):
     assert_same_bits(every, sf.trace(model, picture(), targets, batch_size=4, positions_per_column=1e6, **SETTINGS))
 
 
+def test_depthwise_layers_give_all_positions():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 6, 1))
+    capped, every = (
+        sf.trace(model, picture(), 0.5, positions_per_column=most, backend="native", **SETTINGS) for most in (10, None)
+    )
+    assert torch.equal(capped.layers["1"].weight, every.layers["1"].weight)
+    assert not torch.equal(capped.layers["2"].weight, every.layers["2"].weight)
+
+
 def test_refit_keeps_the_mask_and_lowers_the_loss():
     model = network(torch.float64)
     plain, refitted = (sf.trace(model, picture(), {"0": 0.5}, refit=refit, **SETTINGS) for refit in (False, True))
