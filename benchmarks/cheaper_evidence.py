@@ -37,8 +37,8 @@ def photographs(folder: Path | None, count: int) -> list[Image.Image]:
             Image.fromarray(getattr(skimage.data, name)()) for name in ("coffee", "chelsea", "rocket", "astronaut")
         ]
         return found[:count]
-    files = sorted(folder.glob("*.jpg"))
-    return [Image.open(file) for file in files[:: len(files) // count][:count]]
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    return [Image.open(file) for file in files[:: max(1, len(files) // count)][:count]]
 
 
 def relative_error(dense: Tensor, layer: sf.LayerTrace, hessian: Tensor) -> float:
@@ -63,6 +63,8 @@ def main() -> None:
     arguments = parser.parse_args()
     net = sf.load_model("efficientnet_lite0")
     images = photographs(arguments.folder, arguments.images)
+    if not images:
+        parser.error(f"no .jpg, .jpeg or .png in {arguments.folder}")
     augmentation = sf.Augmentation(size=net.preprocess.input_size)
     rows = []
     for plan, sparsity in PLANS.items():

@@ -23,10 +23,11 @@ Command: `make bench`. Medians in milliseconds, all variants in one run after ch
 reference / native. GFLOP/s counts necessary work, not what the reference does: for Hessians the products of shifted
 maps at stride 1, and one triangle of d x d above that, which shifts still undercut. MB are the inputs and results, once
 each. "of sgemm" can exceed 100 %: torch's own product does not reach this processor's peak. "of copy" is those bytes'
-share of the rate of a large copy. Below 80 % of sgemm are: 1x1 layers, which pack every number that they read and
-compute squares on the diagonal whole (those of few channels do little else than pack); 3x3 layers of 512 channels at
-7 x 7, whose sums (30 MB) and results (85 MB) go through memory; depthwise layers, with a multiplication for each number
-loaded. Whole traces: the reference runs in batches of 64, and once more in batches of 16, as the native variant does.
+share of the rate of a large copy. Hessians of 1x1 layers stay below sgemm since every number read is packed first
+(those of few channels do little else), and since a sum of d x d goes through memory for every megabyte of inputs;
+those of 3x3 layers of 512 channels at 7 x 7 since their sums (30 MB) and results (85 MB) do; depthwise layers have a
+multiplication for each number loaded. The solver prunes column after column, each waiting for the one before. Whole
+traces: the reference runs in batches of 64, and once more in batches of 16, as the native variant does.
 """
 
 

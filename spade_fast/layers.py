@@ -104,7 +104,7 @@ class GramSum:
     def __init__(self, groups: int, columns: int, dtype: torch.dtype, device: torch.device, native: bool) -> None:
         self.groups, self.columns = groups, columns
         self.samples = 0
-        self._native = native
+        self.native = native
         self._dtype, self._device = dtype, device
         self._finished: Tensor | None = None
         self._open: tuple[tuple[int, int, int], ops.Geometry, Tensor] | None = None  # size, geometry, sums
@@ -118,7 +118,7 @@ class GramSum:
         size = (images.shape[1], images.shape[2], images.shape[3])
         outputs = geometry.outputs(*size[1:])
         self.samples += images.shape[0] * outputs[0] * outputs[1]
-        if not self._native:
+        if not self.native:
             self._finish(reference.conv2d_gram(images, geometry))
             return
         if self._open is None or self._open[:2] != (size, geometry):
@@ -255,8 +255,9 @@ class InputRecorder(TorchFunctionMode):
                 f"layer {name!r} is called with {groups} groups and {columns} columns, but was called with "
                 f"{total.groups} and {total.columns} before: leave it out of `layers`"
             )
-        # One channel a group: all products of its positions cost less than a choice among them.
-        if self._positions_per_column is not None and images.shape[1] > groups:
+        # Natively, all products of a depthwise layer's positions cost less than a choice among them.
+        cheap = total.native and images.shape[1] == groups > 1
+        if self._positions_per_column is not None and not cheap:
             most = math.ceil(self._positions_per_column * columns * self.share)
             images, geometry = sample_patches(images, geometry, most, self._generator)
         total.add(images.to(dtype), geometry)
@@ -301,7 +302,7 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 def sample_patches(
     images: Tensor, geometry: ops.Geometry, count: int, generator: torch.Generator
 ) -> tuple[Tensor, ops.Geometry]:
-    """The patches at `count` random output positions, none twice, as inputs of a 1x1 convolution.
+    """The patches at `count` random output positions, spread evenly, none twice, as inputs of a 1x1 convolution.
 
     Where there are no more positions than that, the images and the geometry as they are.
 
@@ -341,10 +342,10 @@ def sample_patches(
 
 
 def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of the numbers below `population`, none twice, each as likely: one of each of so many stretches."""
+    """`count` of the numbers below `population`, none twice: one from each of `count` stretches, turned at random."""
     bounds = torch.arange(count + 1) * population // count
     within = torch.rand(count, generator=generator, dtype=torch.float64) * bounds.diff()
-    turn = torch.randint(population, (1,), generator=generator)  # else those in shorter stretches were likelier
+    turn = torch.randint(population, (1,), generator=generator)  # else numbers in shorter stretches were likelier
     return (bounds[:-1] + within.long() + turn) % population
 
 

@@ -105,7 +105,7 @@ def trace(
     positions_per_column
         Cheaper evidence: of a layer with d columns at most about this times d output positions (rows, tokens) enter the
         Hessian, chosen at random. Early layers have thousands of times more. Default: all. Which ones are chosen
-        depends on `batch_size`. Depthwise layers give all of theirs, which costs less than a choice. What a cap does
+        depends on `batch_size`. Natively summed depthwise layers give all of theirs, which costs less. What a cap does
         to traces is measured in docs/experiments.md.
     seed
         Of the augmentation and of the choice of positions. Equal seeds give equal bits.
