@@ -333,6 +333,7 @@ def test_positions_per_column_caps_what_a_layer_contributes(monkeypatch):
 
 
 def test_depthwise_layers_give_all_positions():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 6, 1))
     capped, every = (
         sf.trace(model, picture(), 0.5, positions_per_column=most, backend="native", **SETTINGS) for most in (10, None)
