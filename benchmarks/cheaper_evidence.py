@@ -44,13 +44,13 @@ def photographs(folder: Path | None, count: int) -> list[Image.Image]:
 def relative_error(dense: Tensor, layer: sf.LayerTrace, hessian: Tensor) -> float:
     """tr(D H D^T) / tr(W H W^T): which share of the layer's output, squared, the trace gets wrong."""
     groups = hessian.shape[0]
-    change, weight = ((w.double()).reshape(groups, -1, hessian.shape[1]) for w in (dense - layer.weight, dense))
+    change, weight = (w.double().reshape(groups, -1, hessian.shape[1]) for w in (dense - layer.weight, dense))
     hessian = hessian.double()
     return (((change @ hessian) * change).sum() / ((weight @ hessian) * weight).sum()).item()
 
 
 def overlap(first: sf.Trace, second: sf.Trace) -> float:
-    """Of the weights that either trace keeps in the layers pruned, the share that both keep."""
+    """Of the weights that either trace keeps in the pruned layers, the share that both keep."""
     pairs = [(first.layers[name].mask, second.layers[name].mask) for name in first.layers]
     both, either = (sum(int(f(a, b).sum()) for a, b in pairs) for f in (torch.logical_and, torch.logical_or))
     return both / either
@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="photographs; default: four of scikit-image's")
     parser.add_argument("--images", type=int, default=20)
     arguments = parser.parse_args()
+    if arguments.images < 1:
+        parser.error(f"--images must be at least 1, got {arguments.images}")
     net = sf.load_model("efficientnet_lite0")
     images = photographs(arguments.folder, arguments.images)
     if not images:

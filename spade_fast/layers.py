@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MethodType
 from typing import Any, NamedTuple, TypeGuard
@@ -104,7 +105,7 @@ class GramSum:
     def __init__(self, groups: int, columns: int, dtype: torch.dtype, device: torch.device, native: bool) -> None:
         self.groups, self.columns = groups, columns
         self.samples = 0
-        self.native = native
+        self._native = native
         self._dtype, self._device = dtype, device
         self._finished: Tensor | None = None
         self._open: tuple[tuple[int, int, int], ops.Geometry, Tensor] | None = None  # size, geometry, sums
@@ -118,7 +119,7 @@ class GramSum:
         size = (images.shape[1], images.shape[2], images.shape[3])
         outputs = geometry.outputs(*size[1:])
         self.samples += images.shape[0] * outputs[0] * outputs[1]
-        if not self.native:
+        if not self._native:
             self._finish(reference.conv2d_gram(images, geometry))
             return
         if self._open is None or self._open[:2] != (size, geometry):
@@ -255,10 +256,8 @@ class InputRecorder(TorchFunctionMode):
                 f"layer {name!r} is called with {groups} groups and {columns} columns, but was called with "
                 f"{total.groups} and {total.columns} before: leave it out of `layers`"
             )
-        # Natively, all products of a depthwise layer's positions cost less than a choice among them.
-        cheap = total.native and images.shape[1] == groups > 1
-        if self._positions_per_column is not None and not cheap:
-            most = math.ceil(self._positions_per_column * columns * self.share)
+        if self._positions_per_column is not None:
+            most = math.ceil(min(self._positions_per_column * columns * self.share, sys.maxsize))
             images, geometry = sample_patches(images, geometry, most, self._generator)
         total.add(images.to(dtype), geometry)
 
@@ -327,18 +326,19 @@ def sample_patches(
         return images, geometry
     chosen = _choose(images.shape[0] * height * width, count, generator).to(images.device)
     image, y, x = chosen // (height * width), chosen // width % height, chosen % width
-    down, right = (
+    rows, columns = (
         start[:, None] * geometry.stride[axis]
         + torch.arange(geometry.kernel_size[axis], device=images.device) * geometry.dilation[axis]
+        - geometry.padding[axis]
         for axis, start in enumerate((y, x))
     )
-    vertical, horizontal = geometry.padding
-    if vertical or horizontal:
-        images = F.pad(images, (horizontal, horizontal, vertical, vertical))
+    down, right = rows.clamp(0, images.shape[2] - 1), columns.clamp(0, images.shape[3] - 1)
     maps = images.permute(0, 2, 3, 1)
     patches = maps[image[:, None, None], down[:, :, None], right[:, None, :]]  # [count, ky, kx, channels]
-    columns = patches.permute(0, 3, 1, 2).reshape(count, -1)
-    return columns[:, :, None, None], ops.Geometry(groups=geometry.groups)
+    outside = (rows != down)[:, :, None] | (columns != right)[:, None, :]
+    patches.masked_fill_(outside[..., None], 0)
+    samples = patches.permute(0, 3, 1, 2).reshape(count, -1)
+    return samples[:, :, None, None], ops.Geometry(groups=geometry.groups)
 
 
 def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,8 @@ import contextlib
 import difflib
 import math
 import os
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -142,6 +144,13 @@ def resolve_model(
         raise InvalidInputError(f"model is a {kind}: scripted models hide their layers; pass the original nn.Module")
     if hasattr(module, "_orig_mod"):
         raise InvalidInputError("model is compiled, which hides its layers: pass the original, model._orig_mod")
+    for name, submodule in module.named_modules():
+        if _is_compiled(submodule):
+            which = f"module {name!r}" if name else "model"
+            raise InvalidInputError(
+                f"{which} is compiled, which hides what it calls: pass the model as it was before (copy.deepcopy "
+                "undoes module.compile(), torch.compile() keeps the original as _orig_mod)"
+            )
     if preprocess is not None:
         if not callable(preprocess):
             raise InvalidInputError(f"preprocess must be a function of a batch of pixels, got {preprocess!r}")
@@ -155,6 +164,11 @@ def resolve_model(
         f"{kind} does not say how its inputs are normalised: pass preprocess=, such as "
         "spade_fast.Preprocess(mean=..., std=...), or preprocess=torch.nn.Identity() if it takes pixels in 0..1"
     )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled_forward = hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None or compiled_forward
 
 
 def bare_module(model: nn.Module | LoadedModel) -> nn.Module:
@@ -178,21 +192,33 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     return target
 
 
+_evaluated_lock = threading.RLock()
+# Submodules that are in evaluation mode, with their own flags and one entry for each thread's use.
+_evaluated: weakref.WeakKeyDictionary[nn.Module, tuple[bool, set[object]]] = weakref.WeakKeyDictionary()
+
+
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every submodule, each one's own flag put back on leaving.
+    """Evaluation mode for every submodule, each one's own flag put back when the last thread leaves.
 
     The flags are set directly: `train` and `eval` may be overridden, and do more (merge LoRA weights, for one).
     """
-    flags = [(submodule, submodule.training) for submodule in module.modules()]
+    this, submodules = object(), list(module.modules())
 
     def restore() -> None:
-        for submodule, training in flags:
-            submodule.training = training
+        for submodule in submodules:
+            with _evaluated_lock:
+                training, users = _evaluated.get(submodule, (submodule.training, set()))
+                users.discard(this)
+                if not users:
+                    submodule.training = training
+                    _evaluated.pop(submodule, None)
 
     try:
-        for submodule, _ in flags:
-            submodule.training = False
+        for submodule in submodules:
+            with _evaluated_lock:
+                _evaluated.setdefault(submodule, (submodule.training, set()))[1].add(this)
+                submodule.training = False
         yield
     finally:
         try:

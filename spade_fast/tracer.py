@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,8 +105,7 @@ def trace(
     positions_per_column
         Cheaper evidence: of a layer with d columns at most about this times d output positions (rows, tokens) enter the
         Hessian, chosen at random. Early layers have thousands of times more. Default: all. Which ones are chosen
-        depends on `batch_size`. Natively summed depthwise layers give all of theirs, which costs less. What a cap does
-        to traces is measured in docs/experiments.md.
+        depends on `batch_size`. What a cap does to traces is measured in docs/experiments.md.
     seed
         Of the augmentation and of the choice of positions. Equal seeds give equal bits.
     device
@@ -295,7 +294,7 @@ def _dense_pass(
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _check_whole(what: str, value: object, least: int) -> None:

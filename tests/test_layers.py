@@ -308,6 +308,16 @@ def test_positions_are_equally_likely():
     assert (taken / rounds - 0.7).abs().max() < 5 * (0.7 * 0.3 / rounds) ** 0.5
 
 
+def test_positions_are_spread_evenly():
+    images, generator = torch.arange(10.0)[:, None, None, None], torch.Generator().manual_seed(0)
+    for _ in range(100):
+        patches, _ = sample_patches(images, ops.Geometry(), 5, generator)
+        taken = patches.flatten().sort().values
+        gaps = torch.cat([taken, taken[:1] + 10]).diff()  # one of each two numbers, the last followed by the first
+        assert gaps.min() >= 1
+        assert gaps.max() <= 3
+
+
 def test_few_positions_are_all_taken():
     images, geometry = torch.randn(2, 3, 4, 4), ops.Geometry((3, 3), padding=(1, 1))
     patches, same = sample_patches(images, geometry, 32, torch.Generator())

@@ -1,7 +1,10 @@
 """Tracing on small networks: what is pruned, what is refused, and that the model comes back as it was."""
 
+import copy
 import math
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cifar
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 import spade_fast as sf
 from spade_fast import ops, tracer
 from spade_fast.layers import GramSum, InputRecorder, mask_block_size, prunable_layers
+from spade_fast.models import evaluation_mode
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -332,14 +336,10 @@ def test_positions_per_column_caps_what_a_layer_contributes(monkeypatch):
     assert_same_bits(every, sf.trace(model, picture(), targets, batch_size=4, positions_per_column=1e6, **SETTINGS))
 
 
-def test_depthwise_layers_give_all_positions():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 6, 1))
-    capped, every = (
-        sf.trace(model, picture(), 0.5, positions_per_column=most, backend="native", **SETTINGS) for most in (10, None)
-    )
-    assert torch.equal(capped.layers["1"].weight, every.layers["1"].weight)
-    assert not torch.equal(capped.layers["2"].weight, every.layers["2"].weight)
+def test_a_cap_beyond_all_numbers_is_none():
+    model = network(torch.float64)
+    every = sf.trace(model, picture(), {"9": 0.5}, **SETTINGS)
+    assert_same_bits(every, sf.trace(model, picture(), {"9": 0.5}, positions_per_column=sys.float_info.max, **SETTINGS))
 
 
 def test_refit_keeps_the_mask_and_lowers_the_loss():
@@ -596,6 +596,34 @@ def test_tracing_runs_in_evaluation_mode():
     assert model[0].training
 
 
+def test_threads_trace_one_model_in_training_mode():
+    model = network().train()
+    before = copy.deepcopy(model.state_dict())
+    expected = sf.trace(model, picture(), 0.5, **SETTINGS)
+    with ThreadPoolExecutor(4) as threads:
+        traces = list(threads.map(lambda _: sf.trace(model, picture(), 0.5, **SETTINGS), range(16)))
+    for trace in traces:
+        assert_same_bits(expected, trace)
+    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_evaluation_mode_lasts_until_the_last_leaves():
+    model = network().train()
+    model[4].eval()
+    flags = [module.training for module in model.modules()]
+    first, second = evaluation_mode(model), evaluation_mode(model[4])
+    third = evaluation_mode(model)
+    first.__enter__()
+    second.__enter__()
+    third.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert not any(module.training for module in model.modules())
+    third.__exit__(None, None, None)
+    assert [module.training for module in model.modules()] == flags
+
+
 # Models of other kinds
 
 
@@ -643,6 +671,35 @@ def test_compiled_and_scripted_models_are_refused():
         sf.trace(torch.compile(network()), picture(), 0.5, **SETTINGS)
     with pytest.raises(sf.InvalidInputError, match="scripted"):
         sf.trace(torch.jit.script(network()), picture(), 0.5, **SETTINGS)
+
+
+def compile_in_place(model: nn.Sequential) -> str:
+    model[4].compile()
+    return "module '4'"
+
+
+def compile_submodule(model: nn.Sequential) -> str:
+    model[4] = torch.compile(model[4])
+    return "module '4'"
+
+
+def compile_forward(model: nn.Sequential) -> str:
+    model.forward = torch.compile(model.forward)
+    return "model"
+
+
+@pytest.mark.parametrize("compile_part", [compile_in_place, compile_submodule, compile_forward])
+def test_models_with_compiled_parts_are_refused(compile_part):
+    model = network()
+    with pytest.raises(sf.InvalidInputError, match=f"{compile_part(model)} is compiled"):
+        sf.trace(model, picture(), 0.5, **SETTINGS)
+
+
+def test_a_copy_of_a_module_compiled_in_place_is_traced():
+    model = network()
+    expected = sf.trace(model, picture(), 0.5, **SETTINGS)
+    model.compile()
+    assert_same_bits(expected, sf.trace(copy.deepcopy(model), picture(), 0.5, **SETTINGS))
 
 
 def test_preprocessing_must_be_known():
@@ -710,6 +767,7 @@ def test_bad_images(image, message):
         ({"refit": "no"}, "refit must be True or False"),
         ({"hessian_dtype": torch.float16}, "hessian_dtype must be torch.bfloat16, float32 or float64"),
         ({"positions_per_column": 0}, "positions_per_column must be a positive number"),
+        ({"positions_per_column": 10**400}, "positions_per_column must be a positive number"),
         ({"positions_per_column": "16"}, "positions_per_column must be a positive number"),
         ({"damping": -1}, "damping"),
         ({"solver": "slow"}, "solver='slow'"),

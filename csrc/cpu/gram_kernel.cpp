@@ -1,8 +1,8 @@
 // Gram matrices of layer inputs, X^T X summed over all samples, by the plan of gram_plan.h.
 //
 // Input is packed into panels (kernels.h), a chunk of images or of output rows at a time, then every thread finishes
-// tiles of the output by itself: no sum depends on the number of threads. Products of a map with itself are computed
-// for the upper triangle only. No call ever holds the patches of a whole batch.
+// tiles of the output by itself: no sum depends on the number of threads. Of products of a map with itself, tiles
+// below the diagonal are left out. No call ever holds the patches of a whole batch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -34,7 +34,8 @@ struct Lane {
   int64_t channel, y0, x0;
 };
 
-// Packs rows of up to `lanes` lanes of one image, zeros where they leave the input and in lanes that do not exist.
+// Packs rows of up to `lanes` lanes of one image, zeros where they leave the input. Lanes that do not exist get zeros
+// or what follows in the input.
 template <class T>
 class Packer {
  public:
@@ -53,10 +54,7 @@ class Packer {
     const int64_t from_step = geometry_.stride[1] * column_stride_;
     const Window window = window_of(lanes[0], image, row, width);
     const bool all_inside = window.begin == 0 && window.end == width && is_one_window(lanes);
-    if (all_inside && channel_stride_ == 1) {
-      if (count == kernel_.lanes) return kernel_.copy(window.first, from_step, width, out, step);
-      return kernel_.copy_some(window.first, from_step, width, count, out, step);
-    }
+    if (all_inside && channel_stride_ == 1) return pack_positions(window.first, from_step, width, count, step, out);
     if (all_inside && count == kernel_.lanes && from_step == 1) {
       return kernel_.transpose(window.first, channel_stride_, width, out, step);
     }
@@ -80,6 +78,18 @@ class Packer {
     const int64_t x = lane.x0 + span.begin * geometry_.stride[1];
     const T* first = data_ + image * image_stride_ + lane.channel * channel_stride_ + y * row_stride_;
     return {first + x * column_stride_, span.begin, span.end};
+  }
+
+  // Position x has `count` lanes side by side from first[x * from_step] on.
+  void pack_positions(const T* first, int64_t from_step, int64_t width, int64_t count, int64_t step, T* out) const {
+    // Whole vectors reach into what follows the lanes, up to the last lane of the last position.
+    const int64_t room = (width - 1) * from_step + count - kernel_.lanes;
+    const int64_t whole = room < 0 ? 0 : std::min(width, room / std::max<int64_t>(1, from_step) + 1);
+    kernel_.copy(first, from_step, whole, out, step);
+    for (int64_t x = whole; x < width; ++x) {
+      const T* position = first + x * from_step;
+      std::fill(std::copy(position, position + count, out + x * step), out + x * step + kernel_.lanes, T(0));
+    }
   }
 
   void pack_lane(const Window& window, int64_t width, int64_t step, T* out) const {

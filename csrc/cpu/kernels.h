@@ -1,7 +1,7 @@
 // The inner loops, compiled for several instruction sets; the best one of this machine is chosen when first needed.
 //
-// Matrices come as panels: `lanes` columns side by side, panel[k * lanes + l] being row k of column l. Whoever packs a
-// matrix so pads its last panel with zero columns.
+// Matrices come as panels: `lanes` columns side by side, panel[k * lanes + l] being row k of column l. Lanes
+// of the last panel behind the last column may hold anything: what is made of them is never used.
 #pragma once
 
 #include <cstdint>
@@ -33,9 +33,6 @@ struct Kernels {
 
   // out[k * out_step + l] = from[k * from_step + l] for all k < count, l < lanes.
   void (*copy)(const T* from, int64_t from_step, int64_t count, T* out, int64_t out_step);
-
-  // As copy for l < some, and zeros for the other lanes.
-  void (*copy_some)(const T* from, int64_t from_step, int64_t count, int64_t some, T* out, int64_t out_step);
 
   // out[k * out_step + l] = from[l * lane_step + k] for all k < count, l < lanes.
   void (*transpose)(const T* from, int64_t lane_step, int64_t count, T* out, int64_t out_step);

@@ -110,25 +110,6 @@ SPADE_FAST_TARGET void copy(const T* from, int64_t from_step, int64_t count, T* 
   }
 }
 
-template <class T>
-SPADE_FAST_TARGET void copy_some(const T* from, int64_t from_step, int64_t count, int64_t some, T* out,
-                                 int64_t out_step) {
-  typedef IntegerOf<sizeof(T)> Mask __attribute__((vector_size(SPADE_FAST_VECTOR_BYTES)));
-  Mask mask = {};
-  for (int64_t l = 0; l < some; ++l) mask[l] = -1;
-  // A whole vector may be read wherever it ends before the last lane of all.
-  const int64_t elements = (count - 1) * from_step + some;
-  int64_t k = 0;
-  for (; k < count && k * from_step + kLanes<T> <= elements; ++k) {
-    const Vector<T> lanes = *reinterpret_cast<const Vector<T>*>(from + k * from_step);
-    *reinterpret_cast<Vector<T>*>(out + k * out_step) =
-        reinterpret_cast<Vector<T>>(reinterpret_cast<Mask>(lanes) & mask);
-  }
-  for (; k < count; ++k) {
-    for (int64_t l = 0; l < kLanes<T>; ++l) out[k * out_step + l] = l < some ? from[k * from_step + l] : T(0);
-  }
-}
-
 // {a0, b0, a1, b1, ...} from the lower halves of two vectors, or from the upper ones.
 template <class T, bool kUpper, int64_t... kIndex>
 SPADE_FAST_TARGET inline Vector<T> interleave(Vector<T> a, Vector<T> b, Indices<kIndex...>) {
@@ -262,9 +243,9 @@ SPADE_FAST_TARGET void jitter(T before, T turn, T after, int64_t count, T* __res
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {kLanes<T>,    kTileRows, kTilePanels,      multiply<T>,  substitute<T>,
-                               correlate<T>, copy<T>,   copy_some<T>,     transpose<T>, combine<T>,
-                               score<T>,     prune<T>,  add_scattered<T>, jitter<T>};
+constexpr Kernels<T> kTable = {kLanes<T>,    kTileRows,        kTilePanels,  multiply<T>, substitute<T>,
+                               correlate<T>, copy<T>,          transpose<T>, combine<T>,  score<T>,
+                               prune<T>,     add_scattered<T>, jitter<T>};
 
 }  // namespace
 }  // namespace spade_fast
