@@ -68,10 +68,10 @@ def prepare(name: str) -> dict[tuple[str, str], Callable[[], Any]]:
 
     trace = sf.trace(exact, PHOTO, sparsity, augment=same_views, num_augmentations=8, batch_size=4, backend="native")
     targets = {layer: found.requested_sparsity for layer, found in trace.layers.items()}
-    plain = published.trace(
+    expected = published.trace(
         exact.module, targets, lambda views: net.preprocess(views).double(), lambda: torch.cat(seen)
     )
-    for layer, (sparse, loss) in plain.items():
+    for layer, (sparse, loss) in expected.items():
         assert trace.layers[layer].loss == pytest.approx(loss, rel=1e-6), layer
         torch.testing.assert_close(trace.layers[layer].weight, sparse, rtol=1e-6, atol=1e-6 * sparse.abs().max().item())
     size = net.preprocess.input_size

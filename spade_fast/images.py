@@ -174,6 +174,9 @@ def image_tensor(image: Image.Image | Tensor) -> Tensor:
             f"image tensor has dtype {image.dtype}: convert it to float and divide by 255 (or by the largest "
             "value of its format), so that pixels are in 0..1"
         )
+    if image.layout != torch.strided or image.is_meta:
+        kind = "has no values, being on the meta device" if image.is_meta else f"has layout {image.layout}"
+        raise InvalidInputError(f"image tensor {kind}: pass a dense tensor [3, H, W] of pixel values")
     _check_shape(image)
     image = image.detach().to(torch.float32)
     finite = image.isfinite()

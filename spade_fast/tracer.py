@@ -134,7 +134,9 @@ def trace(
     if not isinstance(refit, bool):
         raise InvalidInputError(f"refit must be True or False, got {refit!r}")
     if hessian_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise InvalidInputError(f"hessian_dtype must be torch.bfloat16, float32 or float64, got {hessian_dtype!r}")
+        raise InvalidInputError(
+            f"hessian_dtype must be torch.bfloat16, torch.float32, torch.float64 or None, got {hessian_dtype!r}"
+        )
     if positions_per_column is not None and not _is_positive(positions_per_column):
         raise InvalidInputError(f"positions_per_column must be a positive number or None, got {positions_per_column!r}")
     module, preprocess = resolve_model(model, preprocess)

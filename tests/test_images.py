@@ -308,6 +308,18 @@ def test_valid_tensor_is_given_back():
     assert image_tensor(image).data_ptr() == image.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.rand(3, 4, 5).to_sparse(), "image tensor has layout torch.sparse_coo: pass a dense tensor"),
+        (torch.rand(3, 4, 5, device="meta"), "image tensor has no values, being on the meta device"),
+    ],
+)
+def test_tensors_without_plain_values(pixels, message):
+    with pytest.raises(InvalidInputError, match=message):
+        image_tensor(pixels)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floats_become_float32(dtype):
     image = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)

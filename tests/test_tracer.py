@@ -765,7 +765,10 @@ def test_bad_images(image, message):
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"block_size": 0}, "block_size must be a whole number of at least 1"),
         ({"refit": "no"}, "refit must be True or False"),
-        ({"hessian_dtype": torch.float16}, "hessian_dtype must be torch.bfloat16, float32 or float64"),
+        (
+            {"hessian_dtype": torch.float16},
+            "hessian_dtype must be torch.bfloat16, torch.float32, torch.float64 or None",
+        ),
         ({"positions_per_column": 0}, "positions_per_column must be a positive number"),
         ({"positions_per_column": 10**400}, "positions_per_column must be a positive number"),
         ({"positions_per_column": "16"}, "positions_per_column must be a positive number"),
