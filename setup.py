@@ -66,8 +66,8 @@ def main() -> None:
     extension = (CUDAExtension if toolkit else CppExtension)(
         "spade_fast._C",
         sources,
-        define_macros=[*macros, *([("SPADE_FAST_WITH_CUDA", None)] if toolkit else [])],
-        extra_compile_args={"cxx": [*flags, "-Wall", "-fvisibility=hidden"], "nvcc": flags[:1]},
+        define_macros=[*macros, *([("SPADE_FAST_WITH_CUDA", None), ("USE_CUDA", None)] if toolkit else [])],
+        extra_compile_args={"cxx": [*flags, "-Wall", "-fvisibility=hidden"], "nvcc": [*flags[:1], "-std=c++17"]},
         py_limited_api=True,  # with the stable ABI of torch 2.11: one build serves all later Pythons and torches
     )
     wheel = {"bdist_wheel": {"py_limited_api": "cp310"}}

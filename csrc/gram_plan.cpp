@@ -114,4 +114,24 @@ std::vector<int64_t> GramPlan::shape() const {
   return {geometry.groups, sums, geometry.channels, geometry.channels};
 }
 
+std::vector<TapPair> tap_pairs(const GramPlan& plan) {
+  const ConvGeometry& g = plan.geometry;
+  std::vector<TapPair> pairs;
+  for (const GramClass& entry : plan.classes) {
+    for (const AxisClass::Pair& y : entry.rows->pairs) {
+      for (const AxisClass::Pair& x : entry.columns->pairs) {
+        const int64_t other_y = y.tap + entry.rows->difference, other_x = x.tap + entry.columns->difference;
+        TapPair pair{y.tap * g.kernel[1] + x.tap, other_y * g.kernel[1] + other_x, {}, entry.symmetric};
+        for (int64_t row = y.first_piece; row < y.end_piece; ++row) {
+          for (int64_t column = x.first_piece; column < x.end_piece; ++column) {
+            pair.sums.push_back(entry.first_sum + row * entry.columns->pieces() + column);
+          }
+        }
+        pairs.push_back(std::move(pair));
+      }
+    }
+  }
+  return pairs;
+}
+
 }  // namespace spade_fast

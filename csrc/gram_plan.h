@@ -77,6 +77,14 @@ struct GramPlan {
   std::vector<int64_t> shape() const;
 };
 
+// A pair of taps (i, j), i not after j: its block of the Gram matrix is the sum of these of the class's sums.
+struct TapPair {
+  int64_t tap, other_tap;
+  std::vector<int64_t> sums;
+  bool symmetric;
+};
+std::vector<TapPair> tap_pairs(const GramPlan& plan);
+
 // The outputs in [begin, end) whose tap at `offset` reads inside the input: 0 <= stride * y + offset < size.
 struct Span {
   int64_t begin, end;

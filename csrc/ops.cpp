@@ -7,13 +7,14 @@ STABLE_TORCH_LIBRARY(spade_fast, m) {
   // [d] is the patch under the kernel, its columns ordered (channel, ky, kx). It is summed in the form that is cheapest
   // for the geometry: a tensor of the first operator's shape, zero at first, to which the second adds a batch of inputs
   // [images, channels, height, width], and of which the third makes the matrix. `size` is [channels, height, width].
-  // A linear layer is the 1x1 convolution of [samples, d, 1, 1].
+  // A linear layer is the 1x1 convolution of [samples, d, 1, 1]. Inputs are of the dtype of the sums, or bfloat16 with
+  // float32 sums; tf32 rounds float32 inputs to ten bits of mantissa, ties away from zero, before they are multiplied.
   m.def(
       "conv2d_sums_shape(int[] size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups) "
       "-> int[]");
   m.def(
       "add_conv2d_sums_(Tensor(a!) sums, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-      "int groups) -> ()");
+      "int groups, bool tf32=False) -> ()");
   m.def(
       "conv2d_gram(Tensor sums, int[] size, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int "
       "groups) "

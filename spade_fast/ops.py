@@ -94,7 +94,7 @@ def conv2d_sums_shape(size: tuple[int, int, int], geometry: Geometry) -> list[in
     return shape
 
 
-def add_conv2d_sums_(sums: Tensor, input: Tensor, geometry: Geometry) -> None:
+def add_conv2d_sums_(sums: Tensor, input: Tensor, geometry: Geometry, tf32: bool = False) -> None:
     """Add a batch of layer inputs to the sums in place.
 
     Parameters
@@ -102,12 +102,14 @@ def add_conv2d_sums_(sums: Tensor, input: Tensor, geometry: Geometry) -> None:
     sums
         float32 or float64, contiguous, of the shape that :func:`conv2d_sums_shape` gives; zeros at first.
     input
-        [images, channels, height, width], same dtype and device, any strides; channels_last is the fastest. Zero
-        images add nothing.
+        [images, channels, height, width], on the same device, any strides; channels_last is the fastest. Of the dtype of
+        the sums, or bfloat16 with float32 sums. Zero images add nothing.
     geometry
         The convolution.
+    tf32
+        Round float32 inputs to TF32, ten bits of mantissa, ties away from zero, before they are multiplied.
     """
-    torch.ops.spade_fast.add_conv2d_sums_(sums, input, *geometry)
+    torch.ops.spade_fast.add_conv2d_sums_(sums, input, *geometry, tf32)
 
 
 def conv2d_gram(sums: Tensor, size: tuple[int, int, int], geometry: Geometry) -> Tensor:

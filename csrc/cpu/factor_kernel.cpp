@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "../ceil_div.h"
-#include "../check.h"
+#include "../factor_checks.h"
 #include "kernels.h"
 #include "side_by_side.h"
 
@@ -268,13 +268,6 @@ void factor_groups(const Tensor& hessian, double damping, Tensor& factor, double
     work.unpack(target + g * d * d);
     errors[g] = found ? backward_error(h, added, target + g * d * d, d) : kNone;
   }
-}
-
-void check_hessian(const Tensor& hessian, double damping) {
-  STD_TORCH_CHECK(
-      hessian.dim() == 3 && hessian.size(1) == hessian.size(2) && hessian.size(1) > 0 && is_float_or_double(hessian),
-      "hessian must be a float32 or float64 tensor [groups, columns, columns], got ", shape_text(hessian.sizes()));
-  STD_TORCH_CHECK(damping >= 0, "damping must be at least 0, got ", damping);
 }
 
 std::tuple<Tensor, Tensor> factor_hessian(Tensor hessian, double damping) {

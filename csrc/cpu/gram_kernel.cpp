@@ -8,17 +8,20 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "../ceil_div.h"
 #include "../check.h"
+#include "../gram_checks.h"
 #include "../gram_plan.h"
 #include "kernels.h"
 
 namespace spade_fast {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
@@ -405,33 +408,6 @@ void mirror_upper(T* gram, int64_t matrices, int64_t d) {
   });
 }
 
-// A pair of taps (i, j), i not after j: its block of the Gram matrix is the sum of these of the class's sums.
-struct TapPair {
-  int64_t tap, other_tap;
-  std::vector<int64_t> sums;
-  bool symmetric;
-};
-
-std::vector<TapPair> tap_pairs(const GramPlan& plan) {
-  const ConvGeometry& g = plan.geometry;
-  std::vector<TapPair> pairs;
-  for (const GramClass& entry : plan.classes) {
-    for (const AxisClass::Pair& y : entry.rows->pairs) {
-      for (const AxisClass::Pair& x : entry.columns->pairs) {
-        const int64_t other_y = y.tap + entry.rows->difference, other_x = x.tap + entry.columns->difference;
-        TapPair pair{y.tap * g.kernel[1] + x.tap, other_y * g.kernel[1] + other_x, {}, entry.symmetric};
-        for (int64_t row = y.first_piece; row < y.end_piece; ++row) {
-          for (int64_t column = x.first_piece; column < x.end_piece; ++column) {
-            pair.sums.push_back(entry.first_sum + row * entry.columns->pieces() + column);
-          }
-        }
-        pairs.push_back(std::move(pair));
-      }
-    }
-  }
-  return pairs;
-}
-
 // block[c - c0][e - e0] = the sum over `pieces` of matrices[piece][c][e], matrices [sums, n, n].
 template <class T>
 void add_pieces(const T* matrices, const std::vector<int64_t>& pieces, int64_t n, int64_t c0, int64_t c1, int64_t e0,
@@ -490,57 +466,38 @@ void assemble_depthwise(const GramPlan& plan, const T* sums, T* gram) {
   }
 }
 
-ConvGeometry geometry_of(const std::vector<int64_t>& size, const std::vector<int64_t>& kernel_size,
-                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                         const std::vector<int64_t>& dilation, int64_t groups) {
-  STD_TORCH_CHECK(size.size() == 3, "size must be [channels, height, width], got ", shape_text(size));
-  STD_TORCH_CHECK(size[0] >= 0 && size[1] >= 0 && size[2] >= 0, "no size may be negative, got ", shape_text(size));
-  STD_TORCH_CHECK(groups > 0 && size[0] % groups == 0, "groups = ", groups, " must divide the ", size[0],
-                  " channels of the input");
-  STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "kernel_size, stride, padding and dilation must have two values each");
-  ConvGeometry g{};
-  g.channels = size[0] / groups;
-  g.height = size[1];
-  g.width = size[2];
-  g.groups = groups;
-  for (int axis = 0; axis < 2; ++axis) {
-    STD_TORCH_CHECK(kernel_size[axis] > 0 && stride[axis] > 0 && dilation[axis] > 0 && padding[axis] >= 0,
-                    "kernel_size, stride and dilation must be positive and padding not negative, got ",
-                    shape_text(kernel_size), ", ", shape_text(stride), ", ", shape_text(dilation), ", ",
-                    shape_text(padding));
-    g.kernel[axis] = kernel_size[axis];
-    g.stride[axis] = stride[axis];
-    g.padding[axis] = padding[axis];
-    g.dilation[axis] = dilation[axis];
-    STD_TORCH_CHECK(g.size(axis) + 2 * padding[axis] >= g.reach(axis), "a kernel that reaches over ", g.reach(axis),
-                    " pixels does not fit into ", g.size(axis), " pixels padded by ", padding[axis]);
-  }
-  return g;
-}
-
-void check_sums(const GramPlan& plan, const Tensor& sums) {
-  STD_TORCH_CHECK(is_float_or_double(sums), "sums must be float32 or float64");
-  const std::vector<int64_t> shape = plan.shape();
-  bool fits = sums.dim() == static_cast<int64_t>(shape.size()) && sums.is_contiguous();
-  for (size_t i = 0; fits && i < shape.size(); ++i) fits = sums.size(i) == shape[i];
-  STD_TORCH_CHECK(fits, "sums must be a contiguous ", shape_text(shape), " tensor, got ", shape_text(sums.sizes()));
-}
-
 std::vector<int64_t> conv2d_sums_shape(std::vector<int64_t> size, std::vector<int64_t> kernel_size,
                                        std::vector<int64_t> stride, std::vector<int64_t> padding,
                                        std::vector<int64_t> dilation, int64_t groups) {
   return GramPlan(geometry_of(size, kernel_size, stride, padding, dilation, groups)).shape();
 }
 
+// A copy of float32 values rounded to TF32, ten bits of mantissa, ties away from zero.
+Tensor rounded_to_tf32(const Tensor& input) {
+  Tensor rounded = torch::stable::clone(torch::stable::contiguous(input));
+  float* values = rounded.mutable_data_ptr<float>();
+  parallel_for(0, rounded.numel(), 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, values + i, sizeof(bits));
+      bits = (bits + 0x1000) & ~uint32_t{0x1fff};
+      std::memcpy(values + i, &bits, sizeof(bits));
+    }
+  });
+  return rounded;
+}
+
 void add_conv2d_sums_(Tensor sums, Tensor input, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
-                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
-  STD_TORCH_CHECK(input.dim() == 4, "input must be [images, channels, height, width], got ", shape_text(input.sizes()));
-  STD_TORCH_CHECK(input.scalar_type() == sums.scalar_type(), "sums and input must both be float32 or both float64");
-  const std::vector<int64_t> size = {input.size(1), input.size(2), input.size(3)};
-  const GramPlan plan(geometry_of(size, kernel_size, stride, padding, dilation, groups));
+                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool tf32) {
+  const GramPlan plan(geometry_of_input(input, kernel_size, stride, padding, dilation, groups));
   check_sums(plan, sums);
+  check_input_dtype(sums, input, tf32);
   if (input.numel() == 0) return;
+  if (input.scalar_type() == ScalarType::BFloat16) {
+    input = torch::stable::to(input, ScalarType::Float);
+  } else if (tf32) {
+    input = rounded_to_tf32(input);
+  }
   dispatch_float_or_double(input, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto add = plan.flat ? add_flat<T> : plan.depthwise() ? add_depthwise<T> : add_shifted<T>;

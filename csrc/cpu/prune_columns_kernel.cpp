@@ -21,7 +21,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "../check.h"
+#include "../count_to_prune.h"
+#include "../prune_checks.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "side_by_side.h"
@@ -38,15 +39,6 @@ constexpr int64_t kPanelColumns = 96;
 constexpr int64_t kColumnCost = 500;         // of selecting and pruning in a column, in products of a sum
 constexpr int64_t kSmallestHistogram = 512;  // scores for which a histogram pays
 constexpr int64_t kBuckets = 2048;           // upper 12 bits of a float without its sign
-
-// How many of `candidates` weights of one block are pruned. Both rules are evaluated in double, as Python would.
-int64_t count_to_prune(int64_t candidates, double sparsity, bool published_count) {
-  const double exact = static_cast<double>(candidates) * sparsity;
-  // The published rule prunes all scores up to and including the int(n s)-th smallest: one more than asked for.
-  const int64_t count =
-      published_count ? static_cast<int64_t>(exact) + 1 : static_cast<int64_t>(std::floor(exact + 0.5));
-  return std::clamp<int64_t>(count, 0, candidates);
-}
 
 template <class T>
 class ColumnPruner {
@@ -192,19 +184,6 @@ class ColumnPruner {
   std::vector<T> change_, scores_, ordered_;  // of one block: [block columns, groups, rows]
 };
 
-void check_problem(const Tensor& weight, const Tensor& factor, double sparsity, int64_t block_size) {
-  STD_TORCH_CHECK(weight.dim() == 3 && is_float_or_double(weight),
-                  "weight must be a float32 or float64 tensor [groups, rows, columns], got ",
-                  shape_text(weight.sizes()));
-  const int64_t groups = weight.size(0), columns = weight.size(2);
-  STD_TORCH_CHECK(factor.dim() == 3 && factor.size(0) == groups && factor.size(1) == columns &&
-                      factor.size(2) == columns && factor.scalar_type() == weight.scalar_type(),
-                  "factor must be a [", groups, ", ", columns, ", ", columns, "] tensor of the weight's dtype, got ",
-                  shape_text(factor.sizes()));
-  STD_TORCH_CHECK(sparsity >= 0 && sparsity <= 1, "sparsity must lie in 0..1, got ", sparsity);
-  STD_TORCH_CHECK(block_size >= 1, "block_size must be at least 1, got ", block_size);
-}
-
 std::tuple<Tensor, Tensor, Tensor> prune_columns(Tensor weight, Tensor factor, double sparsity, int64_t block_size,
                                                  bool published_count) {
   check_problem(weight, factor, sparsity, block_size);
@@ -249,13 +228,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> prune_layers(std::v
                                                                           std::vector<double> sparsities,
                                                                           std::vector<int64_t> block_sizes,
                                                                           bool published_count) {
+  check_problems(weights, factors, sparsities, block_sizes);
   const size_t layers = weights.size();
-  STD_TORCH_CHECK(layers > 0 && factors.size() == layers && sparsities.size() == layers && block_sizes.size() == layers,
-                  "prune_layers needs a weight, factor, sparsity and block size for each layer, got ", layers, ", ",
-                  factors.size(), ", ", sparsities.size(), " and ", block_sizes.size());
   std::vector<double> costs;
   for (size_t i = 0; i < layers; ++i) {
-    check_problem(weights[i], factors[i], sparsities[i], block_sizes[i]);
     costs.push_back(static_cast<double>(weights[i].numel()) * static_cast<double>(weights[i].size(2) + kColumnCost));
   }
   std::vector<Tensor> sparse(layers), kept(layers);

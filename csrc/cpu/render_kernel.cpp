@@ -8,13 +8,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "../check.h"
+#include "../render_checks.h"
 #include "kernels.h"
 
 namespace spade_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
@@ -63,16 +62,8 @@ void render(const T* image, int64_t height, int64_t width, const Bands<T>& rows,
   });
 }
 
-// Starts must be such that no band leaves the image: kernels trust them.
-void check_bands(const char* axis, const Tensor& starts, const Tensor& weights, int64_t views, int64_t pixels,
-                 ScalarType dtype) {
-  STD_TORCH_CHECK(
-      weights.dim() == 3 && weights.size(0) == views && weights.scalar_type() == dtype && weights.is_contiguous(), axis,
-      " weights must be a contiguous [views, taps, size] tensor of the image's dtype, got ",
-      shape_text(weights.sizes()));
-  STD_TORCH_CHECK(starts.dim() == 2 && starts.size(0) == views && starts.size(1) == weights.size(2) &&
-                      starts.scalar_type() == ScalarType::Long && starts.is_contiguous(),
-                  axis, " starts must be a contiguous int64 [views, size] tensor, got ", shape_text(starts.sizes()));
+// Kernels trust starts: no band may leave the image.
+void check_starts(const char* axis, const Tensor& starts, const Tensor& weights, int64_t pixels) {
   const int64_t* first = starts.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < starts.numel(); ++i) {
     STD_TORCH_CHECK(first[i] >= 0 && first[i] <= pixels - weights.size(1), axis, " bands must lie within the ", pixels,
@@ -82,15 +73,10 @@ void check_bands(const char* axis, const Tensor& starts, const Tensor& weights, 
 
 Tensor render_views(Tensor image, Tensor row_starts, Tensor row_weights, Tensor column_starts, Tensor column_weights,
                     Tensor colours) {
-  STD_TORCH_CHECK(image.dim() == 3 && image.size(0) == 3 && is_float_or_double(image),
-                  "image must be a float32 or float64 tensor [3, height, width], got ", shape_text(image.sizes()));
-  STD_TORCH_CHECK(colours.dim() == 2 && colours.size(1) == 3 && colours.scalar_type() == image.scalar_type() &&
-                      colours.is_contiguous(),
-                  "colours must be a contiguous [views, 3] tensor of the image's dtype, got ",
-                  shape_text(colours.sizes()));
+  check_views(image, row_starts, row_weights, column_starts, column_weights, colours);
+  check_starts("row", row_starts, row_weights, image.size(1));
+  check_starts("column", column_starts, column_weights, image.size(2));
   const int64_t views = colours.size(0);
-  check_bands("row", row_starts, row_weights, views, image.size(1), image.scalar_type());
-  check_bands("column", column_starts, column_weights, views, image.size(2), image.scalar_type());
   Tensor pixels = torch::stable::contiguous(image);
   Tensor out = torch::stable::new_empty(image, {views, 3, row_weights.size(2), column_weights.size(2)});
   if (out.numel() == 0) return out;

@@ -1,0 +1,184 @@
+#include <algorithm>
+#include <limits>
+
+#include "../ceil_div.h"
+#include "gram.h"
+
+namespace spade_fast::cuda {
+namespace {
+
+constexpr int64_t kLeastPositions = 512;  // of a chunk: fewer are not worth a tile's start and end
+constexpr int64_t kStripShare = 4;        // a product with fewer than a fourth of the most positions is a strip
+constexpr size_t kAccumulatorBytes = size_t{96} << 10;
+constexpr int64_t kWarp = 32;
+constexpr int kMostWarps = 8;
+
+GramProduct product_of(const GramPlan& plan, const MapLayout& layout, const GramClass& entry, int64_t row_piece,
+                       int64_t column_piece) {
+  const ConvGeometry& g = plan.geometry;
+  const AxisClass& rows = *entry.rows;
+  const AxisClass& columns = *entry.columns;
+  const int64_t y = rows.cuts[row_piece], x = columns.cuts[column_piece];
+  const int64_t height = rows.cuts[row_piece + 1] - y, width = columns.cuts[column_piece + 1] - x;
+  const auto offset = [&](int64_t map, int64_t row, int64_t column) {
+    const PhaseMap& phase = plan.maps[map];
+    return (phase.y0 + g.stride[0] * row) * layout.row_step + (phase.x0 + g.stride[1] * column) * layout.column_step;
+  };
+  GramProduct product{};
+  product.first = offset(entry.map, y, x);
+  product.other_first = offset(entry.other_map, y + rows.shift, x + columns.shift);
+  product.width = Divisor(width);
+  product.area = Divisor(height * width);
+  product.positions = static_cast<int32_t>(layout.images * height * width);
+  product.sum = static_cast<int32_t>(entry.first_sum + row_piece * columns.pieces() + column_piece);
+  product.symmetric = entry.symmetric;
+  return product;
+}
+
+std::vector<GramProduct> products_of(const GramPlan& plan, const MapLayout& layout) {
+  std::vector<GramProduct> products;
+  if (plan.flat) {
+    const ConvGeometry& g = plan.geometry;
+    GramProduct product{};
+    product.width = Divisor(g.outputs(1));
+    product.area = Divisor(g.outputs(0) * g.outputs(1));
+    product.positions = static_cast<int32_t>(layout.images * g.outputs(0) * g.outputs(1));
+    product.symmetric = 1;
+    products.push_back(product);
+  }
+  for (const GramClass& entry : plan.classes) {
+    for (int64_t row = 0; row < entry.rows->pieces(); ++row) {
+      for (int64_t column = 0; column < entry.columns->pieces(); ++column) {
+        products.push_back(product_of(plan, layout, entry, row, column));
+      }
+    }
+  }
+  // Whole maps first, strips after them.
+  std::stable_sort(products.begin(), products.end(),
+                   [](const GramProduct& a, const GramProduct& b) { return a.positions > b.positions; });
+  return products;
+}
+
+void add_sections(GramLaunch& launch, int products, int64_t groups, int64_t blocks_wanted) {
+  const int64_t most = launch.products[0].positions, side = launch.tiles_per_side;
+  int strips = 0;
+  while (strips < products && launch.products[strips].positions * kStripShare >= most) ++strips;
+  int64_t blocks = 0, partials = 0;
+  const int ends[kSections] = {strips, products};
+  for (int s = 0; s < kSections; ++s) {
+    GramSection& section = launch.sections[s];
+    section.first_product = s == 0 ? 0 : ends[0];
+    section.end_product = ends[s];
+    section.first_block = section.first_product < section.end_product ? static_cast<int32_t>(blocks)
+                                                                      : std::numeric_limits<int32_t>::max();
+    int64_t tiles = 0;
+    for (int p = section.first_product; p < section.end_product; ++p) {
+      launch.products[p].first_tile = static_cast<int32_t>(tiles);
+      tiles += groups * (launch.products[p].symmetric ? side * (side + 1) / 2 : side * side);
+    }
+    if (tiles == 0) continue;
+    const int64_t useful = ceil_div(launch.products[section.first_product].positions, kLeastPositions);
+    const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(blocks_wanted, tiles), useful));
+    section.tiles = static_cast<int32_t>(tiles);
+    section.chunks = static_cast<int32_t>(chunks);
+    section.first_partial = static_cast<int32_t>(partials);
+    blocks += tiles * chunks;
+    if (chunks > 1) partials += tiles * chunks;
+  }
+  launch.blocks = static_cast<int32_t>(blocks);
+  launch.partial_tiles = static_cast<int32_t>(partials);
+}
+
+}  // namespace
+
+int gram_tile(int64_t size, Precision precision, bool vectors) {
+  if (precision == Precision::kFloat64 || !vectors) return 64;
+  // The larger tile does twice the work for each number that it loads.
+  constexpr double kLargeGain = 1.25;
+  const auto padded = [&](int64_t tile) {
+    const double side = static_cast<double>(ceil_div(size, tile) * tile);
+    return side * side;
+  };
+  return padded(128) < kLargeGain * padded(64) ? 128 : 64;
+}
+
+std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& layout, int tile, int multiprocessors) {
+  const ConvGeometry& g = plan.geometry;
+  GramLaunch common{};
+  common.size = static_cast<int32_t>(plan.flat ? g.columns() : g.channels);
+  common.tiles_per_side = static_cast<int32_t>(ceil_div(common.size, tile));
+  common.sums = static_cast<int32_t>(plan.flat ? 1 : plan.sums);
+  common.image_step = layout.image_step;
+  common.y_step = g.stride[0] * layout.row_step;
+  common.x_step = g.stride[1] * layout.column_step;
+  // Without patches a column is a channel, and no position lies outside.
+  common.taps = Divisor(plan.flat ? g.taps() : 1);
+  common.kernel_width = Divisor(plan.flat ? g.kernel[1] : 1);
+  common.row_step = layout.row_step;
+  common.column_step = layout.column_step;
+  common.channels = static_cast<int32_t>(g.channels);
+  for (int axis = 0; axis < 2; ++axis) {
+    common.stride[axis] = static_cast<int32_t>(g.stride[axis]);
+    common.dilation[axis] = static_cast<int32_t>(g.dilation[axis]);
+    common.padding[axis] = plan.flat ? static_cast<int32_t>(g.padding[axis]) : 0;
+    common.input_size[axis] = plan.flat ? static_cast<int32_t>(g.size(axis)) : std::numeric_limits<int32_t>::max();
+  }
+  // A few waves of what a multiprocessor holds at once.
+  const int64_t blocks_wanted = int64_t{multiprocessors} * (tile == 128 ? 8 : 24);
+
+  std::vector<GramLaunch> launches;
+  const std::vector<GramProduct> products = products_of(plan, layout);
+  for (size_t first = 0; first < products.size(); first += kMostProducts) {
+    const size_t count = std::min<size_t>(kMostProducts, products.size() - first);
+    GramLaunch launch = common;
+    std::copy_n(products.begin() + first, count, launch.products);
+    add_sections(launch, static_cast<int>(count), g.groups, blocks_wanted);
+    launches.push_back(launch);
+  }
+  return launches;
+}
+
+std::vector<DepthwiseProduct> depthwise_products(const GramPlan& plan, const MapLayout& layout) {
+  std::vector<DepthwiseProduct> products;
+  for (const GramClass& entry : plan.classes) {
+    for (int64_t row = 0; row < entry.rows->pieces(); ++row) {
+      for (int64_t column = 0; column < entry.columns->pieces(); ++column) {
+        const GramProduct product = product_of(plan, layout, entry, row, column);
+        products.push_back({product.first, product.other_first, static_cast<int32_t>(entry.rows->cuts[row]),
+                            static_cast<int32_t>(entry.rows->cuts[row + 1] - entry.rows->cuts[row]),
+                            static_cast<int32_t>(entry.columns->cuts[column + 1] - entry.columns->cuts[column]),
+                            product.sum});
+      }
+    }
+  }
+  return products;
+}
+
+DepthwiseLaunch depthwise_launch(const GramPlan& plan, const MapLayout& layout, size_t element_bytes,
+                                 int multiprocessors) {
+  const ConvGeometry& g = plan.geometry;
+  DepthwiseLaunch launch{};
+  launch.channels = static_cast<int32_t>(g.groups);
+  launch.sums = static_cast<int32_t>(plan.sums);
+  for (const PhaseMap& map : plan.maps) launch.rows = std::max(launch.rows, static_cast<int32_t>(map.height));
+  launch.units = static_cast<int32_t>(layout.images) * launch.rows;
+  launch.image_step = layout.image_step;
+  launch.y_step = g.stride[0] * layout.row_step;
+  launch.x_step = g.stride[1] * layout.column_step;
+  const size_t warp_bytes = std::max<size_t>(1, static_cast<size_t>(plan.sums) * kWarp * element_bytes);
+  launch.warps = static_cast<int32_t>(std::clamp<size_t>(kAccumulatorBytes / warp_bytes, 1, kMostWarps));
+  const int64_t slices = ceil_div(g.groups, kWarp), wanted = ceil_div(int64_t{multiprocessors} * 16, slices);
+  launch.chunks =
+      static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, ceil_div(launch.units, 4 * launch.warps))));
+  return launch;
+}
+
+AssemblyTables::AssemblyTables(const GramPlan& plan) {
+  for (const TapPair& pair : tap_pairs(plan)) {
+    pairs.push_back({static_cast<int32_t>(pair.tap), static_cast<int32_t>(pair.other_tap),
+                     static_cast<int32_t>(sums.size()), static_cast<int32_t>(pair.sums.size()), pair.symmetric});
+    sums.insert(sums.end(), pair.sums.begin(), pair.sums.end());
+  }
+}
+
+}  // namespace spade_fast::cuda
