@@ -1,5 +1,5 @@
-// The reversed Cholesky factor of each of many matrices: M lower triangular with H + damping * mean(diag H) * I = M^T
-// M.
+// The reversed Cholesky factor of each of many matrices: M lower triangular with
+// H + damping * mean(diag H) * I = M^T M.
 //
 //     M_rr = sqrt(H_rr - sum_{k > r} M_kr^2),   M_rc = (H_rc - sum_{k > r} M_kr M_kc) / M_rr   for c < r
 //
@@ -7,10 +7,10 @@
 //   factor_triangle   the block's own triangle; a block of threads owns it, in shared memory
 //   factor_rows       the rest of its rows; a thread owns a column of them, in registers
 //   factor_update     subtracts the rows' products from all that is left; a block of threads owns a tile
-// Before them factor_trace and factor_start make the damped matrix in the place of the factor, after them factor_image,
-// factor_error and factor_finish take the backward error along the vector of ones. Matrices are float or double, sums
-// are in the same type, that of the trace in double. Every element is the work of one thread in one order: results are
-// deterministic. The host guarantees that sizes do not ascend (FactorPlan).
+// Before them factor_trace and factor_start make the damped matrix in the place of the factor; after them factor_image,
+// factor_error and factor_finish take the backward error along the vector of ones. Grids: FactorPlan. Matrices are float
+// or double, sums are in the same type, that of the trace in double. Every element is the work of one thread at a time,
+// in one order: results are deterministic. The host guarantees that the largest matrices come first (FactorPlan).
 #pragma once
 
 #include <cmath>

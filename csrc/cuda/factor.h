@@ -11,7 +11,7 @@ namespace spade_fast::cuda {
 constexpr int kFactorBlock = 64;   // rows and columns of a block
 constexpr int kFactorStrip = 128;  // columns that a block of threads finishes at a time
 
-// One matrix. `size` is in the order of the table: the largest first.
+// One matrix.
 template <class T>
 struct FactorMatrix {
   const T* hessian;  // [size, size]
@@ -20,15 +20,16 @@ struct FactorMatrix {
   int64_t size;
 };
 
-// Launches that factor matrices of these sizes, which do not ascend. In step t the matrices that have a block left
-// finish their last but t-th one.
+// Launches that factor matrices, which are brought into order: the largest first. In step t the matrices that have a
+// block left finish their last but t-th one.
 struct FactorPlan {
   RaggedGrids strips;           // one grid: kFactorBlock rows of every matrix
   RaggedGrids rows;             // by step: kFactorStrip columns left of the block
   RaggedGrids updates;          // by step: tiles of what is left of the matrix
   std::vector<int32_t> active;  // by step: matrices
 
-  explicit FactorPlan(const std::vector<int64_t>& sizes);
+  template <class T>
+  explicit FactorPlan(std::vector<FactorMatrix<T>>& matrices);
 };
 
 // Device memory that the launches need beside the matrices.

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <tuple>
 #include <type_traits>
@@ -33,11 +32,7 @@ void factor_all(const OnDevice& device, const std::vector<Tensor>& hessians, dou
     }
   }
   if (matrices.empty()) return;
-  std::stable_sort(matrices.begin(), matrices.end(),
-                   [](const FactorMatrix<T>& a, const FactorMatrix<T>& b) { return a.size > b.size; });
-  std::vector<int64_t> sizes;
-  for (const FactorMatrix<T>& matrix : matrices) sizes.push_back(matrix.size);
-  const FactorPlan plan(sizes);
+  const FactorPlan plan(matrices);
 
   const Tensor& like = hessians[0];
   const auto count = static_cast<int64_t>(matrices.size());

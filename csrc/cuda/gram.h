@@ -66,16 +66,16 @@ int gram_tile(int64_t size, Precision precision, bool vectors);
 struct DepthwiseProduct {
   int64_t first, other_first;        // as above, for channel 0
   int32_t first_row, height, width;  // rows of the first map that it covers, positions in each
-  int32_t sum;
 };
 
 struct DepthwiseLaunch {
-  int32_t channels, sums, products;
+  int32_t channels, sums;
   int32_t rows, units;  // of the tallest map; of all images
   int32_t warps, chunks;
   int64_t image_step, y_step, x_step;
 };
 
+// One for each sum, in their order.
 std::vector<DepthwiseProduct> depthwise_products(const GramPlan& plan, const MapLayout& layout);
 DepthwiseLaunch depthwise_launch(const GramPlan& plan, const MapLayout& layout, size_t element_bytes,
                                  int multiprocessors);

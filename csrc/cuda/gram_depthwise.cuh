@@ -4,7 +4,7 @@
 // images); it runs through all products of a row while the cache holds it. Grid: (ceil(channels / kWarp), chunks).
 // Shared memory: the sums of every warp, [warps, sums, kWarp].
 //   input     E [images, ..., channels], as DepthwiseLaunch says; float, double or BFloat16
-//   products  [products]
+//   products  [sums]
 //   partials  Sum [chunks, sums, channels]
 // The warps' sums, then the chunks' (in depthwise_reduce), are added up in their order: results are deterministic. The
 // host guarantees that there are at most 31 bits of rows.
@@ -40,7 +40,7 @@ __global__ void depthwise_rows(const E* input, const DepthwiseProduct* products,
   for (int unit = begin + warp; is_channel && unit < end; unit += launch.warps) {
     const int image = unit / launch.rows, row = unit % launch.rows;
     const E* map = input + image * launch.image_step + channel;
-    for (int p = 0; p < launch.products; ++p) {
+    for (int p = 0; p < launch.sums; ++p) {
       const DepthwiseProduct& product = products[p];
       if (row < product.first_row || row >= product.first_row + product.height) continue;
       const int64_t offset = (row - product.first_row) * launch.y_step;
@@ -51,7 +51,7 @@ __global__ void depthwise_rows(const E* input, const DepthwiseProduct* products,
       for (int x = 0; x < product.width; ++x) {
         total += Sum{factor_of<kTf32>(a[x * launch.x_step])} * Sum{factor_of<kTf32>(b[x * launch.x_step])};
       }
-      sums[product.sum * kWarp] += total;
+      sums[p * kWarp] += total;
     }
   }
   __syncthreads();

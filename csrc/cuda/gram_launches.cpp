@@ -144,10 +144,10 @@ std::vector<DepthwiseProduct> depthwise_products(const GramPlan& plan, const Map
     for (int64_t row = 0; row < entry.rows->pieces(); ++row) {
       for (int64_t column = 0; column < entry.columns->pieces(); ++column) {
         const GramProduct product = product_of(plan, layout, entry, row, column);
-        products.push_back({product.first, product.other_first, static_cast<int32_t>(entry.rows->cuts[row]),
-                            static_cast<int32_t>(entry.rows->cuts[row + 1] - entry.rows->cuts[row]),
-                            static_cast<int32_t>(entry.columns->cuts[column + 1] - entry.columns->cuts[column]),
-                            product.sum});
+        const auto begin = static_cast<int32_t>(entry.rows->cuts[row]);
+        const auto height = static_cast<int32_t>(product.area.divisor / product.width.divisor);
+        const auto width = static_cast<int32_t>(product.width.divisor);
+        products.push_back({product.first, product.other_first, begin, height, width});
       }
     }
   }

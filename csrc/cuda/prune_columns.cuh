@@ -1,5 +1,5 @@
-// Column-wise optimal brain surgeon (FastSPADE) on many layers at once. With H = M^T M, M lower triangular, and delta =
-// w - q for finished columns,
+// Column-wise optimal brain surgeon (FastSPADE) on many layers at once. With H = M^T M, M lower triangular, and
+// delta = w - q for finished columns,
 //
 //     c_i = w_i + (1 / M_ii) sum_{j < i} M_ij delta_j,     score_i = |c_i M_ii|,
 //
@@ -7,16 +7,15 @@
 // Inside one block of columns the scores count every earlier column of the block as kept.
 //
 // Columns go in panels, each in two launches for all layers:
-//   prune_panel   a block of threads owns one layer, a thread every so-many-th row of it; the panel's part of M lies in
-//   shared
-//                 memory, where it fits. One threshold for all rows of a block of columns is found by radix selection
-//                 on the bits of the scores, a histogram of eight bits at a time. Grid: layers that have this panel.
-//   prune_update  sums of all later columns += M[later, panel] delta[panel]; a block of threads owns a tile, [columns,
-//   rows].
-//                 Grid: PrunePlan::updates.
-// Weights, sums and scores are float or double, the loss double. Rows are sums in one order, selection counts whole
-// numbers: results are deterministic. The host guarantees that the number of panels does not ascend, and that a layer
-// has fewer than 2^31 weights.
+//   prune_panel   A block of threads owns one layer, a thread every so-many-th row of it; the panel's part of M lies in
+//                 shared memory, where it fits. One threshold for all rows of a block of columns is found by radix
+//                 selection on the bits of the scores, a histogram of eight bits at a time. Grid: layers that have
+//                 this panel.
+//   prune_update  Sums of all later columns += M[later, panel] delta[panel]. A block of threads owns a tile, [columns,
+//                 rows]. Grid: PrunePlan::updates.
+// Weights, sums and scores are float or double, the loss double. What a row adds up, it adds up in one order, and
+// selection counts whole numbers: results are deterministic. The host guarantees that layers with the most panels come
+// first (PrunePlan), and that a layer has fewer than 2^31 weights.
 #pragma once
 
 #include <cmath>

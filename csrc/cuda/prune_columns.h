@@ -21,27 +21,23 @@ struct PruneProblem {
   T* scores;        // [block_size, groups * rows], scratch
   bool* kept;       // [groups, columns, rows]
   double* loss;     // zero at first
-  int32_t groups, rows, columns, block_size, panel_columns;
-  int32_t count, last_count;  // weights to prune of a whole block, and of the last one
+  int32_t groups, rows, columns, block_size;  // a block has at most all columns
   int32_t published_count;
+  double sparsity;
+  // Filled in by the plan:
+  int32_t panel_columns;      // whole blocks
+  int32_t count, last_count;  // weights to prune of a whole block, and of the last one if it is smaller
 };
 
-struct PruneShape {
-  int64_t groups, rows, columns, block_size;
-
-  // Columns of a panel: whole blocks.
-  int64_t panel_columns() const;
-  int64_t panels() const;
-};
-
-// Launches that prune layers of these shapes, the number of whose panels does not ascend. Panel t of all layers is
+// Launches that prune layers, which are brought into order: those with the most panels first. Panel t of all layers is
 // pruned in step t.
 struct PrunePlan {
   RaggedGrids updates;          // by step: tiles of the sums of all later columns
   std::vector<int32_t> active;  // by step: layers
-  int64_t shared_scores;        // for which there is shared memory: layers with more keep theirs in `scores`
+  int64_t shared_scores = 0;    // for which there is shared memory: layers with more keep theirs in `scores`
 
-  PrunePlan(const std::vector<PruneShape>& shapes, int64_t element_bytes);
+  template <class T>
+  explicit PrunePlan(std::vector<PruneProblem<T>>& problems);
 };
 
 // Implemented in prune_columns.cu: queues everything on the CUDA stream. `updates` is the plan's table in device

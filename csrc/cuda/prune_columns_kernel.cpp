@@ -5,10 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
-#include "../count_to_prune.h"
 #include "../prune_checks.h"
 #include "device.h"
 #include "prune_columns.h"
@@ -31,57 +30,47 @@ struct Layers {
   Tensor losses;
 };
 
-PruneShape shape_of(const Layers& layers, size_t i) {
-  const Tensor& weight = layers.sparse[i];
-  return {weight.size(0), weight.size(2), weight.size(1), std::min(layers.block_sizes[i], weight.size(1))};
-}
-
 // Prunes all layers of type T, whatever their sizes.
 template <class T>
 void prune_all(const OnDevice& device, const Layers& layers, bool published_count) {
-  std::vector<size_t> order;
-  for (size_t i = 0; i < layers.sparse.size(); ++i) {
-    if (layers.sparse[i].scalar_type() == kScalarType<T> && layers.sparse[i].numel() > 0) order.push_back(i);
-  }
-  if (order.empty()) return;
-  std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return shape_of(layers, a).panels() > shape_of(layers, b).panels(); });
-  std::vector<PruneShape> shapes;
+  std::vector<PruneProblem<T>> problems;
   int64_t weights = 0, scratch = 0;
-  for (const size_t i : order) {
-    shapes.push_back(shape_of(layers, i));
-    weights += layers.sparse[i].numel();
-    scratch += shapes.back().groups * shapes.back().rows * shapes.back().block_size;
+  for (size_t i = 0; i < layers.sparse.size(); ++i) {
+    const Tensor& weight = layers.sparse[i];
+    if (weight.scalar_type() != kScalarType<T> || weight.numel() == 0) continue;
+    PruneProblem<T> problem{};
+    problem.factor = layers.factors[i].const_data_ptr<T>();
+    problem.weight = weight.mutable_data_ptr<T>();
+    problem.kept = layers.kept[i].mutable_data_ptr<bool>();
+    problem.loss = layers.losses.mutable_data_ptr<double>() + i;
+    problem.groups = static_cast<int32_t>(weight.size(0));
+    problem.rows = static_cast<int32_t>(weight.size(2));
+    problem.columns = static_cast<int32_t>(weight.size(1));
+    problem.block_size = static_cast<int32_t>(std::min(layers.block_sizes[i], weight.size(1)));
+    problem.published_count = published_count;
+    problem.sparsity = layers.sparsities[i];
+    problems.push_back(problem);
+    weights += weight.numel();
+    scratch += weight.size(0) * weight.size(2) * problem.block_size;
   }
-  const PrunePlan plan(shapes, sizeof(T));
+  if (problems.empty()) return;
 
-  // All layers' sums, then their deltas, changes and scores.
-  Tensor memory = torch::stable::new_empty(layers.sparse[order[0]], {2 * weights + 2 * scratch});
+  // All layers' sums, which begin as zeros, then their deltas, changes and scores.
+  Tensor memory = torch::stable::new_empty(layers.losses, {2 * weights + 2 * scratch}, kScalarType<T>);
   Tensor all_sums = torch::stable::narrow(memory, 0, 0, weights);
   torch::stable::zero_(all_sums);
-  T* sums = memory.mutable_data_ptr<T>();
-  T* deltas = sums + weights;
-  T* changes = deltas + weights;
-  T* scores = changes + scratch;
-  std::vector<PruneProblem<T>> problems;
-  for (size_t p = 0; p < order.size(); ++p) {
-    const size_t i = order[p];
-    const PruneShape& shape = shapes[p];
-    const int64_t block_rows = shape.groups * shape.rows, last = shape.columns % shape.block_size;
-    const auto count = [&](int64_t width) {
-      return static_cast<int32_t>(count_to_prune(width * block_rows, layers.sparsities[i], published_count));
-    };
-    problems.push_back({layers.factors[i].const_data_ptr<T>(), layers.sparse[i].mutable_data_ptr<T>(), deltas, sums,
-                        changes, scores, layers.kept[i].mutable_data_ptr<bool>(),
-                        layers.losses.mutable_data_ptr<double>() + i, static_cast<int32_t>(shape.groups),
-                        static_cast<int32_t>(shape.rows), static_cast<int32_t>(shape.columns),
-                        static_cast<int32_t>(shape.block_size), static_cast<int32_t>(shape.panel_columns()),
-                        count(shape.block_size), last > 0 ? count(last) : 0, published_count});
-    sums += layers.sparse[i].numel();
-    deltas += layers.sparse[i].numel();
-    changes += block_rows * shape.block_size;
-    scores += block_rows * shape.block_size;
+  T* next[] = {memory.mutable_data_ptr<T>(), nullptr, nullptr, nullptr};
+  next[1] = next[0] + weights;
+  next[2] = next[1] + weights;
+  next[3] = next[2] + scratch;
+  for (PruneProblem<T>& problem : problems) {
+    const int64_t rows = int64_t{problem.groups} * problem.rows;
+    problem.sums = std::exchange(next[0], next[0] + rows * problem.columns);
+    problem.delta = std::exchange(next[1], next[1] + rows * problem.columns);
+    problem.change = std::exchange(next[2], next[2] + rows * problem.block_size);
+    problem.scores = std::exchange(next[3], next[3] + rows * problem.block_size);
   }
+  const PrunePlan plan(problems);
   const Tensor table = device.upload(problems, memory), updates = device.upload(plan.updates.first, memory);
   prune_problems(static_cast<const PruneProblem<T>*>(table.const_data_ptr()),
                  static_cast<const int32_t*>(updates.const_data_ptr()), plan, device.stream());

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "../ceil_div.h"
+#include "../count_to_prune.h"
 #include "prune_columns.h"
 
 namespace spade_fast::cuda {
@@ -8,32 +9,46 @@ namespace {
 
 constexpr int64_t kSharedScoreBytes = int64_t{64} << 10;
 
+template <class T>
+int64_t panels_of(const PruneProblem<T>& problem) {
+  return ceil_div(problem.columns, problem.panel_columns);
+}
+
+template <class T>
+void fill_in(PruneProblem<T>& problem) {
+  const int64_t rows = int64_t{problem.groups} * problem.rows, last = problem.columns % problem.block_size;
+  const auto count = [&](int64_t width) {
+    return static_cast<int32_t>(count_to_prune(width * rows, problem.sparsity, problem.published_count != 0));
+  };
+  problem.panel_columns = std::max(problem.block_size, kPanelColumns / problem.block_size * problem.block_size);
+  problem.count = count(problem.block_size);
+  problem.last_count = last > 0 ? count(last) : 0;
+}
+
 }  // namespace
 
-int64_t PruneShape::panel_columns() const {
-  return std::max<int64_t>(block_size, kPanelColumns / block_size * block_size);
-}
-
-int64_t PruneShape::panels() const {
-  return ceil_div(columns, panel_columns());
-}
-
-PrunePlan::PrunePlan(const std::vector<PruneShape>& shapes, int64_t element_bytes) : shared_scores(0) {
-  const auto count = static_cast<int32_t>(shapes.size());
-  for (const PruneShape& shape : shapes) {
-    const int64_t scores = shape.groups * shape.rows * shape.block_size;
-    if (scores * element_bytes <= kSharedScoreBytes) shared_scores = std::max(shared_scores, scores);
+template <class T>
+PrunePlan::PrunePlan(std::vector<PruneProblem<T>>& problems) {
+  const auto count = static_cast<int32_t>(problems.size());
+  for (PruneProblem<T>& problem : problems) {
+    fill_in(problem);
+    const int64_t scores = int64_t{problem.groups} * problem.rows * problem.block_size;
+    if (scores * static_cast<int64_t>(sizeof(T)) <= kSharedScoreBytes) shared_scores = std::max(shared_scores, scores);
   }
-  for (int64_t step = 0; count > 0 && step < shapes[0].panels(); ++step) {
+  std::stable_sort(problems.begin(), problems.end(),
+                   [](const PruneProblem<T>& a, const PruneProblem<T>& b) { return panels_of(a) > panels_of(b); });
+  for (int64_t step = 0; count > 0 && step < panels_of(problems[0]); ++step) {
     int32_t with_panel = 0;
-    while (with_panel < count && step < shapes[with_panel].panels()) ++with_panel;
+    while (with_panel < count && step < panels_of(problems[with_panel])) ++with_panel;
     active.push_back(with_panel);
     updates.add(with_panel, [&](int32_t i) {
-      const PruneShape& shape = shapes[i];
-      const int64_t later = std::max<int64_t>(0, shape.columns - (step + 1) * shape.panel_columns());
-      return shape.groups * ceil_div(later, kPanelColumns) * ceil_div(shape.rows, kPanelColumns);
+      const PruneProblem<T>& problem = problems[i];
+      const int64_t later = std::max<int64_t>(0, problem.columns - (step + 1) * problem.panel_columns);
+      return problem.groups * ceil_div(later, kPanelColumns) * ceil_div(problem.rows, kPanelColumns);
     });
   }
 }
+template PrunePlan::PrunePlan(std::vector<PruneProblem<float>>&);
+template PrunePlan::PrunePlan(std::vector<PruneProblem<double>>&);
 
 }  // namespace spade_fast::cuda

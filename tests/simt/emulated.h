@@ -1,0 +1,81 @@
+// The GPU's operators on host memory: the same tables and launches as on a GPU, the kernels run through
+// csrc/simt/simt.h. Every array has memory of its own, so that a sanitizer sees where it ends.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "../../csrc/cuda/factor.cuh"
+#include "../../csrc/cuda/gram.cuh"
+#include "../../csrc/cuda/gram_assemble.cuh"
+#include "../../csrc/cuda/gram_depthwise.cuh"
+#include "../../csrc/cuda/prune_columns.cuh"
+#include "../../csrc/cuda/render.cuh"
+
+namespace spade_fast::cuda::emulated {
+
+// Few enough that small inputs take several waves, enough that they are cut into several chunks.
+constexpr int kMultiprocessors = 4;
+
+// Adds maps [images, height, width, channels] to the sums of a plan.
+template <class Sum>
+void add_sums(const GramPlan& plan, const void* maps, int64_t images, Precision precision, bool vectors, Sum* sums) {
+  const ConvGeometry& g = plan.geometry;
+  const int64_t channels = g.channels * g.groups;
+  const MapLayout layout{images, g.height * g.width * channels, g.width * channels, channels};
+  if (plan.depthwise()) {
+    const std::vector<DepthwiseProduct> products = depthwise_products(plan, layout);
+    const DepthwiseLaunch launch = depthwise_launch(plan, layout, sizeof(Sum), kMultiprocessors);
+    std::vector<Sum> partials(launch.chunks * plan.sums * g.groups);
+    run_depthwise({precision, maps, products.data(), sums, partials.data()}, launch, nullptr);
+    return;
+  }
+  const int tile = gram_tile(plan.flat ? g.columns() : g.channels, precision, vectors);
+  for (const GramLaunch& launch : gram_launches(plan, layout, tile, kMultiprocessors)) {
+    std::vector<Sum> partials(int64_t{launch.partial_tiles} * tile * tile);
+    run_gram({precision, maps, vectors, sums, partials.data(), tile}, launch, nullptr);
+  }
+}
+
+// gram [groups, d, d]: zeros at first, or the sums of a flat plan.
+template <class T>
+void make_gram(const GramPlan& plan, const T* sums, T* gram) {
+  const int64_t groups = plan.geometry.groups;
+  if (plan.flat) {
+    run_mirror<T>(gram, groups, plan.geometry.columns(), nullptr);
+    return;
+  }
+  const AssemblyTables tables(plan);
+  run_assemble<T>({sizeof(T) == 8, groups, plan.geometry.channels, plan.geometry.taps(), plan.sums,
+                   static_cast<int64_t>(tables.pairs.size()), sums, tables.pairs.data(), tables.sums.data(), gram},
+                  plan.depthwise(), nullptr);
+}
+
+template <class T>
+void factor(std::vector<FactorMatrix<T>> matrices, double damping) {
+  const FactorPlan plan(matrices);
+  const int64_t strips = plan.strips.grids[0].blocks;
+  std::vector<T> dampings(matrices.size()), images(strips * kFactorBlock), worst(strips * 2);
+  std::vector<int32_t> failed(matrices.size());
+  run_factor<T>({matrices.data(), plan.strips.first.data(), plan.rows.first.data(), plan.updates.first.data(),
+                 dampings.data(), failed.data(), images.data(), worst.data()},
+                plan, damping, nullptr);
+}
+
+// Prunes layers whose own arrays are given; scratch memory is made here.
+template <class T>
+void prune(std::vector<PruneProblem<T>> problems) {
+  std::deque<std::vector<T>> memory;
+  for (PruneProblem<T>& problem : problems) {
+    const int64_t rows = int64_t{problem.groups} * problem.rows;
+    problem.sums = memory.emplace_back(rows * problem.columns).data();
+    problem.delta = memory.emplace_back(rows * problem.columns).data();
+    problem.change = memory.emplace_back(rows * problem.block_size).data();
+    problem.scores = memory.emplace_back(rows * problem.block_size).data();
+  }
+  const PrunePlan plan(problems);
+  run_prune(problems.data(), plan.updates.first.data(), plan, nullptr);
+}
+
+}  // namespace spade_fast::cuda::emulated

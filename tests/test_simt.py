@@ -1,0 +1,375 @@
+"""The CUDA kernels, run on the CPU through csrc/simt/simt.h, against the plain PyTorch reference in float64.
+
+`make simt` builds the module. Run under sanitizers by CMake (SPADE_FAST_SANITIZE), which names its own module in the
+environment variable SPADE_FAST_SIMT_MODULE.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spade_fast import augmentation, ops, reference
+
+BUILT = sorted((Path(__file__).parents[1] / "build/simt").glob("spade_fast_simt*.so"))
+MODULE = os.environ.get("SPADE_FAST_SIMT_MODULE") or (str(BUILT[0]) if BUILT else None)
+pytestmark = pytest.mark.skipif(MODULE is None, reason="the emulated CUDA kernels are not built (make simt)")
+
+#: Ascending, descending and two shuffled orders of threads and blocks.
+ORDERS = [0, 1, 7, 12345]
+FLOAT_BITS = {"float64": torch.float64, "float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load() -> ModuleType:
+    assert MODULE is not None
+    spec = importlib.util.spec_from_file_location("spade_fast_simt", MODULE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+simt = load() if MODULE else ModuleType("spade_fast_simt")
+
+
+@pytest.fixture(autouse=True)
+def _ascending_order():
+    yield
+    if MODULE:
+        simt.set_thread_order(0)
+
+
+def rounded(images: Tensor, precision: str) -> Tensor:
+    """What a kernel of this precision multiplies, in float64."""
+    if precision == "tf32":
+        bits = (images.float().view(torch.int32) + 0x1000) & ~0x1FFF
+        return bits.view(torch.float32).double()
+    return images.to(FLOAT_BITS[precision]).double()
+
+
+def vectors_fit(channels: int, geometry: ops.Geometry, sums_dimensions: int, precision: str) -> bool:
+    """Whether csrc/cuda/gram_kernel.cpp would load whole vectors of a map whose channels lie side by side."""
+    patches = sums_dimensions == 3 and (np.prod(geometry.kernel_size) > 1 or any(geometry.padding))
+    return not patches and channels // geometry.groups * FLOAT_BITS[precision].itemsize % 16 == 0
+
+
+def emulated_gram(images: Tensor, geometry: ops.Geometry, precision: str = "float64", batches: int = 1) -> Tensor:
+    channels, height, width = images.shape[1:]
+    convolution = simt.Convolution(channels, height, width, *geometry)
+    assert convolution.sums_shape == ops.conv2d_sums_shape((channels, height, width), geometry)
+    sums = np.zeros(convolution.sums_shape, dtype=np.float64 if precision == "float64" else np.float32)
+    vectors = vectors_fit(channels, geometry, sums.ndim, precision)
+    for batch in images.chunk(batches):
+        maps = batch.permute(0, 2, 3, 1).contiguous().to(FLOAT_BITS[precision])
+        array = maps.view(torch.int16) if precision == "bfloat16" else maps
+        convolution.add(sums, array.numpy(), precision, vectors)
+    return torch.from_numpy(convolution.gram(sums))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    scale = expected.abs().max().clamp(min=1e-300)
+    assert ((actual - expected).abs().max() / scale).item() <= tolerance
+    assert torch.equal(actual, actual.mT)
+
+
+# kernel, stride, padding, dilation, groups; channels, height, width
+GEOMETRIES = {
+    "1x1": (((1, 1), (1, 1), (0, 0), (1, 1), 1), (6, 9, 8)),
+    "1x1 strided": (((1, 1), (2, 2), (0, 0), (1, 1), 1), (8, 9, 8)),
+    "1x1 padded": (((1, 1), (2, 1), (1, 2), (1, 1), 1), (8, 5, 5)),
+    "1x1, two tiles": (((1, 1), (1, 1), (0, 0), (1, 1), 1), (132, 4, 4)),
+    "patches": (((3, 3), (1, 1), (1, 1), (1, 1), 1), (3, 9, 8)),
+    "stem": (((7, 7), (2, 2), (3, 3), (1, 1), 1), (3, 12, 12)),
+    "shifted": (((3, 3), (1, 1), (1, 1), (1, 1), 1), (64, 6, 5)),
+    "shifted, two tiles": (((3, 3), (1, 1), (1, 1), (1, 1), 1), (68, 5, 5)),
+    "shifted, odd channels": (((3, 3), (1, 1), (1, 1), (1, 1), 1), (66, 5, 5)),
+    "shifted, strided": (((3, 3), (2, 2), (1, 1), (1, 1), 1), (80, 7, 8)),
+    "shifted, dilated": (((3, 3), (1, 1), (2, 2), (2, 2), 1), (64, 7, 7)),
+    "shifted, more products than one launch holds": (((5, 5), (1, 1), (2, 2), (1, 1), 1), (64, 6, 6)),
+    "shifted, grouped": (((3, 3), (1, 1), (1, 1), (1, 1), 2), (128, 4, 4)),
+    "padding wider than the kernel": (((2, 2), (1, 1), (3, 3), (1, 1), 1), (64, 3, 3)),
+    "oblong patches": (((5, 2), (3, 1), (2, 1), (1, 3), 1), (2, 9, 9)),
+    "depthwise": (((3, 3), (1, 1), (1, 1), (1, 1), 40), (40, 7, 9)),
+    "depthwise, strided": (((5, 5), (2, 2), (2, 2), (1, 1), 6), (6, 9, 9)),
+}
+
+
+def case(name: str, images: int = 3) -> tuple[Tensor, ops.Geometry]:
+    geometry, shape = GEOMETRIES[name]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(images, *shape, dtype=torch.float64, generator=generator), ops.Geometry(*geometry)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_gram_equals_unfold_and_matmul(name):
+    images, geometry = case(name)
+    assert_close(emulated_gram(images, geometry, batches=2), reference.conv2d_gram(images, geometry))
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_gram_of_rounded_inputs(name, precision):
+    images, geometry = case(name)
+    if precision == "bfloat16" and "depthwise" not in name:
+        sums = ops.conv2d_sums_shape(tuple(images.shape[1:]), geometry)
+        if not vectors_fit(images.shape[1], geometry, len(sums), precision):
+            pytest.skip("such maps are converted to float32 and summed as tf32")
+    expected = reference.conv2d_gram(rounded(images, precision), geometry)
+    assert_close(emulated_gram(images, geometry, precision).double(), expected, 2e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_gram_on_large_tiles(precision):
+    images = torch.randn(2, 136, 3, 3, generator=torch.Generator().manual_seed(1)).double()
+    geometry = ops.Geometry((3, 3), padding=(1, 1))
+    expected = reference.conv2d_gram(rounded(images, precision), geometry)
+    assert_close(emulated_gram(images, geometry, precision).double(), expected, 2e-6)
+    images = torch.randn(3, 128, 3, 1, generator=torch.Generator().manual_seed(1)).double()
+    expected = reference.conv2d_gram(rounded(images, precision), ops.Geometry())
+    assert_close(emulated_gram(images, ops.Geometry(), precision).double(), expected, 2e-6)
+
+
+def test_gram_in_many_chunks():
+    images = torch.randn(40, 8, 15, 15, generator=torch.Generator().manual_seed(2)).double()  # 9,000 positions
+    for geometry in (ops.Geometry(), ops.Geometry((3, 3), padding=(1, 1), groups=8)):
+        assert_close(emulated_gram(images, geometry), reference.conv2d_gram(images, geometry))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_gram_on_any_geometry(data):
+    draw = data.draw
+    pair = lambda low, high: (draw(st.integers(low, high)), draw(st.integers(low, high)))  # noqa: E731
+    kernel, stride, padding, dilation = pair(1, 5), pair(1, 3), pair(0, 3), pair(1, 2)
+    groups = draw(st.integers(1, 3))
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    sides = [draw(st.integers(low, low + 5)) for low in least]
+    channels = groups * draw(st.sampled_from([1, 2, 3, 24]))
+    images = torch.randn(draw(st.integers(1, 2)), channels, *sides, dtype=torch.float64)
+    geometry = ops.Geometry(kernel, stride, padding, dilation, groups)
+    assert_close(emulated_gram(images, geometry), reference.conv2d_gram(images, geometry))
+
+
+@pytest.mark.parametrize("name", ["1x1, two tiles", "stem", "shifted, strided", "depthwise"])
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_the_order_of_threads_changes_no_bit_of_a_gram(name, precision):
+    images, geometry = case(name)
+    grams = []
+    for order in ORDERS:
+        simt.set_thread_order(order)
+        grams.append(emulated_gram(images, geometry, precision))
+    assert all(torch.equal(grams[0], gram) for gram in grams[1:])
+
+
+# Factors
+
+
+def hessians(sizes: list[int], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(size, size + 5, dtype=torch.float64, generator=generator) for size in sizes]
+    return [(x @ x.T).to(dtype) for x in inputs]
+
+
+def emulated_factors(matrices: list[Tensor], damping: float = 0.01) -> tuple[list[Tensor], list[float]]:
+    factors, errors = simt.factor([matrix.numpy() for matrix in matrices], damping)
+    return [torch.from_numpy(factor) for factor in factors], errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [[1], [64], [9, 63, 64, 65, 1], [150, 200, 9, 200, 128]])
+def test_factors_of_many_sizes(sizes, dtype):
+    matrices = hessians(sizes, dtype)
+    factors, errors = emulated_factors(matrices)
+    native, native_errors = ops.factor_hessians([matrix[None] for matrix in matrices], 0.01)
+    for i, matrix in enumerate(matrices):
+        exact = matrix.double()
+        exact = exact + 0.01 * exact.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
+        tolerance = 30 * len(matrix) * torch.finfo(dtype).eps
+        assert (factors[i].double().T @ factors[i].double() - exact).abs().max() <= tolerance * exact.abs().max()
+        assert torch.equal(factors[i], factors[i].tril())
+        assert errors[i] < 1
+        if dtype == torch.float64:
+            torch.testing.assert_close(factors[i], native[i][0], rtol=0, atol=1e-10 * exact.abs().max().item() ** 0.5)
+            assert errors[i] == pytest.approx(native_errors[i].item(), abs=0.5)
+
+
+def test_a_wrong_factor_would_be_seen():
+    # The error is measured on what was factored: along the vector of ones H is 1 off in its first row.
+    matrix = hessians([70], torch.float64)[0]
+    matrix[0, 1] += 1  # above the diagonal, which is not factored
+    _, errors = emulated_factors([matrix])
+    unit = 70 * np.finfo(np.float64).eps * (matrix.abs().sum(0) + 0.01 * matrix.diagonal().mean()).max().item()
+    assert errors[0] == pytest.approx(1 / unit, rel=0.01)
+
+
+def test_matrices_without_a_factor_leave_the_others_alone():
+    good = hessians([130], torch.float64)[0]
+    late = hessians([100], torch.float64)[0]
+    late[20, 20] = -1.0  # the first block to be finished is fine, the next is not
+    infinite, missing = hessians([70], torch.float64)[0], hessians([70], torch.float64)[0]
+    infinite[3, 3] = torch.inf
+    missing[40, 2] = torch.nan
+    _, errors = emulated_factors([-torch.eye(5, dtype=torch.float64), good, late, infinite, missing])
+    assert [errors[i] for i in (0, 2, 3, 4)] == [np.inf] * 4
+    assert errors[1] < 1
+
+
+def test_the_order_of_threads_changes_no_bit_of_a_factor():
+    matrices, found = hessians([150, 70, 9], torch.float32), []
+    for order in ORDERS:
+        simt.set_thread_order(order)
+        found.append(emulated_factors(matrices))
+    for factors, errors in found[1:]:
+        assert errors == found[0][1]
+        assert all(torch.equal(a, b) for a, b in zip(factors, found[0][0], strict=True))
+
+
+# Pruning
+
+
+def emulated_prune(
+    weights: list[Tensor], factors: list[Tensor], sparsities: list[float], blocks: list[int], published: bool = False
+) -> list[tuple[Tensor, Tensor, float]]:
+    turned = [weight.mT.contiguous().clone().numpy() for weight in weights]
+    masks, losses = simt.prune(
+        turned, [factor.contiguous().numpy() for factor in factors], sparsities, blocks, published
+    )
+    return [
+        (torch.from_numpy(weight).mT, torch.from_numpy(mask).mT, loss)
+        for weight, mask, loss in zip(turned, masks, losses, strict=True)
+    ]
+
+
+def problem(groups: int, rows: int, columns: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, Hessian and its reversed factor."""
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(groups, rows, columns, dtype=torch.float64, generator=generator)
+    inputs = torch.randn(groups, columns, 3 * columns, dtype=torch.float64, generator=generator)
+    hessian = inputs @ inputs.mT / columns
+    lower = torch.linalg.cholesky(hessian.flip(1, 2)).mT.flip(1, 2)
+    return weight.to(dtype), hessian.to(dtype), lower.to(dtype)
+
+
+SHAPES = [
+    (1, 40, 150, 1),
+    (1, 16, 135, 9),
+    (3, 5, 36, 9),
+    (24, 1, 9, 9),
+    (1, 9, 101, 7),
+    (1, 6, 200, 150),
+    (2, 3, 4, 64),
+    (2, 70, 70, 5),
+    (1, 1100, 3, 1),
+]
+
+
+@pytest.mark.parametrize(("groups", "rows", "columns", "block_size"), SHAPES)
+@pytest.mark.parametrize(("sparsity", "published"), [(0.0, False), (0.3, True), (0.95, False), (1.0, False)])
+def test_prune_equals_the_published_procedure(groups, rows, columns, block_size, sparsity, published):
+    weight, hessian, lower = problem(groups, rows, columns)
+    expected = reference.prune_columns(weight, reference.factor(hessian), sparsity, block_size, published)
+    ((sparse, mask, loss),) = emulated_prune([weight], [lower], [sparsity], [block_size], published)
+    assert torch.equal(mask, expected[1])
+    torch.testing.assert_close(sparse, expected[0], rtol=0, atol=1e-10)
+    assert loss == pytest.approx(expected[2].item(), rel=1e-10, abs=1e-10)
+
+
+def test_many_layers_at_once_give_what_each_gives_alone():
+    # One of them has more scores in a block than fit into shared memory.
+    shapes = [*SHAPES[:5], (1, 700, 12, 12)]
+    layers = [problem(*shape[:3], dtype=torch.float64) for shape in shapes]
+    weights, factors = [layer[0] for layer in layers], [layer[2] for layer in layers]
+    blocks, sparsities = [shape[3] for shape in shapes], [0.5, 0.9, 0.3, 0.5, 0.7, 0.8]
+    together = emulated_prune(weights, factors, sparsities, blocks)
+    for i in range(len(shapes)):
+        (alone,) = emulated_prune([weights[i]], [factors[i]], [sparsities[i]], [blocks[i]])
+        native = ops.prune_columns(weights[i], factors[i].contiguous(), sparsities[i], blocks[i], False)
+        assert torch.equal(together[i][0], alone[0])
+        assert torch.equal(together[i][1], alone[1])
+        assert together[i][2] == alone[2]
+        assert torch.equal(together[i][1], native[1])
+        torch.testing.assert_close(together[i][0], native[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("values", ["many ties", "all equal", "zeros", "wide range", "overflowing"])
+@pytest.mark.parametrize("sparsity", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("published", [False, True])
+def test_selection_among_many_float32_scores(values, sparsity, published):
+    # With H = I nothing propagates, so every score is exact and the reference decides alike.
+    generator = torch.Generator().manual_seed(1)
+    weight = {
+        "many ties": torch.randint(-3, 4, (2, 700, 6), generator=generator).float(),
+        "all equal": torch.full((2, 700, 6), -1.5),
+        "zeros": torch.zeros(2, 700, 6),
+        "wide range": torch.randn(2, 700, 6, generator=generator) ** 9,
+        "overflowing": torch.randn(2, 700, 6, generator=generator) * 3e38,
+    }[values].clamp(-3.4e38, 3.4e38)
+    eye = torch.eye(6).repeat(2, 1, 1)
+    for block_size in (1, 3):
+        ((sparse, mask, _),) = emulated_prune([weight], [eye], [sparsity], [block_size], published)
+        plain = reference.prune_columns(weight.double(), eye.double(), sparsity, block_size, published)
+        assert torch.equal(mask, plain[1])
+        assert torch.equal(sparse, plain[0].float())
+
+
+@pytest.mark.parametrize("block_size", [1, 9])
+def test_float32_reaches_the_objective_of_the_cpu(block_size):
+    weight, hessian, lower = problem(1, 64, 270, torch.float32)
+    ((sparse, mask, _),) = emulated_prune([weight], [lower], [0.7], [block_size])
+    native = ops.prune_columns(weight, lower.contiguous(), 0.7, block_size, False)
+
+    def objective(result: Tensor) -> float:
+        change = (weight - result).double()
+        return float(((change @ hessian.double()) * change).sum())
+
+    assert objective(sparse) == pytest.approx(objective(native[0]), rel=1e-3)
+    assert (mask == native[1]).double().mean() > 0.99
+
+
+def test_the_order_of_threads_changes_no_bit_of_a_sparse_weight():
+    weight, _, lower = problem(1, 70, 90, torch.float32)
+    weight[0, :, 4] = 0.5  # ties
+    found = []
+    for order in ORDERS:
+        simt.set_thread_order(order)
+        found += emulated_prune([weight], [lower], [0.6], [3])
+    for sparse, mask, loss in found[1:]:
+        assert torch.equal(sparse, found[0][0])
+        assert torch.equal(mask, found[0][1])
+        assert loss == found[0][2]
+
+
+# Views
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_views_equal_the_matrix_products(dtype):
+    image = torch.rand(3, 19, 23, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    views = augmentation.Augmentation(size=(7, 11)).sample((19, 23), 5, torch.Generator().manual_seed(0))
+    none = torch.zeros_like(views.flip)
+    rows = augmentation._resize_bands(views.top, views.height, none, 7, 19, image)
+    columns = augmentation._resize_bands(views.left, views.width, views.flip, 11, 23, image)
+    colours = torch.stack([views.brightness_factor, views.hue_shift, torch.ones(5)], 1).to(dtype)
+    expected = augmentation._render(image, rows, columns, colours)
+    rendered = simt.render(*(tensor.contiguous().numpy() for tensor in (image, *rows, *columns, colours)))
+    torch.testing.assert_close(
+        torch.from_numpy(rendered), expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12
+    )
+
+
+def test_bands_outside_the_image_are_moved_inside():
+    image, weights = np.random.default_rng(0).random((3, 4, 5)), np.full((1, 2, 3), 0.5)
+    colours = np.array([[1.0, 0.0, 1.0]])
+    wild = simt.render(image, np.array([[-7, 1, 99]]), weights, np.array([[-1, 2, 1 << 60]]), weights, colours)
+    tame = simt.render(image, np.array([[0, 1, 2]]), weights, np.array([[0, 2, 3]]), weights, colours)
+    assert np.array_equal(wild, tame)
