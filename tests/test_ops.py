@@ -133,6 +133,29 @@ def test_float32_gram_is_as_accurate_as_plain_float32(name):
     assert (native - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_inputs_of_less_precision_are_rounded_once(name):
+    geometry, channels, _ = FORMS[name]
+    images = torch.randn(2, channels, 9, 9, generator=torch.Generator().manual_seed(0))
+    size = (channels, 9, 9)
+    tf32 = ((images.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    for rounded, given, allow in ((tf32, images, True), (images.bfloat16().float(), images.bfloat16(), False)):
+        assert not torch.equal(rounded, images)
+        sums = torch.zeros(ops.conv2d_sums_shape(size, geometry))
+        before = given.clone()
+        ops.add_conv2d_sums_(sums, given, geometry, allow)
+        assert torch.equal(given, before)
+        assert torch.equal(ops.conv2d_gram(sums, size, geometry), native_gram(rounded, geometry))
+
+
+def test_tf32_ties_go_away_from_zero():
+    step = 2.0**-10  # between neighbouring numbers of TF32 from 1 on
+    for value, rounded in ((1 + step / 2, 1 + step), (-1 - step / 2, -1 - step), (1 + 0.49 * step, 1.0)):
+        sums = torch.zeros(1, 1, 1)
+        ops.add_conv2d_sums_(sums, torch.full((1, 1, 1, 1), value), ops.Geometry(), tf32=True)
+        assert sums.item() == torch.tensor(rounded).square().item()
+
+
 def test_nothing_adds_nothing():
     sums = torch.ones(1, 4, 4)
     ops.add_conv2d_sums_(sums, torch.zeros(0, 4, 5, 5), ops.Geometry())
@@ -169,6 +192,16 @@ def add(sums: Tensor, input: Tensor, **geometry: Any) -> None:
         (lambda: add(torch.zeros(1, 4, 4), torch.zeros(3, 5, 1, 1)), r"\[1, 5, 5\].*got \[1, 4, 4\]"),
         (lambda: add(torch.zeros(1, 4, 4), torch.zeros(3, 4, 1, 1).double()), "both be float32"),
         (lambda: add(torch.zeros(1, 4, 4).half(), torch.zeros(3, 4, 1, 1).half()), "must be float32 or float64"),
+        (
+            lambda: add(torch.zeros(1, 4, 4).double(), torch.zeros(3, 4, 1, 1).bfloat16()),
+            "bfloat16 and the sums float32",
+        ),
+        (
+            lambda: ops.add_conv2d_sums_(
+                torch.zeros(1, 4, 4).double(), torch.zeros(3, 4, 1, 1).double(), ops.Geometry(), True
+            ),
+            "tf32 rounds float32 inputs: with float64 sums it must be off",
+        ),
         (lambda: add(torch.zeros(4, 4, 1).mT, torch.zeros(3, 4, 1, 1)), r"contiguous \[1, 4, 4\]"),
         (lambda: add(torch.zeros(1, 4, 4), torch.zeros(4)), r"\[images, channels, height, width\], got \[4\]"),
         (lambda: add(torch.zeros(1, 4, 4), torch.zeros(1, 3, 5, 5), groups=2), "groups = 2 must divide the 3 channels"),
