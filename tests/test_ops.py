@@ -139,12 +139,12 @@ def test_inputs_of_less_precision_are_rounded_once(name):
     images = torch.randn(2, channels, 9, 9, generator=torch.Generator().manual_seed(0))
     size = (channels, 9, 9)
     tf32 = ((images.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    for rounded, given, allow in ((tf32, images, True), (images.bfloat16().float(), images.bfloat16(), False)):
+    for rounded, maps, allow in ((tf32, images, True), (images.bfloat16().float(), images.bfloat16(), False)):
         assert not torch.equal(rounded, images)
         sums = torch.zeros(ops.conv2d_sums_shape(size, geometry))
-        before = given.clone()
-        ops.add_conv2d_sums_(sums, given, geometry, allow)
-        assert torch.equal(given, before)
+        before = maps.clone()
+        ops.add_conv2d_sums_(sums, maps, geometry, allow)
+        assert torch.equal(maps, before)
         assert torch.equal(ops.conv2d_gram(sums, size, geometry), native_gram(rounded, geometry))
 
 
