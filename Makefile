@@ -1,17 +1,20 @@
 # make env    .venv with everything in it, the extension built
 # make demo   explain a photograph, say where the figure is
 # make test   all tests
-# make sanitize  the operators over random shapes, under the address and undefined behaviour sanitizers
+# make simt   the CUDA kernels built for the CPU, for their tests
+# make sanitize  operators and emulated CUDA kernels under the address and undefined behaviour sanitizers; races by
+#                ThreadSanitizer
 # make bench  native against the published procedure in plain PyTorch: tables and a plot in benchmarks/results (an hour)
 # make check  what continuous integration runs beside the tests: lint, types, CUDA sources
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
 # Known to work together. Anything from torch 2.11 on will do: make env TORCH="torch torchvision"
 TORCH ?= torch==2.11.0 torchvision==0.26.0
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo test sanitize bench check format clean
+.PHONY: env demo simt test sanitize bench check format clean
 
 env: $(VENV)/.built
 
@@ -28,11 +31,19 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
 demo: env
 	$(BIN)/spade-fast demo --out demo
 
-test: env
+simt: env
+	cmake -S . -B build/simt -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build build/simt --target spade_fast_simt_python simt_selftest
+	ctest --test-dir build/simt --output-on-failure --quiet -R simt_ -E "gram|factor|prune|render"
+
+test: env simt
 	$(BIN)/python -m pytest
 
 sanitize: env
-	cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPADE_FAST_SANITIZE=thread
+	cmake --build build/tsan
+	ctest --test-dir build/tsan --output-on-failure -j 2
+	cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN))/python \
 	  -DSPADE_FAST_SANITIZE=address,undefined
 	cmake --build build/asan
 	ctest --test-dir build/asan --output-on-failure

@@ -135,6 +135,12 @@ __device__ __forceinline__ float to_float(BFloat16 value) {
   return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
 }
 
+// Where a chunk of `count` things begins: all have count / chunks of them, the first ones one more.
+__device__ __forceinline__ int first_of_chunk(int count, int chunk, int chunks) {
+  const int more = count % chunks;
+  return count / chunks * chunk + (chunk < more ? chunk : more);
+}
+
 // Rounded to TF32, ten bits of mantissa, ties away from zero.
 __device__ __forceinline__ float to_tf32(float value) {
   return __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu);

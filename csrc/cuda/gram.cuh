@@ -96,7 +96,7 @@ template <class Tile>
 constexpr size_t kGramSharedBytes = size_t{kStages} * 2 * kDepth * Tile::kStride * sizeof(typename Tile::Element);
 
 template <class Tile, bool kVectors>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     gram_tiles(const typename Tile::Element* input, typename Tile::Sum* sums, typename Tile::Sum* partials,
                const __grid_constant__ GramLaunch launch) {
   using E = typename Tile::Element;
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int block = blockIdx.x - section.first_block, chunk = block / section.tiles, tile = block % section.tiles;
   const GramTile place = find_tile(launch, section, tile);
   const GramProduct& product = launch.products[place.product];
-  const int begin = static_cast<int>(int64_t{product.positions} * chunk / section.chunks);
-  const int end = static_cast<int>(int64_t{product.positions} * (chunk + 1) / section.chunks);
+  const int begin = first_of_chunk(product.positions, chunk, section.chunks);
+  const int end = first_of_chunk(product.positions, chunk + 1, section.chunks);
 
   E* stages = shared_memory<E>();
   const Loader left(launch, input, product.first, place.group, place.row);
@@ -192,21 +192,37 @@ void run_gram(const void* input, void* sums, void* partials, const GramLaunch& w
   }
 }
 
-inline void run_gram(const GramArguments& arguments, const GramLaunch& work, Stream stream) {
+// Runs the kernel of a tile size, of those that Tile<size> is made for.
+template <template <int> class Tile>
+void run_gram_tile(const GramArguments& arguments, const GramLaunch& work, Stream stream) {
   const auto run = [&](auto* run_one) { run_one(arguments.input, arguments.sums, arguments.partials, work, stream); };
-  const bool large = arguments.tile == 128;
+  if constexpr (sizeof(typename Tile<64>::Element) >= 4) {  // what can be copied by itself
+    if (!arguments.vectors) return run(arguments.tile == 64 ? run_gram<Tile<64>, false> : run_gram<Tile<32>, false>);
+  }
+  if (arguments.tile == 128) return run(run_gram<Tile<128>, true>);
+  run(arguments.tile == 64 ? run_gram<Tile<64>, true> : run_gram<Tile<32>, true>);
+}
+
+template <int kTile>
+using FloatTile = ScalarTile<float, kTile, kTile == 32 ? 4 : 8>;
+template <int kTile>
+using Tf32Tile = TensorTile<float, kTile>;
+template <int kTile>
+using BFloat16Tile = TensorTile<BFloat16, kTile>;
+
+inline void run_gram(const GramArguments& arguments, const GramLaunch& work, Stream stream) {
+  using DoubleTile = ScalarTile<double, 64, 4>;
   switch (arguments.precision) {
-    case Precision::kFloat64:
-      return run(arguments.vectors ? run_gram<ScalarTile<double, 64, 4>, true>
-                                   : run_gram<ScalarTile<double, 64, 4>, false>);
+    case Precision::kFloat64: {
+      const auto run = arguments.vectors ? run_gram<DoubleTile, true> : run_gram<DoubleTile, false>;
+      return run(arguments.input, arguments.sums, arguments.partials, work, stream);
+    }
     case Precision::kFloat32:
-      if (!arguments.vectors) return run(run_gram<ScalarTile<float, 64, 8>, false>);
-      return run(large ? run_gram<ScalarTile<float, 128, 8>, true> : run_gram<ScalarTile<float, 64, 8>, true>);
+      return run_gram_tile<FloatTile>(arguments, work, stream);
     case Precision::kTf32:
-      if (!arguments.vectors) return run(run_gram<TensorTile<float, 64>, false>);
-      return run(large ? run_gram<TensorTile<float, 128>, true> : run_gram<TensorTile<float, 64>, true>);
+      return run_gram_tile<Tf32Tile>(arguments, work, stream);
     case Precision::kBFloat16:
-      return run(large ? run_gram<TensorTile<BFloat16, 128>, true> : run_gram<TensorTile<BFloat16, 64>, true>);
+      return run_gram_tile<BFloat16Tile>(arguments, work, stream);
   }
 }
 

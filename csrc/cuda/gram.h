@@ -59,7 +59,7 @@ constexpr int64_t kMostPositions = (int64_t{1} << 31) - 1;
 // Launches that add a batch to the sums of a plan that is not depthwise, on tiles of `tile` x `tile`.
 std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& layout, int tile, int multiprocessors);
 
-// The tile for sums of this size: 128 or 64, always 64 without vectors or in float64 (GramArguments).
+// The tile for sums of this size: 128, 64 or 32; not 128 without vectors (GramArguments), always 64 in float64.
 int gram_tile(int64_t size, Precision precision, bool vectors);
 
 // Depthwise: a sum is a number for every channel.

@@ -35,8 +35,8 @@ __global__ void depthwise_rows(const E* input, const DepthwiseProduct* products,
   Sum* sums = all_sums + int64_t{warp} * launch.sums * kWarp + lane;
   for (int s = 0; s < launch.sums; ++s) sums[s * kWarp] = 0;
 
-  const int begin = static_cast<int>(int64_t{launch.units} * blockIdx.y / launch.chunks);
-  const int end = static_cast<int>(int64_t{launch.units} * (blockIdx.y + 1) / launch.chunks);
+  const int begin = first_of_chunk(launch.units, blockIdx.y, launch.chunks);
+  const int end = first_of_chunk(launch.units, blockIdx.y + 1, launch.chunks);
   for (int unit = begin + warp; is_channel && unit < end; unit += launch.warps) {
     const int image = unit / launch.rows, row = unit % launch.rows;
     const E* map = input + image * launch.image_step + channel;

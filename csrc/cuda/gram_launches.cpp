@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "../ceil_div.h"
@@ -92,14 +93,21 @@ void add_sections(GramLaunch& launch, int products, int64_t groups, int64_t bloc
 }  // namespace
 
 int gram_tile(int64_t size, Precision precision, bool vectors) {
-  if (precision == Precision::kFloat64 || !vectors) return 64;
-  // The larger tile does twice the work for each number that it loads.
-  constexpr double kLargeGain = 1.25;
-  const auto padded = [&](int64_t tile) {
-    const double side = static_cast<double>(ceil_div(size, tile) * tile);
-    return side * side;
+  // Larger tiles do more work for each number that they load, smaller ones less for nothing at the edges.
+  struct Choice {
+    int tile;
+    double speed;
   };
-  return padded(128) < kLargeGain * padded(64) ? 128 : 64;
+  constexpr Choice kChoices[] = {{128, 1.25}, {64, 1.0}, {32, 0.6}};
+  if (precision == Precision::kFloat64) return 64;
+  const auto cost = [&](const Choice& choice) {
+    const double side = static_cast<double>(ceil_div(size, choice.tile) * choice.tile);
+    return side * side / choice.speed;
+  };
+  const Choice* first = vectors ? std::begin(kChoices) : std::begin(kChoices) + 1;
+  return std::min_element(first, std::end(kChoices),
+                          [&](const Choice& a, const Choice& b) { return cost(a) < cost(b); })
+      ->tile;
 }
 
 std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& layout, int tile, int multiprocessors) {
@@ -124,7 +132,7 @@ std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& lay
     common.input_size[axis] = plan.flat ? static_cast<int32_t>(g.size(axis)) : std::numeric_limits<int32_t>::max();
   }
   // A few waves of what a multiprocessor holds at once.
-  const int64_t blocks_wanted = int64_t{multiprocessors} * (tile == 128 ? 8 : 24);
+  const int64_t blocks_wanted = int64_t{multiprocessors} * (tile == 128 ? 8 : tile == 64 ? 24 : 48);
 
   std::vector<GramLaunch> launches;
   const std::vector<GramProduct> products = products_of(plan, layout);

@@ -9,7 +9,7 @@
 //   - under ThreadSanitizer: conflicting accesses without a barrier between them. Memory is ordered among the threads
 //     of a block by __syncthreads and __syncwarp alone: shuffles, votes and matrix products order none, nor do atomics,
 //     which are relaxed. Blocks are not ordered at all before the launch ends. Older threads are forgotten in the end:
-//     a race between blocks further apart than detail::kRacers threads may be missed.
+//     a race between blocks further apart than detail::kRacers threads may be missed, between neighbours it is not.
 //
 // What it does not show: weak memory (what a thread writes is seen by all at once, and there are no fences); progress
 // that depends on the hardware's scheduling (blocks that wait for each other, spin locks); what is limited by
@@ -68,6 +68,13 @@
 #define SPADE_FAST_SIMT_UNCHECKED
 #endif
 
+// For functions that change stacks: whatever the compiler finds out about their registers and memory would be wrong.
+#if defined(__clang__)
+#define SPADE_FAST_SIMT_SWITCH __attribute__((noinline, no_sanitize_address, no_sanitize_thread))
+#else
+#define SPADE_FAST_SIMT_SWITCH __attribute__((noipa, no_sanitize_address, no_sanitize_thread))
+#endif
+
 #define __global__ inline
 #define __device__
 #define __host__
@@ -101,7 +108,8 @@ constexpr size_t kStack = 256 * 1024;  // a sanitizer writes its report on the s
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif
-constexpr size_t kRacers = 1024;  // threads of a launch that ThreadSanitizer tells apart: two blocks at the least
+// Threads of a launch that ThreadSanitizer tells apart, or two blocks where that is more. Each takes nearly a megabyte.
+constexpr size_t kRacers = 1024;
 constexpr size_t kOrders = 1024;  // objects through which ThreadSanitizer sees order, in each block
 
 enum class Kind { kSyncWarp, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kAny, kAll, kMma };
@@ -267,15 +275,16 @@ SPADE_FAST_SIMT_UNCHECKED inline void depart(Context& next) {
   state.current_context = &next;
 }
 
-// By the compiler's own setjmp. The library's refuses other stacks under _FORTIFY_SOURCE, or takes its jump for the end
-// of the stack under AddressSanitizer; swapcontext makes a system call.
-[[noreturn]] __attribute__((noinline, no_sanitize_address, no_sanitize_thread)) inline void jump(void** registers) {
+// By the compiler's own setjmp, whose jump must be in another function. The library's refuses other stacks under
+// _FORTIFY_SOURCE, and has AddressSanitizer forget the whole stack; swapcontext makes a system call.
+[[noreturn]] SPADE_FAST_SIMT_SWITCH inline void jump(void** registers) {
   __builtin_longjmp(registers, 1);
 }
 
-__attribute__((noinline, no_sanitize_address, no_sanitize_thread)) inline void switch_to(Context& next) {
+SPADE_FAST_SIMT_SWITCH inline void switch_to(Context& next) {
   depart(next);
   if (__builtin_setjmp(state.previous_context->registers) == 0) jump(next.registers);
+  __asm__ volatile("" ::: "memory");
   arrive();
 }
 
@@ -427,14 +436,13 @@ inline char* map_memory(size_t bytes) {
   return static_cast<char*>(memory);
 }
 
-// Leaves a fiber at its beginning, on a stack with a page below it that may not be touched.
-__attribute__((noinline, no_sanitize_address, no_sanitize_thread)) inline void enter_fiber(ucontext_t& fiber,
-                                                                                           Context& context) {
+SPADE_FAST_SIMT_SWITCH inline void enter_fiber(ucontext_t& fiber, Context& context) {
   depart(context);
   if (__builtin_setjmp(state.host.registers) == 0) setcontext(&fiber);
   arrive();
 }
 
+// Leaves a thread's fiber at its beginning, on a stack with a page below it that may not be touched.
 inline void make_fiber(int number) {
   char* guard = state.stacks + static_cast<size_t>(number) * stack_stride();
   if (mprotect(guard, page_bytes(), PROT_NONE) != 0) throw std::bad_alloc();
@@ -460,7 +468,7 @@ inline void make_fiber(int number) {
 #if defined(SPADE_FAST_SIMT_TSAN)
 
 // Blocks are not ordered, so that all memory they would reuse must be unknown to ThreadSanitizer in each: it forgets
-// what is unmapped. So with the threads themselves.
+// what is unmapped. Racers are its threads: they are costly to make, and taken up again in turn.
 class BlockMemory {
  public:
   explicit BlockMemory(size_t shared_bytes) : shared_bytes_(shared_bytes) {}
@@ -516,8 +524,9 @@ class BlockMemory {
 
 inline void poison(void* memory, size_t bytes) {
   char* at = static_cast<char*>(memory);
-  for (size_t i = 0; i < bytes; i += sizeof(kPoison))
+  for (size_t i = 0; i < bytes; i += sizeof(kPoison)) {
     std::memcpy(at + i, &kPoison, std::min(sizeof(kPoison), bytes - i));
+  }
 }
 
 SPADE_FAST_SIMT_UNCHECKED inline void set_block_index(uint64_t number) {

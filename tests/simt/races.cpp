@@ -34,7 +34,8 @@ template <class T>
 void run_gram_of(const ConvGeometry& geometry, Precision precision, bool vectors) {
   const GramPlan plan(geometry);
   const int64_t images = 3, d = geometry.columns();
-  std::vector<T> maps = random_values<T>(images * geometry.height * geometry.width * geometry.channels * geometry.groups);
+  std::vector<T> maps =
+      random_values<T>(images * geometry.height * geometry.width * geometry.channels * geometry.groups);
   int64_t size = 1;
   for (const int64_t side : plan.shape()) size *= side;
   std::vector<T> sums(size);
