@@ -17,7 +17,7 @@ namespace spade_fast::cuda {
 // While it lives, the device of `tensor` is the current one.
 class OnDevice {
  public:
-  explicit OnDevice(const torch::stable::Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
+  explicit OnDevice(const torch::stable::Tensor& tensor) : index_(checked_index(tensor)), guard_(index_) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
   }
 
@@ -33,7 +33,7 @@ class OnDevice {
   // Refuses a tensor that lies elsewhere: kernels get plain pointers.
   void check_here(const char* what, const torch::stable::Tensor& tensor) const {
     STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == index_, what, " must be on cuda:", index_,
-                    ", as the first argument is");
+                    ", as the first tensor is");
   }
 
   // A copy of a table in device memory, in the order of the stream.
@@ -51,6 +51,11 @@ class OnDevice {
   }
 
  private:
+  static int32_t checked_index(const torch::stable::Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cuda(), "all tensors must be on one GPU, but the first is on the CPU");
+    return tensor.get_device_index();
+  }
+
   static void check_status(cudaError_t status, const char* what) {
     STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
   }

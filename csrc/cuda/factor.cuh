@@ -8,9 +8,9 @@
 //   factor_rows       the rest of its rows; a thread owns a column of them, in registers
 //   factor_update     subtracts the rows' products from all that is left; a block of threads owns a tile
 // Before them factor_trace and factor_start make the damped matrix in the place of the factor; after them factor_image,
-// factor_error and factor_finish take the backward error along the vector of ones. Grids: FactorPlan. Matrices are float
-// or double, sums are in the same type, that of the trace in double. Every element is the work of one thread at a time,
-// in one order: results are deterministic. The host guarantees that the largest matrices come first (FactorPlan).
+// factor_error and factor_finish take the backward error along the vector of ones. Grids: FactorPlan. Matrices are
+// float or double, sums are in the same type, that of the trace in double. Every element is the work of one thread at a
+// time, in one order: results are deterministic. The host guarantees that the largest matrices come first (FactorPlan).
 #pragma once
 
 #include <cmath>
@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(kFactorThreads)
       }
     }
   }
-  __syncthreads();
-  for (int r = row0; r < span.n; r += kRows) {
+  for (int r = row0; r < span.n; r += kRows) {  // nothing was left to update after the last row
     if (column <= r) corner[r * matrix.size + column] = block[r * kTriangleStride + column];
   }
 }

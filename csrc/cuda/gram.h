@@ -51,7 +51,7 @@ struct GramLaunch {
   int32_t stride[2], dilation[2], padding[2], input_size[2];
   int32_t blocks, partial_tiles;
 };
-static_assert(sizeof(GramLaunch) <= 4096, "what a kernel may take by value");
+static_assert(sizeof(GramLaunch) + 3 * sizeof(void*) <= 4096, "what a kernel may take by value");
 
 // Positions of an image that one launch can hold are counted in 31 bits.
 constexpr int64_t kMostPositions = (int64_t{1} << 31) - 1;

@@ -2,10 +2,12 @@
 //
 //     out[v, c, y, x] = colour(sum over s, t of R[v, s, y] C[v, t, x] image[c, first_row + s, first_column + t])
 //
-// A thread owns one pixel of one view, all three channels. Grid: (ceil(height * width / kRenderThreads), views). Arrays
-// are those of RenderArguments; sums are in their type. Bands that leave the image are moved inside.
+// A thread owns one pixel of every so-many-th view, all three channels. Grid: (ceil(height * width / kRenderThreads),
+// views, but no more than CUDA allows). Arrays are those of RenderArguments; sums are in their type. Bands that leave
+// the image are moved inside.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "device.cuh"
@@ -21,8 +23,8 @@ __device__ __forceinline__ T clamp_to_unit(T value) {
   return value > 1 ? T(1) : value;
 }
 
-// value - chroma * clamp(min(k, 4 - k), 0, 1) at k = hue_and_corner mod 6, where 0 <= hue_and_corner < 18: one channel
-// of a colour given by its hue in sixths of a turn.
+// One channel of a colour given by its hue in sixths of a turn, value and chroma:
+// value - chroma * clamp(min(k, 4 - k), 0, 1) at k = hue_and_corner mod 6, where 0 <= hue_and_corner < 18.
 template <class T>
 __device__ __forceinline__ T channel_of(T hue_and_corner, T value, T chroma) {
   T k = hue_and_corner;
@@ -32,10 +34,8 @@ __device__ __forceinline__ T channel_of(T hue_and_corner, T value, T chroma) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRenderThreads) render_pixels(const RenderArguments<T> arguments) {
-  const int64_t place = int64_t{blockIdx.x} * kRenderThreads + threadIdx.x, view = blockIdx.y;
+__device__ __forceinline__ void render_pixel(const RenderArguments<T>& arguments, int64_t view, int64_t place) {
   const int64_t height = arguments.height, width = arguments.width;
-  if (place >= height * width) return;
   const int64_t y = place / width, x = place % width;
   const int64_t last_row = arguments.image_height - arguments.row_taps;
   const int64_t last_column = arguments.image_width - arguments.column_taps;
@@ -74,10 +74,18 @@ __global__ void __launch_bounds__(kRenderThreads) render_pixels(const RenderArgu
 }
 
 template <class T>
+__global__ void __launch_bounds__(kRenderThreads) render_pixels(const RenderArguments<T> arguments) {
+  const int64_t place = int64_t{blockIdx.x} * kRenderThreads + threadIdx.x;
+  if (place >= arguments.height * arguments.width) return;
+  for (int64_t view = blockIdx.y; view < arguments.views; view += gridDim.y) render_pixel(arguments, view, place);
+}
+
+template <class T>
 void run_render(const RenderArguments<T>& arguments, Stream stream) {
+  constexpr int64_t kMostGridRows = 65535;
   const int64_t pixels = arguments.height * arguments.width;
-  launch(render_pixels<T>, dim3((pixels + kRenderThreads - 1) / kRenderThreads, arguments.views), kRenderThreads, 0,
-         stream, arguments);
+  const dim3 grid((pixels + kRenderThreads - 1) / kRenderThreads, std::min(arguments.views, kMostGridRows));
+  launch(render_pixels<T>, grid, kRenderThreads, 0, stream, arguments);
 }
 
 }  // namespace spade_fast::cuda
