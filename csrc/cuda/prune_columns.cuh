@@ -244,7 +244,6 @@ __global__ void __launch_bounds__(kPruneThreads, sizeof(T) == 4 ? 2 : 1)
       }
     }
   }
-  __syncthreads();
   loss = sum_of_block(loss, shared.losses);
   if (threadIdx.x == 0) *problem.loss += loss / 2;
 }
