@@ -227,7 +227,7 @@ class Augmentation:
         columns = _resize_bands(views.left, views.width, views.flip, width, image_width, image)
         factor = views.brightness_factor
         before, after = torch.where(views.hue_first, 1.0, factor), torch.where(views.hue_first, factor, 1.0)
-        colours = torch.stack([before, views.hue_shift, after], 1).to(image)
+        colours = torch.stack([before, views.hue_shift, after], 1).to(image, non_blocking=True)
         differentiable = torch.is_grad_enabled() and image.requires_grad
         if not differentiable and ops.resolve_backend(backend, image.device) == "native":
             return ops.render_views(image, *rows, *columns, colours)
@@ -260,9 +260,9 @@ class Augmentation:
 
 
 def _resize_bands(
-    start: Tensor,  # [n] int64, first pixel of the crop
-    length: Tensor,  # [n] int64, pixels in the crop
-    flip: Tensor,  # [n] bool
+    start: Tensor,  # [n] int64 on the CPU, first pixel of the crop
+    length: Tensor,  # [n] int64 on the CPU, pixels in the crop
+    flip: Tensor,  # [n] bool on the CPU
     size: int,
     image_size: int,
     like: Tensor,  # gives dtype and device
@@ -274,18 +274,22 @@ def _resize_bands(
     as the downsampling asks for, as in torch's antialiased bilinear resize.
     """
     step = length.double() / size
-    output = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5).expand(len(start), size)
-    output = torch.where(flip[:, None], size - output, output)
-    centre = start[:, None] + output * step[:, None]
-    radius = step.clamp(min=1)[:, None]
-    taps = min(image_size, math.ceil(2 * radius.max().item())) if len(start) else 1
+    # Of values on the host, which would wait for the device's.
+    taps = min(image_size, math.ceil(2 * step.clamp(min=1).max().item())) if len(start) else 1
+    # From here on where the image is. CUDA takes so few numbers along with its commands: the host does not wait.
+    begin, end, flip = torch.stack([start, start + length, flip.long()]).to(like.device, non_blocking=True)[:, :, None]
+    step = step.to(like.device, non_blocking=True)[:, None]
+    output = torch.arange(size, dtype=torch.float64, device=like.device) + 0.5
+    output = torch.where(flip > 0, size - output, output)  # [n, size]
+    centre = begin + output * step
+    radius = step.clamp(min=1)
     first = (centre - radius - 0.5).floor().long() + 1  # the first pixel that lies less than the radius away
     first = first.clamp(0, image_size - taps)
-    x = first[:, None] + torch.arange(taps, device="cpu")[:, None]
+    x = first[:, None] + torch.arange(taps, device=like.device)[:, None]
     weights = (1 - (x + 0.5 - centre[:, None]).abs() / radius[:, None]).clamp(min=0)
-    weights *= (x >= start[:, None, None]) & (x < (start + length)[:, None, None])
+    weights *= (x >= begin[:, None]) & (x < end[:, None])
     weights /= weights.sum(1, keepdim=True)
-    return first.to(like.device), weights.to(like)
+    return first, weights.to(like)
 
 
 def _render(image: Tensor, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], colours: Tensor) -> Tensor:

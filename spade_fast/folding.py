@@ -226,10 +226,12 @@ def learn_folds(model: nn.Module, view: Tensor) -> list[Fold | None]:
     learner = FoldLearner()
     try:
         plain = _run(model, view, learner)
-        folds = learner.folds()
+        folds = _finite(learner.folds())
         if not any(folds):
             return []
         folded = _run(model, view, FoldedBatchNorms(folds))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # a model may be made for batches of one size; one that fails on every input will do so again
         return []
     return folds if _agree(plain, folded) else []
@@ -269,13 +271,21 @@ def _is_plain(model: nn.Module) -> bool:
     return not (nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
+def _finite(folds: list[Fold | None]) -> list[Fold | None]:
+    """The folds without those that overflow; all are looked at together, since a GPU lets the host wait each time."""
+    good = {i: fold.weight.isfinite().all() & fold.bias.isfinite().all() for i, fold in enumerate(folds) if fold}
+    if not good:
+        return folds
+    kept = dict(zip(good, torch.stack(list(good.values())).tolist(), strict=True))
+    return [fold if kept.get(i) else None for i, fold in enumerate(folds)]
+
+
 def _agree(plain: list[Tensor], folded: list[Tensor]) -> bool:
-    return len(plain) == len(folded) and all(
-        first.shape == second.shape
-        and first.is_floating_point()
-        and (first.numel() == 0 or bool((first - second).abs().max() <= _TOLERANCE * first.abs().max()))
-        for first, second in zip(plain, folded, strict=True)
-    )
+    pairs = list(zip(plain, folded, strict=False))
+    if len(plain) != len(folded) or not all(a.shape == b.shape and a.is_floating_point() for a, b in pairs):
+        return False
+    close = [(a - b).abs().max() <= _TOLERANCE * a.abs().max() for a, b in pairs if a.numel()]
+    return not close or bool(torch.stack(close).all())
 
 
 def _tagged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tag: str) -> list[Any]:
@@ -331,6 +341,4 @@ def _fold(call: _ConvCall, *args: Any, **kwargs: Any) -> Fold | None:
     if norm.shift is not None:
         bias = bias + norm.shift.double()
     weight = call.weight.double() * factor[:, None, None, None]
-    if not weight.isfinite().all() or not bias.isfinite().all():
-        return None
     return Fold((call.weight, call.bias), norm, weight.to(call.weight).contiguous(), bias.to(call.weight))

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MethodType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 from spade_fast import ops, reference
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError
+
+#: What layer inputs are summed in: see `hessian_dtype` of :func:`spade_fast.trace`.
+HessianDtype: TypeAlias = torch.dtype | Literal["tf32"]
 
 #: Kinds of layers that are pruned. Subclasses count: what matters is the call that their weight ends up in.
 PRUNABLE = (nn.Linear, nn.Conv2d)
@@ -95,6 +98,8 @@ class GramSum:
         Of the sum: float32, or float64 for a float64 model.
     native
         Whether the native operators sum. They keep a form that is quick to add to, and make the matrix at the end.
+    tf32
+        Whether inputs are rounded to TF32 before they are multiplied; the sum is float32 then.
 
     Attributes
     ----------
@@ -102,10 +107,19 @@ class GramSum:
         Number of inputs summed: output positions of a convolution, rows or tokens of a linear layer.
     """
 
-    def __init__(self, groups: int, columns: int, dtype: torch.dtype, device: torch.device, native: bool) -> None:
+    def __init__(
+        self,
+        groups: int,
+        columns: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: bool,
+        tf32: bool = False,
+    ) -> None:
         self.groups, self.columns = groups, columns
         self.samples = 0
         self._native = native
+        self._tf32 = tf32
         self._dtype, self._device = dtype, device
         self._finished: Tensor | None = None
         self._open: tuple[tuple[int, int, int], ops.Geometry, Tensor] | None = None  # size, geometry, sums
@@ -116,18 +130,20 @@ class GramSum:
         """Add the patches that a convolution sees in `images` [images, channels, height, width]."""
         if images.shape[0] == 0:
             return
+        if not (self._native and images.dtype == torch.bfloat16 and self._dtype == torch.float32):
+            images = images.to(self._dtype)
         size = (images.shape[1], images.shape[2], images.shape[3])
         outputs = geometry.outputs(*size[1:])
         self.samples += images.shape[0] * outputs[0] * outputs[1]
         if not self._native:
-            self._finish(reference.conv2d_gram(images, geometry))
+            self._finish(reference.conv2d_gram(_round_to_tf32(images) if self._tf32 else images, geometry))
             return
         if self._open is None or self._open[:2] != (size, geometry):
             self._close()
             self._open = size, geometry, self._zeros(*ops.conv2d_sums_shape(size, geometry))
         wanted = min(_images_wanted(geometry, outputs), max(1, _GATHERED // math.prod(size)))
         if not self._gathered and images.shape[0] >= wanted:
-            ops.add_conv2d_sums_(self._open[2], images, geometry)
+            ops.add_conv2d_sums_(self._open[2], images, geometry, self._tf32)
             return
         self._gathered.append(images.clone())  # the model may write over its maps
         self._images_gathered += images.shape[0]
@@ -159,12 +175,18 @@ class GramSum:
             self._finish(ops.conv2d_gram(sums, size, geometry))
 
     def _add_gathered(self, sums: Tensor, geometry: ops.Geometry) -> None:
-        ops.add_conv2d_sums_(sums, torch.cat(self._gathered), geometry)
+        ops.add_conv2d_sums_(sums, torch.cat(self._gathered), geometry, self._tf32)
         self._gathered.clear()
         self._images_gathered = 0
 
     def _finish(self, gram: Tensor) -> None:
         self._finished = gram if self._finished is None else self._finished.add_(gram)
+
+
+def _round_to_tf32(values: Tensor) -> Tensor:
+    """float32 values with ten bits of mantissa, to nearest, ties away from zero: as tensor cores are to read them."""
+    rounded = ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded)  # the carry could make a number of NaN
 
 
 def _images_wanted(geometry: ops.Geometry, outputs: tuple[int, int]) -> int:
@@ -205,7 +227,7 @@ class InputRecorder(TorchFunctionMode):
         *,
         unless_first: Collection[str] = (),
         backend: ops.Backend = "auto",
-        hessian_dtype: torch.dtype | None = None,
+        hessian_dtype: HessianDtype | None = None,
         positions_per_column: float | None = None,
         seed: int = 0,
     ) -> None:
@@ -250,7 +272,7 @@ class InputRecorder(TorchFunctionMode):
         total = self.sums.get(name)
         if total is None:
             native = ops.resolve_backend(self._backend, device) == "native"
-            total = self.sums[name] = GramSum(groups, columns, dtype, device, native)
+            total = self.sums[name] = GramSum(groups, columns, dtype, device, native, self._dtype == "tf32")
         elif (total.groups, total.columns) != (groups, columns):
             raise InvalidInputError(
                 f"layer {name!r} is called with {groups} groups and {columns} columns, but was called with "
@@ -259,7 +281,7 @@ class InputRecorder(TorchFunctionMode):
         if self._positions_per_column is not None:
             most = math.ceil(min(self._positions_per_column * columns * self.share, sys.maxsize))
             images, geometry = sample_patches(images, geometry, most, self._generator)
-        total.add(images.to(dtype), geometry)
+        total.add(images, geometry)
 
 
 class Call(NamedTuple):
@@ -324,7 +346,7 @@ def sample_patches(
     height, width = geometry.outputs(images.shape[2], images.shape[3])
     if images.shape[0] * height * width <= count:
         return images, geometry
-    chosen = _choose(images.shape[0] * height * width, count, generator).to(images.device)
+    chosen = moved(_choose(images.shape[0] * height * width, count, generator), images.device)
     image, y, x = chosen // (height * width), chosen // width % height, chosen % width
     rows, columns = (
         start[:, None] * geometry.stride[axis]
@@ -339,6 +361,13 @@ def sample_patches(
     patches.masked_fill_(outside[..., None], 0)
     samples = patches.permute(0, 3, 1, 2).reshape(count, -1)
     return samples[:, :, None, None], ops.Geometry(groups=geometry.groups)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device; the host waits for nothing that a GPU has yet to do."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:

@@ -102,8 +102,8 @@ def add_conv2d_sums_(sums: Tensor, input: Tensor, geometry: Geometry, tf32: bool
     sums
         float32 or float64, contiguous, of the shape that :func:`conv2d_sums_shape` gives; zeros at first.
     input
-        [images, channels, height, width], on the same device, any strides; channels_last is the fastest. Of the dtype of
-        the sums, or bfloat16 with float32 sums. Zero images add nothing.
+        [images, channels, height, width], on the same device, any strides; channels_last is the fastest. Of the dtype
+        of the sums, or bfloat16 with float32 sums. Zero images add nothing.
     geometry
         The convolution.
     tf32

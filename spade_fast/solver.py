@@ -26,7 +26,7 @@ _PIVOT_TO_NOISE = 10.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6
 _LARGEST_DAMPING = 1.0
-# Side of the tiles in which mirrored entries are compared: they fit the cache.
+# Side of the tiles in which a CPU compares mirrored entries: they fit its cache.
 _TILE = 256
 # Share of the largest entry by which mirrored entries may differ: what float32 sums in another order may do.
 _LARGEST_ASYMMETRY = 1e-4
@@ -166,22 +166,22 @@ def solve_layers(
     if not isinstance(refit, bool):
         raise InvalidInputError(f"refit must be True or False, got {refit!r}")
     solutions: dict[int, Solution] = {}
-    open_problems: dict[int, _Grouped] = {}
+    grouped: dict[int, tuple[Tensor, Tensor]] = {}  # weight and Hessian of what is to be pruned
     for i, problem in enumerate(problems):
         with _naming(problem):
-            grouped = _check(problem)
-            if problem.sparsity == 0 and mask_rule == "exact_count":
-                ones = torch.ones_like(problem.weight, dtype=torch.bool)
-                solutions[i] = Solution(problem.weight.detach().clone(), ones, 0.0, 0.0)
-            else:
-                open_problems[i] = _prepare(grouped)
-    if open_problems:
+            arguments = _check(problem)
+        if problem.sparsity == 0 and mask_rule == "exact_count":
+            ones = torch.ones_like(problem.weight, dtype=torch.bool)
+            solutions[i] = Solution(problem.weight.detach().clone(), ones, 0.0, 0.0)
+        else:
+            grouped[i] = arguments
+    if grouped:
+        # Each step looks at what decides in all layers at once, since on a GPU the host waits whenever it looks.
+        prepared = _prepare_all(problems, grouped)
         native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
-        factors = _factor_all(problems, open_problems, damping, native)
-        pruned = _prune_all(problems, open_problems, factors, mask_rule, native)
-        for i, (sparse, mask, loss) in pruned.items():
-            with _naming(problems[i]):
-                solutions[i] = _finish(problems[i], open_problems[i], factors[i], sparse, mask, loss, refit)
+        factors = _factor_all(problems, prepared, damping, native)
+        pruned = _prune_all(problems, prepared, factors, mask_rule, native)
+        solutions.update(_finish_all(problems, prepared, factors, pruned, refit))
     return [solutions[i] for i in range(len(problems))]
 
 
@@ -190,7 +190,7 @@ class _Grouped(NamedTuple):
 
     weight: Tensor  # [G, r, d]
     hessian: Tensor  # [G, d, d]
-    dead: Tensor  # [G, d] bool, inputs that are always zero
+    dead: Tensor | None  # [G, d] bool, inputs that are always zero; None where there are none
 
 
 @contextmanager
@@ -217,17 +217,45 @@ def _check(problem: Problem) -> tuple[Tensor, Tensor]:
     return grouped.to(dtype), hessian.detach().to(dtype)
 
 
-def _prepare(grouped: tuple[Tensor, Tensor]) -> _Grouped:
-    weight, hessian = grouped
-    if not is_finite(weight):
+def _prepare_all(problems: Sequence[Problem], grouped: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, _Grouped]:
+    weights, hessians = zip(*grouped.values(), strict=True)
+    facts = _fetch(
+        [largest_entry(weight) for weight in weights],
+        [largest_entry(hessian) for hessian in hessians],
+        [_largest_asymmetry(hessian) for hessian in hessians],
+        [(hessian.diagonal(dim1=1, dim2=2) == 0).any() for hessian in hessians],
+    )
+    prepared = {}
+    for i, of_layer in zip(grouped, facts, strict=True):
+        with _naming(problems[i]):
+            prepared[i] = _prepare(*grouped[i], *of_layer)
+    return prepared
+
+
+def _prepare(
+    weight: Tensor, hessian: Tensor, largest_weight: float, largest: float, asymmetry: float, any_dead: float
+) -> _Grouped:
+    if not math.isfinite(largest_weight):
         raise InvalidInputError("the weight holds NaN or infinite values: it cannot be pruned")
-    if not is_finite(hessian):
+    if not math.isfinite(largest):
         raise InvalidInputError("the Hessian holds NaN or infinite values: some layer input was not finite")
-    hessian = _symmetric(hessian)
+    if asymmetry > _LARGEST_ASYMMETRY * largest:
+        raise InvalidInputError(
+            f"the Hessian is not symmetric: mirrored entries differ by up to {asymmetry:.3g}; build it with "
+            "spade_fast.hessian, or as X^T X"
+        )
+    if asymmetry:  # no more than rounding
+        hessian = (hessian + hessian.mT) / 2
+    if not any_dead:
+        return _Grouped(weight, hessian, None)
     dead = hessian.diagonal(dim1=1, dim2=2) == 0
-    if dead.any():
-        hessian, weight = _without_coupling(hessian, dead), weight.masked_fill(dead[:, None], 0)
-    return _Grouped(weight, hessian, dead)
+    return _Grouped(weight.masked_fill(dead[:, None], 0), _without_coupling(hessian, dead), dead)
+
+
+def _fetch(*facts: Sequence[Tensor]) -> list[list[float]]:
+    """Of each layer the values of all its facts, scalars on one device, for which the host waits once."""
+    of_layers: list[list[float]] = torch.stack([torch.stack(tuple(fact)).double() for fact in facts], dim=1).tolist()
+    return of_layers
 
 
 def _factor_all(
@@ -265,28 +293,36 @@ def _prune_all(
     return dict(zip(grouped, found, strict=True))
 
 
-def _finish(
-    problem: Problem, grouped: _Grouped, factor: Factor, sparse: Tensor, mask: Tensor, loss: Tensor, refit: bool
-) -> Solution:
-    weight = problem.weight
-    mask &= ~grouped.dead[:, None]
-    if refit and loss.isfinite():
-        damped = _add_damping(grouped.hessian.double(), factor.damping)
-        sparse, loss = refit_kept(grouped.weight.double(), damped, mask)
-    # Keeps the memory format, channels_last among others, and the dtype.
-    result = torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape))
-    if not is_finite(result) or not loss.isfinite():
-        raise InvalidInputError(
-            f"pruning overflows {str(weight.dtype).removeprefix('torch.')}: the weights reach "
-            f"{weight.abs().max().item():.1e}; scale them down or use a wider dtype"
-        )
-    return Solution(
-        weight=result,
-        mask=mask.view(weight.shape),
-        loss=loss.item(),
-        damping=factor.damping,
-        fallback=factor.fallback,
-    )
+def _finish_all(
+    problems: Sequence[Problem],
+    grouped: Mapping[int, _Grouped],
+    factors: Mapping[int, Factor],
+    pruned: Mapping[int, tuple[Tensor, Tensor, Tensor]],
+    refit: bool,
+) -> dict[int, Solution]:
+    weights, masks, losses = [], [], []
+    for i, (sparse, mask, loss) in pruned.items():
+        weight, each = problems[i].weight, grouped[i]
+        if each.dead is not None:
+            mask &= ~each.dead[:, None]
+        if refit and loss.isfinite():
+            damped = _add_damping(each.hessian.double(), factors[i].damping)
+            sparse, loss = refit_kept(each.weight.double(), damped, mask)
+        # Keeps the memory format, channels_last among others, and the dtype.
+        weights.append(torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape)))
+        masks.append(mask.view(weight.shape))
+        losses.append(loss)
+    solutions = {}
+    facts = _fetch([largest_entry(weight) for weight in weights], losses)
+    for i, weight, mask, (largest, final_loss) in zip(pruned, weights, masks, facts, strict=True):
+        with _naming(problems[i]):
+            if not math.isfinite(largest) or not math.isfinite(final_loss):
+                raise InvalidInputError(
+                    f"pruning overflows {str(weight.dtype).removeprefix('torch.')}: the weights reach "
+                    f"{problems[i].weight.abs().max().item():.1e}; scale them down or use a wider dtype"
+                )
+        solutions[i] = Solution(weight, mask, final_loss, factors[i].damping, factors[i].fallback)
+    return solutions
 
 
 def _factor_harder(
@@ -391,54 +427,53 @@ def lower_factors(hessians: list[Tensor], damping: float) -> list[Tensor | None]
 
     Of a layer None where there is none, or where its backward error is beyond what LAPACK's own tests accept.
     """
-    found: list[Tensor | None] = []
-    for hessian, factor, error in zip(hessians, *ops.factor_hessians(hessians, damping), strict=True):
-        good = (error <= _LAPACK_TEST_RATIO).all() and _pivots_have_digits(
-            factor.diagonal(dim1=1, dim2=2), hessian, damping
-        )
-        found.append(factor if good else None)
-    return found
+    factors, errors = ops.factor_hessians(hessians, damping)
+    pairs = zip(factors, hessians, strict=True)
+    facts = _fetch(
+        [error.amax() for error in errors],
+        [_smallest_pivot(factor.diagonal(dim1=1, dim2=2), hessian, damping) for factor, hessian in pairs],
+    )
+    return [
+        factor if error <= _LAPACK_TEST_RATIO and pivot > _PIVOT_TO_NOISE else None
+        for factor, (error, pivot) in zip(factors, facts, strict=True)
+    ]
 
 
 def _reference_factors(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for hessian in hessians:
         upper = reference.factor(_add_damping(hessian, damping))
-        good = upper is not None and _pivots_have_digits(1 / upper.diagonal(dim1=1, dim2=2), hessian, damping)
+        pivots = None if upper is None else 1 / upper.diagonal(dim1=1, dim2=2)
+        good = pivots is not None and bool(_smallest_pivot(pivots, hessian, damping) > _PIVOT_TO_NOISE)
         found.append(upper if good else None)
     return found
 
 
-def _pivots_have_digits(pivots: Tensor, hessian: Tensor, damping: float) -> bool:
-    """Whether every M_ii^2 stands clear of the rounding in the subtractions H_ii - ... that it is the result of.
+def _smallest_pivot(pivots: Tensor, hessian: Tensor, damping: float) -> Tensor:
+    """The smallest M_ii^2 in units of the rounding in the subtractions H_ii - ... that it is the result of.
 
     A backward stable factor may still have pivots of pure rounding noise, and OBS divides by them.
     """
     columns, eps = hessian.shape[1], torch.finfo(hessian.dtype).eps
     diagonal = hessian.diagonal(dim1=1, dim2=2)
-    noise = math.sqrt(columns) * eps * (diagonal + damping * diagonal.mean(dim=1, keepdim=True))
-    return bool((pivots**2 > _PIVOT_TO_NOISE * noise).all())
+    damped = torch.add(diagonal, diagonal.mean(dim=1, keepdim=True), alpha=damping)
+    return (pivots**2 / damped).amin() / (math.sqrt(columns) * eps)
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: much quicker than ``isfinite().all()``, which makes a mask."""
-    low, high = values.aminmax()  # both NaN if any entry is
-    return math.isfinite(low) and math.isfinite(high)
+def largest_entry(values: Tensor) -> Tensor:
+    """The largest magnitude, NaN if any entry is: much quicker than ``abs().amax()``, and than ``isfinite().all()``."""
+    low, high = values.aminmax()
+    return torch.maximum(high, -low)
 
 
-def _symmetric(hessian: Tensor) -> Tensor:
-    """The Hessian without the rounding that made it asymmetric; what is more than rounding is refused."""
-    starts = range(0, hessian.shape[1], _TILE)
-    tiles = ((slice(i, i + _TILE), slice(j, j + _TILE)) for i in starts for j in starts if j >= i)
-    if all(torch.equal(hessian[:, rows, columns], hessian[:, columns, rows].mT) for rows, columns in tiles):
-        return hessian
-    gap = (hessian - hessian.mT).abs().amax()
-    if gap > _LARGEST_ASYMMETRY * hessian.abs().amax():
-        raise InvalidInputError(
-            f"the Hessian is not symmetric: mirrored entries differ by up to {gap.item():.3g}; build it with "
-            "spade_fast.hessian, or as X^T X"
-        )
-    return (hessian + hessian.mT) / 2
+def _largest_asymmetry(hessian: Tensor) -> Tensor:
+    """By how much mirrored entries differ at most."""
+    if hessian.device.type == "cpu":
+        starts = range(0, hessian.shape[1], _TILE)
+        tiles = ((slice(i, i + _TILE), slice(j, j + _TILE)) for i in starts for j in starts if j >= i)
+        if all(torch.equal(hessian[:, rows, columns], hessian[:, columns, rows].mT) for rows, columns in tiles):
+            return hessian.new_zeros(())
+    return (hessian - hessian.mT).abs().amax()
 
 
 def _without_coupling(hessian: Tensor, dead: Tensor) -> Tensor:

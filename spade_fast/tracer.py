@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -20,23 +20,36 @@ from spade_fast.errors import InvalidInputError
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.heap import kept_heap
 from spade_fast.images import image_tensor
-from spade_fast.layers import GramSum, InputRecorder, mask_block_size, prunable_layers, unsupported_layers
+from spade_fast.layers import (
+    GramSum,
+    HessianDtype,
+    InputRecorder,
+    mask_block_size,
+    moved,
+    prunable_layers,
+    unsupported_layers,
+)
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
-from spade_fast.solver import Problem, Solution, Solver, is_finite, solve_layers
+from spade_fast.solver import Problem, Solution, Solver, largest_entry, solve_layers
 from spade_fast.traces import LayerTrace, Trace
 
 Picture: TypeAlias = Image.Image | Tensor
 Sparsity: TypeAlias = float | Mapping[str, float] | SparsityPlan | Callable[[nn.Module], SparsityPlan]
 #: (image [3, H, W], count, generator) to views [count, 3, h, w], pixel values in 0..1.
 Augment: TypeAlias = Callable[[Tensor, int, torch.Generator], Tensor]
+_Key = TypeVar("_Key")
 
 # Views that go through the model at a time.
 _CPU_BATCH = 16
 _BATCH = 64
-# Numbers in the Hessians of layers that are solved together (128 MiB), unless a single one has more.
+# Numbers in the Hessians of layers that a CPU solves together (128 MiB), unless a single one has more.
 _SOLVED_TOGETHER = 1 << 25
+# Images in flight on a GPU, at most, unless more are asked for.
+_MOST_IN_FLIGHT = 16
+# Memory of an image in flight: its Hessians, and three times as much while they are solved.
+_HESSIANS_IN_FLIGHT = 4
 
 
 def trace(
@@ -54,7 +67,7 @@ def trace(
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
     batch_size: int | None = None,
-    hessian_dtype: torch.dtype | None = None,
+    hessian_dtype: HessianDtype | None = None,
     positions_per_column: float | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -100,8 +113,9 @@ def trace(
         Views that go through the model at a time. Default: 16 on a CPU, whose caches more would leave, else 64. Changes
         the result only by rounding, as long as the model treats the images of a batch each on its own.
     hessian_dtype
-        ``torch.float32`` or ``torch.float64`` for the sums of the Hessians, or ``torch.bfloat16``: layer inputs are
-        rounded to it once and summed in float32. Default: as the model, at least float32.
+        ``torch.float32`` or ``torch.float64`` for the sums of the Hessians; or what layer inputs are rounded to, once,
+        to be summed in float32: ``torch.bfloat16``, or ``"tf32"``, float32 with ten bits of mantissa (to nearest, ties
+        away from zero), on every device. Default: as the model, at least float32.
     positions_per_column
         Cheaper evidence: of a layer with d columns at most about this times d output positions (rows, tokens) enter the
         Hessian, chosen at random. Early layers have thousands of times more. Default: all. Which ones are chosen
@@ -124,120 +138,78 @@ def trace(
     InvalidInputError
         For images, plans, models and settings that cannot be used; the message says which, and what to do.
     """
-    images = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
-    if not images:
-        raise InvalidInputError("no image to trace: the sequence is empty")
-    _check_whole("num_augmentations", num_augmentations, 1)
-    _check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
-    _check_whole("block_size", 1 if block_size is None else block_size, 1)
-    _check_whole("seed", seed, 0)
-    if not isinstance(refit, bool):
-        raise InvalidInputError(f"refit must be True or False, got {refit!r}")
-    if hessian_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise InvalidInputError(
-            f"hessian_dtype must be torch.bfloat16, torch.float32, torch.float64 or None, got {hessian_dtype!r}"
-        )
-    if positions_per_column is not None and not _is_positive(positions_per_column):
-        raise InvalidInputError(f"positions_per_column must be a positive number or None, got {positions_per_column!r}")
-    module, preprocess = resolve_model(model, preprocess)
-    module = _on_device(module, device)
-    selection = _select(module, sparsity, layers)
-    anchor = next(iter(prunable_layers(module).values())).weight  # tells device and dtype of the model
-    backend = ops.resolve_backend(backend, anchor.device)
-    if batch_size is None:
-        batch_size = _CPU_BATCH if anchor.device.type == "cpu" else _BATCH
-    settings = {
-        "model": model.name if isinstance(model, LoadedModel) else type(module).__name__,
-        "images": len(images),
-        "num_augmentations": num_augmentations,
-        "augment": "default" if augment is None else repr(augment),
-        "preprocess": preprocess.to_dict() if isinstance(preprocess, Preprocess) else repr(preprocess),
-        "solver": solver,
-        "block_size": block_size,
-        "damping": damping,
-        "mask_rule": mask_rule,
-        "refit": refit,
-        "batch_size": batch_size,
-        "hessian_dtype": None if hessian_dtype is None else str(hessian_dtype).removeprefix("torch."),
-        "positions_per_column": positions_per_column,
-        "seed": seed,
-        "backend": backend,
-        "torch": torch.__version__,
-    }
-
-    count = len(images) * -(-num_augmentations // batch_size)
-    evidence = _Evidence(backend, hessian_dtype, positions_per_column, seed, len(images) * num_augmentations)
-    with kept_heap():
-        # The second attempt is for models that call other layers for other views.
-        for attempt in ("fold", "plain"):
-            generator = torch.Generator().manual_seed(seed)
-            batches = _batches(
-                images, augment, preprocess, num_augmentations, batch_size, generator, anchor.device, backend
-            )
-            progress_bar = tqdm(batches, "dense pass", count, disable=not progress, leave=False)
-            try:
-                recorder = _dense_pass(
-                    module, progress_bar, preprocess, selection, anchor, evidence, fold=attempt == "fold" and count > 1
-                )
-                break
-            except FoldingMismatch:
-                continue
-    dense = _reasons_to_stay_dense(selection, recorder)
-    if selection.targets and not recorder.sums:
-        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in dense.items())
-        raise InvalidInputError(
-            f"no layer is left to prune: name one in `layers` or as a key of `sparsity` ({reasons})"
-        )
-
-    rules: dict[str, Any] = {"damping": damping, "solver": solver, "mask_rule": mask_rule, "refit": refit}
-    solutions: dict[str, Solution] = {}
-    with kept_heap(), tqdm(None, "pruning", len(recorder.sums), disable=not progress, leave=False) as progress_bar:
-        for names in _solved_together(recorder.sums):  # in order of the calls
-            problems = []
-            for name in names:
-                weight, target = selection.weights[name], selection.targets[name]
-                hessian = recorder.sums.pop(name).into_hessian()  # the sums of solved layers are freed
-                block = block_size or mask_block_size(weight, target if mask_rule == "exact_count" else 0.0)
-                problems.append(Problem(weight, hessian, target, block, name))
-            solutions.update(zip(names, solve_layers(problems, backend=backend, **rules), strict=True))
-            progress_bar.update(len(names))
-    pruned = {
-        name: LayerTrace.of(solutions[leader], selection.targets[leader])
-        for name, leader in selection.leaders.items()
-        if leader in solutions
-    }
-    _warn_of_empty_layers(pruned, last=next(reversed(solutions), None))
-    return Trace(pruned, dense, settings)
+    tracing = _prepare(
+        model,
+        sparsity,
+        num_augmentations=num_augmentations,
+        augment=augment,
+        preprocess=preprocess,
+        solver=solver,
+        layers=layers,
+        block_size=block_size,
+        damping=damping,
+        mask_rule=mask_rule,
+        refit=refit,
+        batch_size=batch_size,
+        hessian_dtype=hessian_dtype,
+        positions_per_column=positions_per_column,
+        seed=seed,
+        device=device,
+        backend=backend,
+        progress=progress,
+    )
+    tracing = replace(tracing, backend=ops.resolve_backend(backend, tracing.device))
+    return _solve(tracing, [_observe(tracing, image)])[0]
 
 
-def _solved_together(sums: Mapping[str, GramSum]) -> list[list[str]]:
-    """Names of layers in their order, in lists whose Hessians take little memory together."""
-    lists: list[list[str]] = []
-    room = 0
-    for name, total in sums.items():
-        size = total.groups * total.columns**2
-        if size > room:
-            lists.append([])
-            room = _SOLVED_TOGETHER
-        lists[-1].append(name)
-        room -= size
-    return lists
+@dataclass(frozen=True, kw_only=True)
+class _Tracing:
+    """What all traces of one call have in common: the network, and settings that were checked."""
 
-
-@dataclass(frozen=True)
-class _Evidence:
-    """What of the layers' inputs is summed, and how."""
-
-    backend: ops.Backend
-    hessian_dtype: torch.dtype | None
+    name: str  # of the network
+    module: nn.Module
+    preprocess: Callable[[Tensor], Tensor]
+    selection: _Selection
+    anchor: Tensor  # a weight, which tells device and dtype of the model
+    num_augmentations: int
+    augment: Augmentation | Augment | None
+    batch_size: int
+    hessian_dtype: HessianDtype | None
     positions_per_column: float | None
+    block_size: int | None
+    rules: dict[str, Any]  # of `solve_layers`
     seed: int
-    views: int  # of all images
+    backend: ops.Backend
+    progress: bool
 
-    def recorder(self, selection: _Selection) -> InputRecorder:
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.device
+
+    def settings(self, images: int) -> dict[str, Any]:
+        """How the trace of so many images is made: plain JSON values."""
+        return {
+            "model": self.name,
+            "images": images,
+            "num_augmentations": self.num_augmentations,
+            "augment": "default" if self.augment is None else repr(self.augment),
+            "preprocess": (
+                self.preprocess.to_dict() if isinstance(self.preprocess, Preprocess) else repr(self.preprocess)
+            ),
+            **self.rules,
+            "block_size": self.block_size,
+            "batch_size": self.batch_size,
+            "hessian_dtype": (None if self.hessian_dtype is None else str(self.hessian_dtype).removeprefix("torch.")),
+            "positions_per_column": self.positions_per_column,
+            "seed": self.seed,
+            "backend": self.backend,
+            "torch": torch.__version__,
+        }
+
+    def recorder(self) -> InputRecorder:
         return InputRecorder(
-            selection.weights,
-            unless_first=selection.unnamed,
+            self.selection.weights,
+            unless_first=self.selection.unnamed,
             backend=self.backend,
             hessian_dtype=self.hessian_dtype,
             positions_per_column=self.positions_per_column,
@@ -245,37 +217,186 @@ class _Evidence:
         )
 
 
-def _dense_pass(
-    module: nn.Module,
-    batches: Iterable[Tensor],
-    preprocess: Callable[[Tensor], Tensor],
-    selection: _Selection,
-    anchor: Tensor,
-    evidence: _Evidence,
+@dataclass(frozen=True)
+class _Observed:
+    """What the dense pass of one image, or one set of them, leaves to be solved."""
+
+    sums: dict[str, GramSum]  # by leader, in order of the calls
+    dense: dict[str, str]  # layer to reason
+    images: int
+    unchecked: list[tuple[str, Tensor]]  # for `_check_finite`
+
+
+def _prepare(
+    model: nn.Module | LoadedModel,
+    sparsity: Sparsity,
     *,
-    fold: bool,
-) -> InputRecorder:
+    num_augmentations: int,
+    augment: Augmentation | Augment | None,
+    preprocess: Callable[[Tensor], Tensor] | None,
+    solver: Solver,
+    layers: Sequence[str] | None,
+    block_size: int | None,
+    damping: float,
+    mask_rule: ops.MaskRule,
+    refit: bool,
+    batch_size: int | None,
+    hessian_dtype: HessianDtype | None,
+    positions_per_column: float | None,
+    seed: int,
+    device: torch.device | str | None,
+    backend: ops.Backend,
+    progress: bool,
+) -> _Tracing:
+    """Check the arguments of :func:`trace` beside the image; the backend is left to be resolved."""
+    _check_whole("num_augmentations", num_augmentations, 1)
+    _check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
+    _check_whole("block_size", 1 if block_size is None else block_size, 1)
+    _check_whole("seed", seed, 0)
+    if not isinstance(refit, bool):
+        raise InvalidInputError(f"refit must be True or False, got {refit!r}")
+    if hessian_dtype not in (None, torch.bfloat16, torch.float32, torch.float64, "tf32"):
+        raise InvalidInputError(
+            f"hessian_dtype must be torch.bfloat16, torch.float32, torch.float64, 'tf32' or None, got {hessian_dtype!r}"
+        )
+    if positions_per_column is not None and not _is_positive(positions_per_column):
+        raise InvalidInputError(f"positions_per_column must be a positive number or None, got {positions_per_column!r}")
+    module, preprocess = resolve_model(model, preprocess)
+    module = _on_device(module, device)
+    selection = _select(module, sparsity, layers)
+    anchor = next(iter(prunable_layers(module).values())).weight
+    if batch_size is None:
+        batch_size = _CPU_BATCH if anchor.device.type == "cpu" else _BATCH
+    return _Tracing(
+        name=model.name if isinstance(model, LoadedModel) else type(module).__name__,
+        module=module,
+        preprocess=preprocess,
+        selection=selection,
+        anchor=anchor,
+        num_augmentations=num_augmentations,
+        augment=augment,
+        batch_size=batch_size,
+        hessian_dtype=hessian_dtype,
+        positions_per_column=positions_per_column,
+        block_size=block_size,
+        rules={"solver": solver, "damping": damping, "mask_rule": mask_rule, "refit": refit},
+        seed=seed,
+        backend=backend,
+        progress=progress,
+    )
+
+
+def _observe(tracing: _Tracing, image: Picture | Sequence[Picture]) -> _Observed:
+    """The dense pass of one image, or of one set of them."""
+    images = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
+    if not images:
+        raise InvalidInputError("no image to trace: the sequence is empty")
+    count = len(images) * -(-tracing.num_augmentations // tracing.batch_size)
+    with kept_heap():
+        # The second attempt is for models that call other layers for other views.
+        for attempt in ("fold", "plain"):
+            batches = tqdm(_batches(tracing, images), "dense pass", count, disable=not tracing.progress, leave=False)
+            try:
+                recorder, unchecked = _dense_pass(
+                    tracing,
+                    batches,
+                    views=len(images) * tracing.num_augmentations,
+                    fold=attempt == "fold" and count > 1,
+                )
+                break
+            except FoldingMismatch:
+                continue
+    dense = _reasons_to_stay_dense(tracing.selection, recorder)
+    if tracing.selection.targets and not recorder.sums:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in dense.items())
+        raise InvalidInputError(
+            f"no layer is left to prune: name one in `layers` or as a key of `sparsity` ({reasons})"
+        )
+    return _Observed(recorder.sums, dense, len(images), unchecked)
+
+
+def _solve(tracing: _Tracing, observed: Sequence[_Observed]) -> list[Trace]:
+    """Prune every layer on what was observed, those of several images side by side: one trace for each."""
+    selection = tracing.selection
+    _check_finite([entry for each in observed for entry in each.unchecked])
+    # Taken out, so that the sums of solved layers are freed.
+    sums = {(i, name): each.sums.pop(name) for i, each in enumerate(observed) for name in list(each.sums)}
+    room = _SOLVED_TOGETHER if tracing.device.type == "cpu" else sys.maxsize
+    solutions: list[dict[str, Solution]] = [{} for _ in observed]
+    with kept_heap(), tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False) as progress_bar:
+        for keys in _solved_together(sums, room):
+            problems = []
+            for i, name in keys:
+                weight, target = selection.weights[name], selection.targets[name]
+                hessian = sums.pop((i, name)).into_hessian()
+                block = tracing.block_size or mask_block_size(
+                    weight, target if tracing.rules["mask_rule"] == "exact_count" else 0.0
+                )
+                problems.append(Problem(weight, hessian, target, block, name))
+            solved = solve_layers(problems, backend=tracing.backend, **tracing.rules)
+            for (i, name), solution in zip(keys, solved, strict=True):
+                solutions[i][name] = solution
+            progress_bar.update(len(keys))
+    traces = []
+    for each, by_leader in zip(observed, solutions, strict=True):
+        pruned = {
+            name: LayerTrace.of(by_leader[leader], selection.targets[leader])
+            for name, leader in selection.leaders.items()
+            if leader in by_leader
+        }
+        _warn_of_empty_layers(pruned, last=next(reversed(by_leader), None))
+        traces.append(Trace(pruned, each.dense, tracing.settings(each.images)))
+    return traces
+
+
+def _solved_together(sums: Mapping[_Key, GramSum], room: int) -> list[list[_Key]]:
+    """The keys in their order, in lists whose Hessians have no more than `room` numbers, or are single."""
+    lists: list[list[_Key]] = []
+    left = 0
+    for key, total in sums.items():
+        size = total.groups * total.columns**2
+        if not lists or size > left:
+            lists.append([])
+            left = room
+        lists[-1].append(key)
+        left -= size
+    return lists
+
+
+def _dense_pass(
+    tracing: _Tracing, batches: Iterable[Tensor], *, views: int, fold: bool
+) -> tuple[InputRecorder, list[tuple[str, Tensor]]]:
     """Run all views through the dense model; what its layers saw is in the recorder's sums.
 
     With `fold`, batch norms are folded into convolutions where a run on one view shows that nothing but rounding
-    changes.
+    changes. Whether batches are finite is checked at once on a CPU. On a GPU, which the host would have to wait for
+    each time, it is left to be checked: the second result is for :func:`_check_finite`.
     """
-    # On a CPU Hessians are summed faster from channels-last maps.
-    memory_format = torch.channels_last if anchor.device.type == "cpu" else torch.contiguous_format
-    folded, recorder = FoldedBatchNorms([]), evidence.recorder(selection)
+    module, device = tracing.module, tracing.device
+    # Hessians are summed faster from channels-last maps.
+    memory_format = torch.channels_last if device.type in ("cpu", "cuda") else torch.contiguous_format
+    folded, recorder = FoldedBatchNorms([]), tracing.recorder()
+    unchecked: list[tuple[str, Tensor]] = []
+
+    def check(batch: Tensor, source: str) -> None:
+        _check_batch(batch, source)
+        unchecked.append((source, largest_entry(batch).to(device, torch.float64)))
+        if device.type == "cpu":
+            _check_finite(unchecked)
+            unchecked.clear()
 
     def run(inputs: Tensor) -> None:
-        recorder.share = len(inputs) / evidence.views
+        recorder.share = len(inputs) / views
         with folded, recorder:
             module(inputs.contiguous(memory_format=memory_format))
 
     # Not inference mode: what a module caches in it could never again take part in a gradient.
     with evaluation_mode(module), torch.no_grad():
         for position, batch in enumerate(batches):
-            _check_batch(batch, "augment")
-            inputs = preprocess(batch)
-            _check_batch(inputs, "preprocess")
-            inputs = inputs.to(anchor)
+            check(batch, "augment")
+            inputs = tracing.preprocess(batch)
+            check(inputs, "preprocess")
+            inputs = inputs.to(tracing.anchor)
             if position > 0:
                 run(inputs)
                 continue
@@ -283,6 +404,8 @@ def _dense_pass(
                 if fold:
                     folded = FoldedBatchNorms(learn_folds(module, inputs[:1].contiguous(memory_format=memory_format)))
                 run(inputs.clone())  # the model may write over its inputs before it fails
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:
                 if memory_format == torch.contiguous_format:
                     raise
@@ -290,9 +413,9 @@ def _dense_pass(
                 memory_format = torch.contiguous_format
                 if fold:
                     folded = FoldedBatchNorms(learn_folds(module, inputs[:1].contiguous()))
-                recorder = evidence.recorder(selection)
+                recorder = tracing.recorder()
                 run(inputs)
-    return recorder
+    return recorder, unchecked
 
 
 def _is_positive(value: object) -> bool:
@@ -308,6 +431,8 @@ def trace_many(
     model: nn.Module | LoadedModel,
     images: Iterable[Picture],
     sparsity: Sparsity = presets.default,
+    *,
+    images_in_flight: int | None = None,
     **settings: Any,
 ) -> Iterator[Trace]:
     """One trace for each image, in order, as they are made; each equals ``trace(model, image, ...)`` bit for bit.
@@ -317,22 +442,123 @@ def trace_many(
     model, sparsity, settings
         As in :func:`trace`.
     images
-        Any iterable of images; images are taken from it one at a time.
+        Any iterable of images, which are taken from it as they are needed.
+    images_in_flight
+        Images whose layers are pruned side by side, so that a GPU has enough to do; their traces come together.
+        Default: 1 on a CPU; on CUDA as many as its free memory holds, at most 16. Where it does not hold them all the
+        same, fewer, with a warning.
 
     Raises
     ------
     InvalidInputError
-        As :func:`trace`, with the image's position.
+        As :func:`trace`, with the image's position once the traces of those before it have been given; and where the
+        device has no memory for a single image.
     """
-    module, preprocess = resolve_model(model, settings.pop("preprocess", None))
-    device = settings.pop("device", None)
-    moved = _on_device(module, device)  # once for all images
-    prepared = replace(model, module=moved) if isinstance(model, LoadedModel) else moved
-    for position, image in enumerate(images):
+    _check_whole("images_in_flight", 1 if images_in_flight is None else images_in_flight, 1)
+    defaults: dict[str, Any] = trace.__kwdefaults__ or {}
+    tracing = _prepare(model, sparsity, **{**defaults, **settings})
+    tracing = replace(tracing, backend=ops.resolve_backend(tracing.backend, tracing.device))
+    most = images_in_flight or _images_in_flight(tracing)
+    drawn = _Drawn(images)
+    position = 0  # of the first that is drawn
+    while True:
+        observed: list[_Observed] = []
+        traces: list[Trace] = []
+        count, fewer = most, 0
         try:
-            yield trace(prepared, image, sparsity, preprocess=preprocess, **settings)
-        except InvalidInputError as error:
-            raise InvalidInputError(f"image {position}: {error}") from error
+            for image in drawn.first(most):
+                observed.append(_observe(tracing, image))
+            if observed:
+                count = len(observed)
+                traces = _solve(tracing, observed)
+        except torch.OutOfMemoryError as error:
+            if count == 1:
+                raise InvalidInputError(
+                    f"image {position}: {tracing.device} has no memory for this image alone: pass a smaller batch_size "
+                    "or fewer layers, or trace on a device with more memory"
+                ) from error
+            fewer = count // 2
+            warnings.warn(
+                f"{tracing.device} has no memory for {count} images in flight: going on with {fewer}", stacklevel=2
+            )
+        except Exception as error:
+            if min(most, len(drawn.images)) > 1:  # one by one it shows whose it is, and those before it are done
+                fewer = 1
+            elif isinstance(error, InvalidInputError):
+                raise InvalidInputError(f"image {position}: {error}") from error
+            else:
+                raise
+        if fewer:
+            most = fewer
+            observed.clear()
+            torch.cuda.empty_cache()  # here, where the error no longer holds on to tensors
+            continue
+        if not traces:
+            if drawn.failure is not None:
+                raise drawn.failure
+            return
+        del drawn.images[: len(traces)]
+        position += len(traces)
+        while traces:
+            yield traces.pop(0)
+
+
+class _Drawn:
+    """Images that were drawn from an iterable and are not traced yet.
+
+    Attributes
+    ----------
+    images
+        What was drawn: to be removed by whoever has traced it.
+    failure
+        What the iterable raised, if it has: after all images before.
+    """
+
+    def __init__(self, images: Iterable[Picture]) -> None:
+        self.images: list[Picture] = []
+        self.failure: Exception | None = None
+        self._source = iter(images)
+
+    def first(self, count: int) -> Iterator[Picture]:
+        """The first images, at most `count`: those drawn before, then others, drawn one by one."""
+        yield from self.images[:count]
+        while len(self.images) < count and self.failure is None:
+            try:
+                self.images.append(next(self._source))
+            except StopIteration:
+                self._source = iter(())  # some iterators would begin anew
+                return
+            except Exception as error:
+                self.failure = error
+                return
+            yield self.images[-1]
+
+
+def _images_in_flight(tracing: _Tracing) -> int:
+    """How many images to have in flight on the device of the model."""
+    device = tracing.device
+    if device.type != "cuda":
+        return 1
+    layers = prunable_layers(tracing.module)
+    double = (tracing.hessian_dtype or tracing.anchor.dtype) == torch.float64
+    needed = bytes_in_flight([layers[name] for name in tracing.selection.weights], 8 if double else 4)
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # unused, by torch's allocator
+    return images_that_fit(free + kept, needed)
+
+
+def bytes_in_flight(layers: Iterable[nn.Linear | nn.Conv2d], item_size: int) -> int:
+    """Memory that an image in flight takes, by the layers that are pruned and the bytes of a number in their sums."""
+    numbers = 0
+    for layer in layers:
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        numbers += groups * layer.weight.shape[1:].numel() ** 2
+    return _HESSIANS_IN_FLIGHT * numbers * item_size
+
+
+def images_that_fit(free: int, needed: int) -> int:
+    """How many images that need so many bytes each fit that many free ones, a fifth of which is left for the rest."""
+    return max(1, min(_MOST_IN_FLIGHT, free * 4 // 5 // max(1, needed)))
 
 
 @dataclass(frozen=True)
@@ -447,33 +673,31 @@ def _reasons_to_stay_dense(selection: _Selection, recorder: InputRecorder) -> di
     if never_called:
         names = ", ".join(map(repr, never_called[:5])) + (" ..." if len(never_called) > 5 else "")
         count = f"{len(never_called)} layer" + ("s are" if len(never_called) > 1 else " is")
-        warnings.warn(f"{count} never called and so stays dense: {names}; {reason}", stacklevel=3)
+        warnings.warn(f"{count} never called and so stays dense: {names}; {reason}", stacklevel=4)
     return dense
 
 
 def _warn_of_empty_layers(pruned: Mapping[str, LayerTrace], last: str | None) -> None:
-    for name, layer in pruned.items():
-        empty, outputs = layer.empty_outputs, layer.mask.shape[0]
+    if not pruned:
+        return
+    # Of all layers at once: the host waits for a GPU whenever it looks.
+    used = torch.stack([layer.mask.flatten(1).any(dim=1).count_nonzero() for layer in pruned.values()]).tolist()
+    for (name, layer), filled in zip(pruned.items(), used, strict=True):
+        outputs = layer.mask.shape[0]
+        empty = outputs - filled
         # An output of the last layer is an answer of the network. Inside it, outputs without weights are common.
         if layer.requested_sparsity < 1 and (empty == outputs or (empty and name == last)):
             warnings.warn(
                 f"layer {name!r}: {empty} of {outputs} outputs have no weight left at sparsity "
                 f"{layer.requested_sparsity:g}; lower its target",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
-def _batches(
-    images: Sequence[Picture],
-    augment: Augmentation | Augment | None,
-    preprocess: Callable[[Tensor], Tensor],
-    num_augmentations: int,
-    batch_size: int,
-    generator: torch.Generator,
-    device: torch.device,
-    backend: ops.Backend,
-) -> Iterator[Tensor]:
+def _batches(tracing: _Tracing, images: Sequence[Picture]) -> Iterator[Tensor]:
     """Augmented views of all images, [at most batch_size, 3, h, w] each."""
+    generator = torch.Generator().manual_seed(tracing.seed)
+    augment, preprocess, views = tracing.augment, tracing.preprocess, tracing.num_augmentations
     for position, image in enumerate(images):
         try:
             frame = preprocess.frame(image) if isinstance(preprocess, Preprocess) else image_tensor(image)
@@ -484,26 +708,35 @@ def _batches(
                 "how large the model's inputs are cannot be told from a photograph and a function: pass "
                 "augment=spade_fast.Augmentation(size=...), or a spade_fast.Preprocess as preprocess"
             )
-        frame = frame.to(device)
+        frame = moved(frame, tracing.device)
         shape = (frame.shape[1], frame.shape[2])
         if augment is not None and not callable(augment):
             raise InvalidInputError(f"augment must be an Augmentation or a function, got {augment!r}")
         chosen = augment or Augmentation(size=preprocess.input_size if isinstance(preprocess, Preprocess) else shape)
-        starts = range(0, num_augmentations, batch_size)
+        starts = range(0, views, tracing.batch_size)
         if isinstance(chosen, Augmentation):
-            views = chosen.sample(shape, num_augmentations, generator)
-            yield from (chosen.render(frame, views[i : i + batch_size], backend=backend) for i in starts)
+            sampled = chosen.sample(shape, views, generator)
+            for i in starts:
+                yield chosen.render(frame, sampled[i : i + tracing.batch_size], backend=tracing.backend)
         else:
             for start in starts:
-                yield chosen(frame, min(batch_size, num_augmentations - start), generator)
+                yield chosen(frame, min(tracing.batch_size, views - start), generator)
 
 
 def _check_batch(batch: object, source: str) -> None:
     if not isinstance(batch, Tensor) or not batch.is_floating_point() or batch.dim() != 4 or not batch.numel():
         got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
         raise InvalidInputError(f"{source} must give a non-empty float batch [n, channels, h, w], got {got}")
-    if not is_finite(batch):
-        raise InvalidInputError(f"{source} gave NaN or infinite values")
+
+
+def _check_finite(largest: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse batches by their largest entries, given with what they came from; the host waits once for all."""
+    if not largest:
+        return
+    finite = torch.stack([entry for _, entry in largest]).isfinite().tolist()
+    for (source, _), good in zip(largest, finite, strict=True):
+        if not good:
+            raise InvalidInputError(f"{source} gave NaN or infinite values")
 
 
 def _on_device(module: nn.Module, device: torch.device | str | None) -> nn.Module:

@@ -338,3 +338,22 @@ def test_a_model_that_takes_another_course_later_is_traced_without_folding():
     model.register_forward_hook(lambda *_: None)  # nothing is folded under hooks
     expected = sf.trace(model, image, {"second": 0.25}, **settings)
     assert torch.equal(trace.layers["second"].weight, expected.layers["second"].weight)
+
+
+def test_what_overflows_when_folded_stays_and_the_rest_is_folded():
+    layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    model = settled(nn.Sequential(*layers))
+    assert learned(model, INPUTS) == [True, True]
+    # Tiny inputs come out as ordinary numbers, but the product of the two scales is none.
+    layers[0].weight.data.mul_(1e200)
+    layers[1].running_mean.zero_()
+    layers[1].weight.data.mul_(1e200)
+    assert learned(model, INPUTS * 1e-200) == [False, True]
+
+
+def test_memory_that_runs_out_is_no_reason_to_fold_nothing():
+    def body(net: Net, x: Tensor) -> Tensor:  # noqa: ARG001
+        raise torch.OutOfMemoryError("as on a GPU")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        learned(settled(Net(body)), INPUTS)

@@ -10,6 +10,7 @@ from spade_fast import ops, reference
 from spade_fast.layers import (
     GramSum,
     InputRecorder,
+    _round_to_tf32,
     is_depthwise,
     mask_block_size,
     prunable_layers,
@@ -143,6 +144,79 @@ def test_tall_narrow_inputs_are_not_gathered_without_bound():
         total.add(torch.ones(16, 32, 2000, 1), geometry)
         assert sum(images.numel() for images in total._gathered) < 2**22
     torch.testing.assert_close(total.gram(), torch.full((1, 96, 96), 9 * 16 * 1998.0))
+
+
+def rounded_by_hand(values: Tensor) -> Tensor:
+    """float64 of what has ten bits of mantissa behind the first, ties away from zero."""
+    mantissas, exponents = values.double().frexp()  # 0.5 to 1
+    return torch.ldexp((mantissas.abs() * 2**11 + 0.5).floor() / 2**11 * mantissas.sign(), exponents)
+
+
+def test_tf32_by_hand():
+    step = 2.0**-10
+    values = torch.tensor([1, 1 + step / 2, 1 + step / 2.1, -1 - step / 2, 1 + 1.5 * step, 0, torch.inf, 3e-40])
+    expected = torch.tensor([1, 1 + step, 1, -1 - step, 1 + 2 * step, 0, torch.inf, 3e-40])
+    assert torch.equal(_round_to_tf32(values)[:-1], expected[:-1])
+    assert _round_to_tf32(values)[-1] == pytest.approx(3e-40, abs=2.0**-137)  # ten bits are left of no small number
+    noise = torch.randn(1000)
+    assert torch.equal(_round_to_tf32(noise).double(), rounded_by_hand(noise))
+
+
+def test_rounding_to_tf32_keeps_what_is_no_number():
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32)  # the first is what GPUs write
+    assert _round_to_tf32(bits.view(torch.float32)).isnan().all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("batch", [1, 5])  # gathered first, or not
+@pytest.mark.parametrize(
+    ("geometry", "size"),
+    [
+        (ops.Geometry(), (40, 18, 18)),
+        (ops.Geometry((3, 3), padding=(1, 1)), (9, 60, 60)),
+        (ops.Geometry((3, 3), (2, 2), groups=6), (6, 120, 120)),
+    ],
+)
+def test_tf32_rounds_inputs_and_sums_them_in_float32(native, batch, geometry, size):
+    # Ties, which all grow: were half of them to shrink, sums would be smaller by 3e-4 of themselves.
+    images = 1 + (2 * torch.randint(2**10, (5, *size)) + 1) / 2**11
+    columns = geometry.columns(size[0])
+    total = GramSum(geometry.groups, columns, torch.float32, torch.device("cpu"), native, tf32=True)
+    for part in images.split(batch):
+        total.add(part, geometry)
+    assert total.gram().dtype == torch.float32
+    expected = reference.conv2d_gram(rounded_by_hand(images), geometry)
+    torch.testing.assert_close(total.gram().double(), expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 64])  # gathered first, or not
+def test_maps_in_bfloat16_are_summed_without_a_copy(batch, monkeypatch):
+    seen = []
+    add = ops.add_conv2d_sums_
+
+    def watched(sums: Tensor, images: Tensor, *rest: object) -> None:
+        seen.append((sums.dtype, images.dtype))
+        add(sums, images, *rest)
+
+    monkeypatch.setattr(ops, "add_conv2d_sums_", watched)
+    geometry, images = ops.Geometry((3, 3)), torch.randn(64, 4, 12, 12).bfloat16()
+    total, wide = (GramSum(1, 36, torch.float32, torch.device("cpu"), native=True) for _ in range(2))
+    for part in images.split(batch):
+        total.add(part, geometry)
+        wide.add(part.float(), geometry)
+    gram = total.gram()
+    assert set(seen) == {(torch.float32, torch.bfloat16), (torch.float32, torch.float32)}
+    assert torch.equal(gram, wide.gram())
+    plain = GramSum(1, 36, torch.float32, torch.device("cpu"), native=False)
+    plain.add(images, geometry)
+    torch.testing.assert_close(gram, plain.gram(), rtol=1e-4, atol=1e-2)
+
+
+def test_maps_in_bfloat16_may_be_summed_in_float64():
+    images = torch.randn(3, 4, 5, 5).bfloat16()
+    total = GramSum(1, 4, torch.float64, torch.device("cpu"), native=True)
+    total.add(images, ops.Geometry())
+    torch.testing.assert_close(total.gram(), reference.conv2d_gram(images.double(), ops.Geometry()))
 
 
 def test_inputs_that_the_model_writes_over_later_count_as_they_were():

@@ -156,6 +156,19 @@ def test_tf32_ties_go_away_from_zero():
         assert sums.item() == torch.tensor(rounded).square().item()
 
 
+def test_tf32_keeps_nan_and_infinity():
+    for bits, same in (
+        (0x7FFFFFFF, torch.isnan),
+        (-1, torch.isnan),
+        (0x7F800000, torch.isinf),
+        (0x7F7FFFFF, torch.isinf),
+    ):
+        value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        sums = torch.zeros(1, 1, 1)
+        ops.add_conv2d_sums_(sums, value.view(1, 1, 1, 1), ops.Geometry(), tf32=True)
+        assert same(sums).all()
+
+
 def test_nothing_adds_nothing():
     sums = torch.ones(1, 4, 4)
     ops.add_conv2d_sums_(sums, torch.zeros(0, 4, 5, 5), ops.Geometry())

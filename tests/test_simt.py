@@ -139,6 +139,18 @@ def test_gram_on_large_tiles(precision):
     assert_close(emulated_gram(images, ops.Geometry(), precision).double(), expected, 2e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 32])
+def test_tf32_keeps_nan_and_infinity(channels):
+    for bits, same in ((0x7FFFFFFF, torch.isnan), (-1, torch.isnan), (0x7F800000, torch.isinf)):
+        value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        convolution, sums = (
+            simt.Convolution(channels, 1, 1, *ops.Geometry()),
+            np.zeros((1, channels, channels), np.float32),
+        )
+        convolution.add(sums, value.expand(1, 1, 1, channels).contiguous().numpy(), "tf32", channels % 4 == 0)
+        assert same(torch.from_numpy(sums)).all()
+
+
 def test_gram_in_many_chunks():
     images = torch.randn(40, 8, 15, 15, generator=torch.Generator().manual_seed(2)).double()  # 9,000 positions
     for geometry in (ops.Geometry(), ops.Geometry((3, 3), padding=(1, 1), groups=8)):

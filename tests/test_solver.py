@@ -1,11 +1,13 @@
 """`solve`: damping, fallbacks, counts, and its agreement with the reference layer by layer."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spade_fast as sf
 from spade_fast import reference
@@ -503,3 +505,46 @@ def test_what_is_wrong_with_one_of_many_layers_names_it(weight, hessian, message
     good = Problem(torch.ones(2, 3), torch.eye(3), 0.5, 1, "first")
     with pytest.raises(sf.InvalidInputError, match=message):
         solve_layers([good, Problem(weight, hessian, 0.5, 1, "second")], damping=0)
+
+
+def test_the_first_bad_layer_is_named():
+    problems = [
+        Problem(torch.ones(2, 3), torch.eye(3), 0.5, 1, "good"),
+        Problem(torch.ones(2, 3), torch.full((3, 3), torch.nan), 0.5, 1, "first"),
+        Problem(torch.full((2, 3), torch.nan), torch.eye(3), 0.5, 1, "second"),
+    ]
+    with pytest.raises(sf.InvalidInputError, match="layer 'first': the Hessian holds NaN"):
+        solve_layers(problems)
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often the host looks at a number: on a GPU it would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_looks_are_counted():
+    with Looks() as looks:
+        assert bool(torch.ones(3).any())
+        assert torch.ones(3).sum().item() == 3
+    assert looks.count == 2
+
+
+@pytest.mark.parametrize("layers", [1, 20])
+def test_no_layer_is_looked_at_by_itself(layers):
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 40)
+    inputs[3] = 0  # dead
+    hessian = inputs @ inputs.T
+    hessian[1, 2] *= 1 + 1e-6  # rounding
+    problems = [Problem(torch.randn(4, 8), hessian, 0.5, 1, str(i)) for i in range(layers)]
+    with Looks() as looks:
+        solutions = solve_layers(problems, backend="native")
+    assert len(solutions) == layers
+    assert looks.count == 0  # all is fetched by `tolist`

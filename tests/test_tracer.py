@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import spade_fast as sf
 from spade_fast import ops, tracer
-from spade_fast.layers import GramSum, InputRecorder, mask_block_size, prunable_layers
+from spade_fast.layers import GramSum, InputRecorder, _round_to_tf32, mask_block_size, prunable_layers
 from spade_fast.models import evaluation_mode
 
 
@@ -306,6 +307,26 @@ def test_bfloat16_rounds_the_inputs_once_and_sums_in_float32():
     assert trace.settings["hessian_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_tf32_rounds_the_inputs_once_and_sums_in_float32(backend):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3))
+    views = torch.rand(8, 3, 12, 14)
+    settings = {**SETTINGS, "augment": lambda *_: views, "batch_size": 8, "backend": backend}
+    trace = sf.trace(model, picture(), {"0": 0.5}, hessian_dtype="tf32", **settings)
+    rounded = _round_to_tf32(views)
+    assert not torch.equal(rounded, views)
+    hessian = sf.hessian(model[0], rounded, backend=backend)
+    expected = sf.solve(model[0].weight, hessian, 0.5, block_size=9, backend=backend)
+    assert torch.equal(trace.layers["0"].weight, expected.weight)
+    assert trace.settings["hessian_dtype"] == "tf32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tf32_sums_of_a_model_in_another_precision(dtype):
+    trace = sf.trace(network(dtype), picture(), 0.5, hessian_dtype="tf32", **SETTINGS)
+    assert all(layer.weight.dtype == dtype for layer in trace.layers.values())
+
+
 def test_float64_sums_of_a_float32_model():
     model = network()
     trace = sf.trace(model, picture(), {"9": 0.5}, hessian_dtype=torch.float64, **SETTINGS)
@@ -486,14 +507,13 @@ def test_empty_outputs_of_the_last_layer_are_warned_of():
     ("room", "lists"),
     [(0, [["a"], ["b"], ["c"], ["d"]]), (20, [["a", "b"], ["c"], ["d"]]), (200, [["a", "b", "c", "d"]])],
 )
-def test_layers_are_solved_together_while_their_hessians_are_small(room, lists, monkeypatch):
-    monkeypatch.setattr(tracer, "_SOLVED_TOGETHER", room)
+def test_layers_are_solved_together_while_their_hessians_are_small(room, lists):
     shapes = {"a": (1, 2), "b": (4, 2), "c": (1, 9), "d": (1, 1)}
     sums = {
         name: GramSum(groups, columns, torch.float32, torch.device("cpu"), native=True)
         for name, (groups, columns) in shapes.items()
     }
-    assert tracer._solved_together(sums) == lists
+    assert tracer._solved_together(sums, room) == lists
 
 
 # Same seed, same bits
@@ -530,17 +550,196 @@ def test_native_equals_reference():
         torch.testing.assert_close(layer.weight, plain.layers[name].weight, rtol=0, atol=1e-10)
 
 
-def test_trace_many_equals_trace_one_by_one():
-    model, images = network(), [picture(1), picture(2)]
-    traces = list(sf.trace_many(model, iter(images), 0.5, **SETTINGS))
-    assert len(traces) == 2
+@pytest.mark.parametrize("images_in_flight", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize("room", [0, 300, tracer._SOLVED_TOGETHER])  # how many layers are solved side by side
+def test_trace_many_equals_trace_one_by_one(images_in_flight, room, monkeypatch):
+    monkeypatch.setattr(tracer, "_SOLVED_TOGETHER", room)
+    model, images = network(), [picture(seed) for seed in range(5)]
+    traces = list(sf.trace_many(model, iter(images), 0.5, images_in_flight=images_in_flight, **SETTINGS))
+    assert len(traces) == 5
     for image, trace in zip(images, traces, strict=True):
-        assert_same_bits(trace, sf.trace(model, image, 0.5, **SETTINGS))
+        alone = sf.trace(model, image, 0.5, **SETTINGS)
+        assert_same_bits(trace, alone)
+        assert (trace.dense, trace.settings) == (alone.dense, alone.settings)
 
 
-def test_trace_many_names_the_image():
-    with pytest.raises(sf.InvalidInputError, match="image 1: .*NaN"):
-        list(sf.trace_many(network(), [picture(), picture() * math.nan], 0.5, **SETTINGS))
+@pytest.mark.parametrize("images_in_flight", [None, 1, 2, 3])
+def test_images_are_drawn_as_they_are_needed(images_in_flight):
+    drawn = []
+
+    def images() -> Iterator[Tensor]:
+        for seed in range(7):
+            drawn.append(seed)
+            yield picture(seed)
+
+    traces = sf.trace_many(network(), images(), 0.5, images_in_flight=images_in_flight, **SETTINGS)
+    at_a_time = images_in_flight or 1
+    assert not drawn
+    for done, _ in enumerate(traces):
+        assert len(drawn) == min(7, (done // at_a_time + 1) * at_a_time)
+    assert len(drawn) == 7
+
+
+@pytest.mark.parametrize("images_in_flight", [1, 2, 5])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_trace_many_names_the_image(images_in_flight, position):
+    images = [picture(seed) for seed in range(4)]
+    images[position] = images[position] * math.nan
+    traces = sf.trace_many(network(), images, 0.5, images_in_flight=images_in_flight, **SETTINGS)
+    for image in images[:position]:
+        assert_same_bits(next(traces), sf.trace(network(), image, 0.5, **SETTINGS))
+    with pytest.raises(sf.InvalidInputError, match=f"^image {position}: .*NaN"):
+        next(traces)
+
+
+@pytest.mark.parametrize("images_in_flight", [1, 2, 5])
+def test_trace_many_names_the_image_whose_layers_cannot_be_pruned(images_in_flight):
+    class Glaring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, input: Tensor) -> Tensor:
+            features = self.body[:9](input)
+            return self.body[9](features * 1e30 if input.shape[-1] == 20 else features)  # squares overflow
+
+    model, targets = Glaring(), {"body.9": 0.5}
+    images = [picture(0, size) for size in [(12, 14), (12, 15), (12, 20), (12, 16)]]
+    traces = sf.trace_many(model, images, targets, images_in_flight=images_in_flight, **SETTINGS)
+    for image in images[:2]:
+        assert_same_bits(next(traces), sf.trace(model, image, targets, **SETTINGS))
+    with pytest.raises(sf.InvalidInputError, match=r"^image 2: layer 'body\.9': the Hessian holds NaN or infinite"):
+        next(traces)
+
+
+@pytest.mark.parametrize("images_in_flight", [1, 3])
+def test_errors_of_the_model_and_of_the_iterable_come_through(images_in_flight):
+    class Picky(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            if input.shape[-1] == 20:
+                raise RuntimeError("too wide")
+            return input
+
+    model, sizes = nn.Sequential(Picky(), network()), [(12, 14), (12, 15), (12, 20), (12, 16)]
+    traces = sf.trace_many(
+        model, [picture(0, size) for size in sizes], 0.5, images_in_flight=images_in_flight, **SETTINGS
+    )
+    assert len([next(traces), next(traces)]) == 2
+    with pytest.raises(RuntimeError, match="^too wide$"):
+        next(traces)
+
+    def images() -> Iterator[Tensor]:
+        yield picture(0)
+        yield picture(1)
+        raise sf.InvalidInputError("no file")
+
+    traces = sf.trace_many(network(), images(), 0.5, images_in_flight=images_in_flight, **SETTINGS)
+    assert len([next(traces), next(traces)]) == 2
+    with pytest.raises(sf.InvalidInputError, match="^no file$"):
+        next(traces)
+
+
+def short_of_memory(run: Callable[..., Any], calls: set[int]) -> Callable[..., Any]:
+    """The function, but that the calls of these numbers, from 0 on, find no memory."""
+    count = -1
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return run(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("stage", "calls", "steps"),
+    [
+        ("_dense_pass", {0}, [(4, 2)]),
+        ("_dense_pass", {2}, [(4, 2)]),
+        ("_dense_pass", {3, 5}, [(4, 2), (2, 1)]),
+        ("_dense_pass", {5}, [(4, 2)]),  # after the first four are done
+        ("solve_layers", {0}, [(4, 2)]),
+        ("solve_layers", {0, 1}, [(4, 2), (2, 1)]),
+        ("solve_layers", {1}, [(2, 1)]),  # of the last two
+    ],
+)
+def test_fewer_images_are_in_flight_where_memory_runs_out(stage, calls, steps, monkeypatch):
+    model, images = network(), [picture(seed) for seed in range(6)]
+    expected = [sf.trace(model, image, 0.5, **SETTINGS) for image in images]
+    monkeypatch.setattr(tracer, stage, short_of_memory(getattr(tracer, stage), calls))
+    with pytest.warns(UserWarning, match="in flight") as caught:
+        traces = list(sf.trace_many(model, iter(images), 0.5, images_in_flight=4, **SETTINGS))
+    assert [str(warning.message) for warning in caught] == [
+        f"cpu has no memory for {before} images in flight: going on with {after}" for before, after in steps
+    ]
+    assert {warning.filename for warning in caught} == {__file__}
+    assert len(traces) == len(expected)
+    for trace, alone in zip(traces, expected, strict=True):
+        assert_same_bits(trace, alone)
+
+
+@pytest.mark.filterwarnings("ignore:cpu has no memory for . images in flight")
+@pytest.mark.parametrize("images_in_flight", [1, 4])
+@pytest.mark.parametrize(("stage", "done"), [("_dense_pass", 0), ("solve_layers", 0), ("solve_layers", 1)])
+def test_an_image_that_does_not_fit_by_itself_is_named(images_in_flight, stage, done, monkeypatch):
+    model, images = network(), [picture(seed) for seed in range(done * images_in_flight + 3)]
+    monkeypatch.setattr(tracer, stage, short_of_memory(getattr(tracer, stage), set(range(done, 100))))
+    traces = sf.trace_many(model, images, 0.5, images_in_flight=images_in_flight, **SETTINGS)
+    for _ in range(done * images_in_flight):
+        next(traces)
+    message = (
+        f"^image {done * images_in_flight}: cpu has no memory for this image alone: .* smaller batch_size or fewer"
+    )
+    with pytest.raises(sf.InvalidInputError, match=message) as caught:
+        next(traces)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_no_other_layout_is_tried_where_memory_runs_out():
+    calls = []
+
+    class Large(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            calls.append(len(input))
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        sf.trace(nn.Sequential(Large(), network()), picture(), 0.5, **SETTINGS)
+    assert calls == [8]
+
+
+@pytest.mark.parametrize("images_in_flight", [0, -1, 2.0, True, "2"])
+def test_images_in_flight_are_counted(images_in_flight):
+    with pytest.raises(sf.InvalidInputError, match="^images_in_flight must be a whole number of at least 1"):
+        next(sf.trace_many(network(), [picture()], 0.5, images_in_flight=images_in_flight, **SETTINGS))
+
+
+def test_settings_of_many_traces_are_refused_before_an_image_is_drawn():
+    with pytest.raises(sf.InvalidInputError, match="^num_augmentations must be"):
+        next(sf.trace_many(network(), iter([picture()]), 0.5, **(SETTINGS | {"num_augmentations": 0})))
+
+
+def test_memory_of_an_image_in_flight():
+    layers = [nn.Linear(10, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3, groups=6)]
+    numbers = 10**2 + 36**2 + 6 * 9**2
+    assert tracer.bytes_in_flight(layers, 4) == 4 * 4 * numbers  # Hessians, and three times as much
+    assert tracer.bytes_in_flight(layers, 8) == 4 * 8 * numbers
+    assert [tracer.images_that_fit(free, 100) for free in (0, 249, 250, 1250, 10**6)] == [1, 1, 2, 10, 16]
+    assert tracer.images_that_fit(0, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([("augment", 1.0), ("augment", math.nan), ("preprocess", math.inf)], "^augment gave NaN or infinite values"),
+        ([("augment", 1.0), ("preprocess", math.inf)], "^preprocess gave NaN or infinite values"),
+    ],
+)
+def test_what_is_looked_at_after_the_pass_is_refused_by_the_first(entries, message):
+    with pytest.raises(sf.InvalidInputError, match=message):
+        tracer._check_finite([(source, torch.tensor(value)) for source, value in entries])
 
 
 # The model comes back
@@ -767,7 +966,7 @@ def test_bad_images(image, message):
         ({"refit": "no"}, "refit must be True or False"),
         (
             {"hessian_dtype": torch.float16},
-            "hessian_dtype must be torch.bfloat16, torch.float32, torch.float64 or None",
+            "hessian_dtype must be torch.bfloat16, torch.float32, torch.float64, 'tf32' or None",
         ),
         ({"positions_per_column": 0}, "positions_per_column must be a positive number"),
         ({"positions_per_column": 10**400}, "positions_per_column must be a positive number"),

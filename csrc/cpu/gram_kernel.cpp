@@ -478,6 +478,7 @@ Tensor rounded_to_tf32(const Tensor& input) {
   float* values = rounded.mutable_data_ptr<float>();
   parallel_for(0, rounded.numel(), 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (values[i] != values[i]) continue;  // NaN stays: a carry could make a number of it
       uint32_t bits;
       std::memcpy(&bits, values + i, sizeof(bits));
       bits = (bits + 0x1000) & ~uint32_t{0x1fff};

@@ -141,9 +141,16 @@ __device__ __forceinline__ int first_of_chunk(int count, int chunk, int chunks) 
   return count / chunks * chunk + (chunk < more ? chunk : more);
 }
 
-// Rounded to TF32, ten bits of mantissa, ties away from zero.
+// Rounded to TF32, ten bits of mantissa, ties away from zero. NaN stays.
 __device__ __forceinline__ float to_tf32(float value) {
-  return __uint_as_float((__float_as_uint(value) + 0x1000u) & ~0x1fffu);
+  constexpr uint32_t kKept = ~uint32_t{0x1fff};
+#ifdef __CUDACC__
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+  return __uint_as_float(rounded & kKept);
+#else
+  return value == value ? __uint_as_float((__float_as_uint(value) + 0x1000) & kKept) : value;
+#endif
 }
 
 }  // namespace spade_fast::cuda

@@ -91,8 +91,8 @@ __device__ __forceinline__ void find_digit(PruneShared& shared, uint32_t wanted)
   __syncthreads();
 }
 
-// Of this thread's entries in row-major order, those that all threads before it have: an exclusive sum. To be called by
-// all threads.
+// Of numbers that the threads own, the sum over all threads before this one. To be called by all threads; a barrier must
+// come before the next call.
 __device__ __forceinline__ uint32_t sum_before(PruneShared& shared, uint32_t own, uint32_t& total) {
   const int lane = threadIdx.x % kWarp;
   uint32_t up_to = own;
@@ -101,7 +101,6 @@ __device__ __forceinline__ uint32_t sum_before(PruneShared& shared, uint32_t own
     const uint32_t before = __shfl_up_sync(kAllLanes, up_to, distance);
     if (lane >= distance) up_to += before;
   }
-  __syncthreads();
   if (lane == kWarp - 1) shared.warps[threadIdx.x / kWarp] = up_to;
   __syncthreads();
   uint32_t before = up_to - own;
