@@ -95,13 +95,10 @@ def prepare(name: str) -> dict[tuple[str, str], Callable[[], Any]]:
 
 def native_hessians(net: sf.LoadedModel, sparsity: Any, views: Tensor) -> dict[str, Tensor]:
     """The dense pass of a trace over given views, and what it makes of its sums."""
-    selection = tracer._select(net.module, sparsity, None)
-    evidence = tracer._Evidence("native", None, None, 0, len(views))
-    anchor = next(net.module.parameters())
-    batches = views.split(tracer._CPU_BATCH)
-    recorder = kept_heap()(tracer._dense_pass)(
-        net.module, batches, net.preprocess, selection, anchor, evidence, fold=True
-    )
+    defaults: dict[str, Any] = sf.trace.__kwdefaults__
+    tracing = tracer._prepare(net, sparsity, **{**defaults, "backend": "native"})
+    batches = views.split(tracing.batch_size)
+    recorder, _ = kept_heap()(tracer._dense_pass)(tracing, batches, views=len(views), fold=True)
     return {name: total.into_hessian() for name, total in recorder.sums.items()}
 
 
