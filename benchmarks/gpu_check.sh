@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU in one go, within ten minutes and without a network:
+#
+#   benchmarks/gpu_check.sh [RESULTS]
+#
+# builds the extension for the card at hand, runs the tests on CUDA, compute-sanitizer over small cases of every kernel,
+# and the benchmarks, then writes RESULTS/<device>.json and .md (default: benchmarks/results/gpu). A part that fails does
+# not stop the others; the exit code is then 1. What cannot run for want of a tool is named. Logs stay in build/gpu_check.
+#
+#   PYTHON                                          interpreter that has torch; default python3
+#   COMMIT                                          what is checked, where git cannot tell
+#   SPADE_FAST_CHECK_SECONDS                        time for all; default 570
+#   SPADE_FAST_TEST_DEVICE, SPADE_FAST_BENCH_DEVICE cpu: try the script out without a GPU
+set -uo pipefail
+results=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
+cd "$(dirname "$0")/.." || exit 1
+
+python=${PYTHON:-python3}
+budget=${SPADE_FAST_CHECK_SECONDS:-570}
+device=${SPADE_FAST_TEST_DEVICE:-cuda}
+work=$PWD/build/gpu_check
+rm -rf "$work"
+mkdir -p "$work"
+
+# record NAME CODE SECONDS NOTE: a code of - is for what was not run.
+record() { printf '%s\t%s\t%s\t%s\n' "$@" >>"$work/parts.tsv"; }
+
+# run NAME LIMIT COMMAND...: a part, at most so many seconds.
+run() {
+  local name=$1 limit=$2 start=$SECONDS code
+  shift 2
+  timeout -k 10 "$limit" "$@" >"$work/$name.log" 2>&1
+  code=$?
+  record "$name" "$code" $((SECONDS - start)) ""
+  printf '%s: exit code %s after %s s\n' "$name" "$code" $((SECONDS - start))
+  tail -n 3 "$work/$name.log"
+  return "$code"
+}
+
+# left SECONDS: the time that is left but for so much, at least 20.
+left() {
+  local seconds=$((budget - SECONDS - $1))
+  echo $((seconds > 20 ? seconds : 20))
+}
+
+# missing MODULE...: those that cannot be imported.
+missing() {
+  "$python" - "$@" <<'PYTHON'
+import importlib.util, sys
+print(", ".join(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
+PYTHON
+}
+
+"$python" benchmarks/gpu_report.py --environment || exit 1
+
+# A virtual environment that sees the packages of `python`, whose own are left alone.
+"$python" -m venv --without-pip "$work/venv"
+packages=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -c 'import sys; print("\n".join(path for path in sys.path if path.endswith("-packages")))' \
+  >"$packages/outer.pth"
+python=$work/venv/bin/python
+
+with_cuda=FORCE_CUDA=1
+[ "$device" = cpu ] && with_cuda=SPADE_FAST_WITH_CUDA=0
+if ! run build 240 env $with_cuda "$python" -m pip install -v --no-build-isolation --no-deps --no-index -e .; then
+  run build-in-place 240 env $with_cuda "$python" setup.py build_ext --inplace
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+fi
+
+# xunit1 holds what tests measured.
+pytest=(-m pytest -q -p no:cacheprovider -o junit_family=xunit1)
+
+# tests NAME LIMIT ARGUMENTS...: a part made of tests.
+tests() {
+  local name=$1 limit=$2
+  shift 2
+  run "$name" "$limit" "$python" "${pytest[@]}" --junitxml="$work/$name.xml" "$@"
+}
+
+# sanitize TOOL LIMIT: compute-sanitizer over the small cases. Without torch's cache every allocation has its own bounds.
+sanitize() {
+  local tool=$1 limit=$2
+  local options=(--tool "$tool" --log-file "$work/$tool.txt" --error-exitcode 9 --report-api-errors no --print-limit 1000)
+  # initcheck has to see what torch's kernels write; the report leaves out what it finds in those.
+  [ "$tool" = initcheck ] || options+=("$filter" kns=spade_fast)
+  run "$tool" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" "${options[@]}" \
+    "$python" "${pytest[@]}" --junitxml="$work/$tool.xml" tests/test_cuda.py -k test_small_cases
+}
+
+tools="memcheck racecheck initcheck synccheck"
+absent=$(missing pytest hypothesis)
+if [ -n "$absent" ]; then
+  for name in tests operators $tools; do record "$name" - 0 "no $absent"; done
+else
+  tests tests "$(left 300)" tests/test_cuda.py
+  # The others do not mind each other's company.
+  tests operators "$(left 180)" tests/test_ops.py tests/test_augmentation.py &
+  sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
+  if [ "$device" = cpu ]; then
+    for tool in $tools; do record "$tool" - 0 "the device is the CPU"; done
+  elif [ -z "$sanitizer" ]; then
+    for tool in $tools; do record "$tool" - 0 "no compute-sanitizer"; done
+  else
+    # The option has had three names.
+    help=$("$sanitizer" --help)
+    for filter in --kernel-name --kernel-regex --filter; do [[ $help == *"$filter "* ]] && break; done
+    for tool in $tools; do sanitize "$tool" "$(left 180)" & done
+  fi
+  wait
+fi
+
+absent=$(missing pytest pytest_benchmark timm torchvision skimage)
+if [ -n "$absent" ]; then
+  record benchmarks - 0 "no $absent"
+else
+  SPADE_FAST_BENCH_SECONDS=$(left 50) tests benchmarks "$(left 10)" benchmarks/bench_gpu.py \
+    --benchmark-json="$work/benchmarks.json"
+fi
+
+"$python" benchmarks/gpu_report.py "$work" "$results"
