@@ -47,7 +47,7 @@ def hessians(model: nn.Module, names: Sequence[str], inputs: Tensor, batch_size:
                 images = args[0]
                 geometry = Geometry(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
                 samples = output.shape[0] * output.shape[2] * output.shape[3]
-            hessian, seen = sums.get(name, (torch.zeros(1, dtype=images.dtype), 0))
+            hessian, seen = sums.get(name, (images.new_zeros(1), 0))
             total = seen + samples
             sums[name] = (
                 hessian * (seen / total) + reference.conv2d_gram(images, geometry) * (2 / total),

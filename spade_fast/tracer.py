@@ -6,6 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -292,7 +293,7 @@ def _observe(tracing: _Tracing, image: Picture | Sequence[Picture]) -> _Observed
     if not images:
         raise InvalidInputError("no image to trace: the sequence is empty")
     count = len(images) * -(-tracing.num_augmentations // tracing.batch_size)
-    with kept_heap():
+    with kept_heap(), _memory_errors(tracing.device):
         # The second attempt is for models that call other layers for other views.
         for attempt in ("fold", "plain"):
             batches = tqdm(_batches(tracing, images), "dense pass", count, disable=not tracing.progress, leave=False)
@@ -323,7 +324,8 @@ def _solve(tracing: _Tracing, observed: Sequence[_Observed]) -> list[Trace]:
     sums = {(i, name): each.sums.pop(name) for i, each in enumerate(observed) for name in list(each.sums)}
     room = _SOLVED_TOGETHER if tracing.device.type == "cpu" else sys.maxsize
     solutions: list[dict[str, Solution]] = [{} for _ in observed]
-    with kept_heap(), tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False) as progress_bar:
+    progress_bar = tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False)
+    with kept_heap(), _memory_errors(tracing.device), progress_bar:
         for keys in _solved_together(sums, room):
             problems = []
             for i, name in keys:
@@ -387,7 +389,7 @@ def _dense_pass(
 
     def run(inputs: Tensor) -> None:
         recorder.share = len(inputs) / views
-        with folded, recorder:
+        with _memory_errors(device), folded, recorder:
             module(inputs.contiguous(memory_format=memory_format))
 
     # Not inference mode: what a module caches in it could never again take part in a gradient.
@@ -416,6 +418,23 @@ def _dense_pass(
                 recorder = tracing.recorder()
                 run(inputs)
     return recorder, unchecked
+
+
+@contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    """Raise ``torch.OutOfMemoryError`` where a native operator ran out of memory: its errors come without a kind."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.memory_stats(device).get("num_ooms", 0)
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if torch.cuda.memory_stats(device).get("num_ooms", 0) > before:
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 def _is_positive(value: object) -> bool:

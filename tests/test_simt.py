@@ -101,6 +101,7 @@ GEOMETRIES = {
     "oblong patches": (((5, 2), (3, 1), (2, 1), (1, 3), 1), (2, 9, 9)),
     "depthwise": (((3, 3), (1, 1), (1, 1), (1, 1), 40), (40, 7, 9)),
     "depthwise, strided": (((5, 5), (2, 2), (2, 2), (1, 1), 6), (6, 9, 9)),
+    "depthwise, more sums than one launch holds": (((9, 9), (1, 1), (4, 4), (1, 1), 3), (3, 10, 11)),
 }
 
 

@@ -697,6 +697,22 @@ def test_an_image_that_does_not_fit_by_itself_is_named(images_in_flight, stage, 
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
 
 
+def test_errors_of_operators_that_ran_out_of_memory_are_known_by_the_allocators_count(monkeypatch):
+    stats = {"num_ooms": 3}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: stats)
+    device = torch.device("cuda:1")
+    with pytest.raises(RuntimeError, match="^another fault$") as caught, tracer._memory_errors(device):
+        raise RuntimeError("another fault")
+    assert type(caught.value) is RuntimeError
+    with pytest.raises(torch.OutOfMemoryError, match="a call failed") as caught, tracer._memory_errors(device):
+        stats["num_ooms"] += 1
+        raise RuntimeError("a call failed")
+    assert type(caught.value.__cause__) is RuntimeError
+    with pytest.raises(ValueError, match="no matter"), tracer._memory_errors(device):
+        stats["num_ooms"] += 1
+        raise ValueError("no matter")
+
+
 def test_no_other_layout_is_tried_where_memory_runs_out():
     calls = []
 

@@ -68,8 +68,10 @@ struct DepthwiseProduct {
   int32_t first_row, height, width;  // rows of the first map that it covers, positions in each
 };
 
+// One launch, over as many sums as a warp has shared memory for.
 struct DepthwiseLaunch {
-  int32_t channels, sums;
+  int32_t first_sum, sums;
+  int32_t channels;
   int32_t rows, units;  // of the tallest map; of all images
   int32_t warps, chunks;
   int64_t image_step, y_step, x_step;
@@ -77,8 +79,8 @@ struct DepthwiseLaunch {
 
 // One for each sum, in their order.
 std::vector<DepthwiseProduct> depthwise_products(const GramPlan& plan, const MapLayout& layout);
-DepthwiseLaunch depthwise_launch(const GramPlan& plan, const MapLayout& layout, size_t element_bytes,
-                                 int multiprocessors);
+std::vector<DepthwiseLaunch> depthwise_launches(const GramPlan& plan, const MapLayout& layout, int64_t element_bytes,
+                                                int multiprocessors);
 
 // A block of the Gram matrix, by a pair of taps: the sum of `count` sums, listed from `first` on.
 struct AssembledPair {
@@ -108,9 +110,9 @@ void add_gram(const GramArguments& arguments, const GramLaunch& launch, void* st
 struct DepthwiseArguments {
   Precision precision;
   const void* input;
-  const DepthwiseProduct* products;
-  void* sums;      // [sums, channels]
-  void* partials;  // [chunks, sums, channels]
+  const DepthwiseProduct* products;  // of all launches
+  void* sums;                        // [sums of all launches, channels]
+  void* partials;                    // [chunks, sums, channels]
 };
 void add_depthwise(const DepthwiseArguments& arguments, const DepthwiseLaunch& launch, void* stream);
 

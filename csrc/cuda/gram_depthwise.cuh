@@ -77,11 +77,13 @@ void run_depthwise(const DepthwiseArguments& arguments, const DepthwiseLaunch& w
   constexpr int kThreads = 256;
   const int64_t count = int64_t{work.sums} * work.channels;
   auto* partials = static_cast<Sum*>(arguments.partials);
+  const DepthwiseProduct* products = arguments.products + work.first_sum;
+  Sum* sums = static_cast<Sum*>(arguments.sums) + int64_t{work.first_sum} * work.channels;
   launch(depthwise_rows<E, Sum, kTf32>, dim3((work.channels + kWarp - 1) / kWarp, work.chunks), work.warps * kWarp,
-         sizeof(Sum) * work.warps * work.sums * kWarp, stream, static_cast<const E*>(arguments.input),
-         arguments.products, partials, work);
+         sizeof(Sum) * work.warps * work.sums * kWarp, stream, static_cast<const E*>(arguments.input), products,
+         partials, work);
   launch(depthwise_reduce<Sum>, dim3((count + kThreads - 1) / kThreads), kThreads, 0, stream,
-         static_cast<const Sum*>(partials), static_cast<Sum*>(arguments.sums), count, work.chunks);
+         static_cast<const Sum*>(partials), sums, count, work.chunks);
 }
 
 inline void run_depthwise(const DepthwiseArguments& arguments, const DepthwiseLaunch& work, Stream stream) {

@@ -55,14 +55,15 @@ Precision precision_of(const Tensor& input, bool tf32) {
 void add_batch(const OnDevice& device, const GramPlan& plan, const Tensor& sums, const Tensor& input, bool tf32) {
   const MapLayout layout{input.size(0), input.stride(0), input.stride(2), input.stride(3)};
   if (plan.depthwise()) {
-    const DepthwiseLaunch launch =
-        depthwise_launch(plan, layout, static_cast<size_t>(element_bytes(sums)), device.multiprocessors());
     const Tensor table = device.upload(depthwise_products(plan, layout), input);
-    const Tensor partials = torch::stable::new_empty(sums, {launch.chunks, plan.sums, plan.geometry.groups});
-    add_depthwise({precision_of(input, tf32), input.const_data_ptr(),
-                   static_cast<const DepthwiseProduct*>(table.const_data_ptr()), sums.mutable_data_ptr(),
-                   partials.mutable_data_ptr()},
-                  launch, device.stream());
+    const auto* products = static_cast<const DepthwiseProduct*>(table.const_data_ptr());
+    for (const DepthwiseLaunch& launch :
+         depthwise_launches(plan, layout, element_bytes(sums), device.multiprocessors())) {
+      const Tensor partials = torch::stable::new_empty(sums, {launch.chunks, launch.sums, launch.channels});
+      add_depthwise({precision_of(input, tf32), input.const_data_ptr(), products, sums.mutable_data_ptr(),
+                     partials.mutable_data_ptr()},
+                    launch, device.stream());
+    }
     return;
   }
   const Precision precision = precision_of(input, tf32);

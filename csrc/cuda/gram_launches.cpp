@@ -10,9 +10,9 @@ namespace {
 
 constexpr int64_t kLeastPositions = 512;  // of a chunk: fewer are not worth a tile's start and end
 constexpr int64_t kStripShare = 4;        // a product with fewer than a fourth of the most positions is a strip
-constexpr size_t kAccumulatorBytes = size_t{96} << 10;
+constexpr int64_t kAccumulatorBytes = int64_t{96} << 10;
 constexpr int64_t kWarp = 32;
-constexpr int kMostWarps = 8;
+constexpr int64_t kMostWarps = 8;
 
 GramProduct product_of(const GramPlan& plan, const MapLayout& layout, const GramClass& entry, int64_t row_piece,
                        int64_t column_piece) {
@@ -162,23 +162,29 @@ std::vector<DepthwiseProduct> depthwise_products(const GramPlan& plan, const Map
   return products;
 }
 
-DepthwiseLaunch depthwise_launch(const GramPlan& plan, const MapLayout& layout, size_t element_bytes,
-                                 int multiprocessors) {
+std::vector<DepthwiseLaunch> depthwise_launches(const GramPlan& plan, const MapLayout& layout, int64_t element_bytes,
+                                                int multiprocessors) {
   const ConvGeometry& g = plan.geometry;
-  DepthwiseLaunch launch{};
-  launch.channels = static_cast<int32_t>(g.groups);
-  launch.sums = static_cast<int32_t>(plan.sums);
-  for (const PhaseMap& map : plan.maps) launch.rows = std::max(launch.rows, static_cast<int32_t>(map.height));
-  launch.units = static_cast<int32_t>(layout.images) * launch.rows;
-  launch.image_step = layout.image_step;
-  launch.y_step = g.stride[0] * layout.row_step;
-  launch.x_step = g.stride[1] * layout.column_step;
-  const size_t warp_bytes = std::max<size_t>(1, static_cast<size_t>(plan.sums) * kWarp * element_bytes);
-  launch.warps = static_cast<int32_t>(std::clamp<size_t>(kAccumulatorBytes / warp_bytes, 1, kMostWarps));
-  const int64_t slices = ceil_div(g.groups, kWarp), wanted = ceil_div(int64_t{multiprocessors} * 16, slices);
-  launch.chunks =
-      static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, ceil_div(launch.units, 4 * launch.warps))));
-  return launch;
+  DepthwiseLaunch common{};
+  common.channels = static_cast<int32_t>(g.groups);
+  for (const PhaseMap& map : plan.maps) common.rows = std::max(common.rows, static_cast<int32_t>(map.height));
+  common.units = static_cast<int32_t>(layout.images) * common.rows;
+  common.image_step = layout.image_step;
+  common.y_step = g.stride[0] * layout.row_step;
+  common.x_step = g.stride[1] * layout.column_step;
+  const int64_t sum_bytes = kWarp * element_bytes, most = kAccumulatorBytes / sum_bytes;
+  std::vector<DepthwiseLaunch> launches;
+  for (int64_t first = 0; first < plan.sums; first += most) {
+    DepthwiseLaunch launch = common;
+    launch.first_sum = static_cast<int32_t>(first);
+    launch.sums = static_cast<int32_t>(std::min(most, plan.sums - first));
+    launch.warps = static_cast<int32_t>(std::min(kMostWarps, most / launch.sums));
+    const int64_t slices = ceil_div(g.groups, kWarp), wanted = ceil_div(int64_t{multiprocessors} * 16, slices);
+    launch.chunks =
+        static_cast<int32_t>(std::max<int64_t>(1, std::min(wanted, ceil_div(launch.units, 4 * launch.warps))));
+    launches.push_back(launch);
+  }
+  return launches;
 }
 
 AssemblyTables::AssemblyTables(const GramPlan& plan) {

@@ -91,8 +91,8 @@ __device__ __forceinline__ void find_digit(PruneShared& shared, uint32_t wanted)
   __syncthreads();
 }
 
-// Of numbers that the threads own, the sum over all threads before this one. To be called by all threads; a barrier must
-// come before the next call.
+// Of numbers that the threads own, the sum over all threads before this one. To be called by all threads; a barrier
+// must come before the next call.
 __device__ __forceinline__ uint32_t sum_before(PruneShared& shared, uint32_t own, uint32_t& total) {
   const int lane = threadIdx.x % kWarp;
   uint32_t up_to = own;

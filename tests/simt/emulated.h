@@ -26,9 +26,10 @@ void add_sums(const GramPlan& plan, const void* maps, int64_t images, Precision 
   const MapLayout layout{images, g.height * g.width * channels, g.width * channels, channels};
   if (plan.depthwise()) {
     const std::vector<DepthwiseProduct> products = depthwise_products(plan, layout);
-    const DepthwiseLaunch launch = depthwise_launch(plan, layout, sizeof(Sum), kMultiprocessors);
-    std::vector<Sum> partials(launch.chunks * plan.sums * g.groups);
-    run_depthwise({precision, maps, products.data(), sums, partials.data()}, launch, nullptr);
+    for (const DepthwiseLaunch& launch : depthwise_launches(plan, layout, sizeof(Sum), kMultiprocessors)) {
+      std::vector<Sum> partials(int64_t{launch.chunks} * launch.sums * g.groups);
+      run_depthwise({precision, maps, products.data(), sums, partials.data()}, launch, nullptr);
+    }
     return;
   }
   const int tile = gram_tile(plan.flat ? g.columns() : g.channels, precision, vectors);
