@@ -98,6 +98,7 @@ MAPS = {
     "shifted, 128 channels": Maps(SAME, 128, 2),
     "shifted, 130 channels": Maps(SAME, 130, 2),
     "shifted, 136 channels": Maps(SAME, 136, 2),
+    "shifted, 24 channels, strips of many positions": Maps(SAME, 24, 44, (26, 26)),
     "shifted, unpadded": Maps(Geometry((3, 3)), 32),
     "shifted, strided": Maps(STRIDED, 64, 20, (17, 16)),
     "shifted, strided, 66 channels": Maps(STRIDED, 66),
@@ -736,7 +737,7 @@ def test_tensors_on_two_devices_are_refused(other):
 
         calls.append(render)
     for call in calls:
-        with pytest.raises(RuntimeError, match="must be on cuda:0, as the first argument is"):
+        with pytest.raises(RuntimeError, match="must be on cuda:0, as the first tensor is"):
             call(here, other)
         with pytest.raises(RuntimeError):
             call(other, here)

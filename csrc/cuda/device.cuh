@@ -37,9 +37,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared_bytes > kWithoutAsking) {
-    check_cuda(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "spade_fast: reserving shared memory");
+    // Always as much as there is: another thread may be about to launch the same kernel with more.
+    int device = 0, most = 0;
+    check_cuda(cudaGetDevice(&device), "spade_fast: asking for the device");
+    check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "spade_fast: asking for shared memory");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+               "spade_fast: reserving shared memory");
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
   check_cuda(cudaGetLastError(), "spade_fast: launching a kernel");
@@ -141,16 +145,21 @@ __device__ __forceinline__ int first_of_chunk(int count, int chunk, int chunks) 
   return count / chunks * chunk + (chunk < more ? chunk : more);
 }
 
-// Rounded to TF32, ten bits of mantissa, ties away from zero. NaN stays.
-__device__ __forceinline__ float to_tf32(float value) {
-  constexpr uint32_t kKept = ~uint32_t{0x1fff};
+// Rounded to TF32, ten bits of mantissa, ties away from zero, as an operand of mma, which does not look at the bits
+// below. NaN stays.
+__device__ __forceinline__ uint32_t tf32_operand(float value) {
 #ifdef __CUDACC__
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
-  return __uint_as_float(rounded & kKept);
+  return rounded;
 #else
-  return value == value ? __uint_as_float((__float_as_uint(value) + 0x1000) & kKept) : value;
+  return value == value ? __float_as_uint(value) + 0x1000 : __float_as_uint(value);
 #endif
+}
+
+// The same as a number.
+__device__ __forceinline__ float to_tf32(float value) {
+  return __uint_as_float(tf32_operand(value) & ~uint32_t{0x1fff});
 }
 
 }  // namespace spade_fast::cuda

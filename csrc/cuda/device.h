@@ -42,6 +42,10 @@ class OnDevice {
     const auto bytes = static_cast<int64_t>(table.size() * sizeof(Entry));
     torch::stable::Tensor copy = torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
     if (bytes > 0) {
+      cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+      check_status(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream_), &capture), "asking for a capture");
+      STD_TORCH_CHECK(capture == cudaStreamCaptureStatusNone,
+                      "operators of spade_fast cannot be captured in a CUDA graph: they copy tables from the host");
       // From pageable memory: the table has been read when this returns.
       check_status(cudaMemcpyAsync(copy.mutable_data_ptr(), table.data(), bytes, cudaMemcpyHostToDevice,
                                    static_cast<cudaStream_t>(stream_)),

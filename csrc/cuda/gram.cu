@@ -4,22 +4,26 @@
 
 namespace spade_fast::cuda {
 
-void add_gram(const GramArguments& arguments, const GramLaunch& launch, void* stream) {
-  run_gram(arguments, launch, static_cast<Stream>(stream));
+void add_gram(const GramArguments& arguments, const GramLaunch& work, void* stream) {
+  run_gram(arguments, work, static_cast<Stream>(stream));
 }
 
-void add_depthwise(const DepthwiseArguments& arguments, const DepthwiseLaunch& launch, void* stream) {
-  run_depthwise(arguments, launch, static_cast<Stream>(stream));
+void add_depthwise(const DepthwiseArguments& arguments, const DepthwiseLaunch& work, void* stream) {
+  run_depthwise(arguments, work, static_cast<Stream>(stream));
 }
 
-void assemble_gram(const AssemblyArguments& arguments, bool depthwise, void* stream) {
-  const auto run = arguments.is_double ? run_assemble<double> : run_assemble<float>;
-  run(arguments, depthwise, static_cast<Stream>(stream));
+template <class T>
+void assemble_gram(const AssemblyArguments<T>& arguments, bool depthwise, void* stream) {
+  run_assemble(arguments, depthwise, static_cast<Stream>(stream));
 }
+template void assemble_gram(const AssemblyArguments<float>&, bool, void*);
+template void assemble_gram(const AssemblyArguments<double>&, bool, void*);
 
-void mirror_upper(bool is_double, void* matrices, int64_t count, int64_t size, void* stream) {
-  const auto run = is_double ? run_mirror<double> : run_mirror<float>;
-  run(matrices, count, size, static_cast<Stream>(stream));
+template <class T>
+void mirror_upper(T* matrices, int64_t count, int64_t size, void* stream) {
+  run_mirror(matrices, count, size, static_cast<Stream>(stream));
 }
+template void mirror_upper(float*, int64_t, int64_t, void*);
+template void mirror_upper(double*, int64_t, int64_t, void*);
 
 }  // namespace spade_fast::cuda

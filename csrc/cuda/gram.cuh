@@ -28,19 +28,19 @@ struct GramTile {
   int product, group, row, column;
 };
 
-__device__ __forceinline__ GramTile find_tile(const GramLaunch& launch, const GramSection& section, int tile) {
+__device__ __forceinline__ GramTile find_tile(const GramLaunch& work, const GramSection& section, int tile) {
   int low = section.first_product, high = section.end_product - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (launch.products[middle].first_tile <= tile) {
+    if (work.products[middle].first_tile <= tile) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
-  const int side = launch.tiles_per_side;
-  const bool symmetric = launch.products[low].symmetric;
-  const int pairs = symmetric ? side * (side + 1) / 2 : side * side, place = tile - launch.products[low].first_tile;
+  const int side = work.tiles_per_side;
+  const bool symmetric = work.products[low].symmetric;
+  const int pairs = symmetric ? side * (side + 1) / 2 : side * side, place = tile - work.products[low].first_tile;
   int pair = place % pairs, row = 0;
   if (!symmetric) return {low, place / pairs, pair / side, pair % side};
   for (; pair >= side - row; ++row) pair -= side - row;
@@ -57,18 +57,18 @@ class OperandLoader {
  public:
   static constexpr int kRounds = kDepth * kPerPosition / Tile::kThreads;
 
-  __device__ OperandLoader(const GramLaunch& launch, const E* input, int64_t first, int group, int tile)
-      : launch_(launch), input_(input + first) {
+  __device__ OperandLoader(const GramLaunch& work, const E* input, int64_t first, int group, int tile)
+      : work_(work), input_(input + first) {
     const int column = tile * Tile::kTile + threadIdx.x % kPerPosition * kWidth;
-    is_column_ = column < launch.size;
+    is_column_ = column < work.size;
     if constexpr (kVectors) {
-      input_ += int64_t{group} * launch.channels + column;
+      input_ += int64_t{group} * work.channels + column;
     } else if (is_column_) {
-      const int channel = launch.taps.quotient(column), tap = column - channel * launch.taps.divisor;
-      const int ky = launch.kernel_width.quotient(tap), kx = tap - ky * launch.kernel_width.divisor;
-      y_ = ky * launch.dilation[0] - launch.padding[0];
-      x_ = kx * launch.dilation[1] - launch.padding[1];
-      input_ += int64_t{group} * launch.channels + channel + y_ * launch.row_step + x_ * launch.column_step;
+      const int channel = work.taps.quotient(column), tap = column - channel * work.taps.divisor;
+      const int ky = work.kernel_width.quotient(tap), kx = tap - ky * work.kernel_width.divisor;
+      y_ = ky * work.dilation[0] - work.padding[0];
+      x_ = kx * work.dilation[1] - work.padding[1];
+      input_ += int64_t{group} * work.channels + channel + y_ * work.row_step + x_ * work.column_step;
     }
   }
 
@@ -77,8 +77,8 @@ class OperandLoader {
     const int place = threadIdx.x + round * Tile::kThreads, row = place / kPerPosition;
     bool valid = is_position && is_column_;
     if constexpr (!kVectors) {
-      const int from_y = y * launch_.stride[0] + y_, from_x = x * launch_.stride[1] + x_;
-      valid = valid && from_y >= 0 && from_y < launch_.input_size[0] && from_x >= 0 && from_x < launch_.input_size[1];
+      const int from_y = y * work_.stride[0] + y_, from_x = x * work_.stride[1] + x_;
+      valid = valid && from_y >= 0 && from_y < work_.input_size[0] && from_x >= 0 && from_x < work_.input_size[1];
     }
     cp_async<kWidth * sizeof(E)>(shared + row * Tile::kStride + place % kPerPosition * kWidth, input_ + base, valid);
   }
@@ -86,7 +86,7 @@ class OperandLoader {
   static __device__ __forceinline__ int row(int round) { return (threadIdx.x + round * Tile::kThreads) / kPerPosition; }
 
  private:
-  const GramLaunch& launch_;
+  const GramLaunch& work_;
   const E* input_;
   bool is_column_;
   int y_ = 0, x_ = 0;
@@ -98,22 +98,22 @@ constexpr size_t kGramSharedBytes = size_t{kStages} * 2 * kDepth * Tile::kStride
 template <class Tile, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     gram_tiles(const typename Tile::Element* input, typename Tile::Sum* sums, typename Tile::Sum* partials,
-               const __grid_constant__ GramLaunch launch) {
+               const __grid_constant__ GramLaunch work) {
   using E = typename Tile::Element;
   using Sum = typename Tile::Sum;
   constexpr int kTile = Tile::kTile, kOperand = kDepth * Tile::kStride;
   using Loader = OperandLoader<Tile, kVectors>;
 
-  const GramSection& section = launch.sections[static_cast<int>(blockIdx.x) >= launch.sections[1].first_block];
+  const GramSection& section = work.sections[static_cast<int>(blockIdx.x) >= work.sections[1].first_block];
   const int block = blockIdx.x - section.first_block, chunk = block / section.tiles, tile = block % section.tiles;
-  const GramTile place = find_tile(launch, section, tile);
-  const GramProduct& product = launch.products[place.product];
+  const GramTile place = find_tile(work, section, tile);
+  const GramProduct& product = work.products[place.product];
   const int begin = first_of_chunk(product.positions, chunk, section.chunks);
   const int end = first_of_chunk(product.positions, chunk + 1, section.chunks);
 
   E* stages = shared_memory<E>();
-  const Loader left(launch, input, product.first, place.group, place.row);
-  const Loader right(launch, input, product.other_first, place.group, place.column);
+  const Loader left(work, input, product.first, place.group, place.row);
+  const Loader right(work, input, product.other_first, place.group, place.column);
   const auto load_stage = [&](int stage, int first) {
     E* a = stages + stage * 2 * kOperand;
 #pragma unroll
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       const int position = first + Loader::row(round);
       const int image = product.area.quotient(position), within = position - image * product.area.divisor;
       const int y = product.width.quotient(within), x = within - y * product.width.divisor;
-      const int64_t base = image * launch.image_step + y * launch.y_step + x * launch.x_step;
+      const int64_t base = image * work.image_step + y * work.y_step + x * work.x_step;
       left.load(round, position < end, y, x, base, a);
       right.load(round, position < end, y, x, base, a + kOperand);
     }
@@ -146,10 +146,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   cp_async_wait<0>();
 
   if (section.chunks == 1) {
-    Sum* sum = sums + (int64_t{place.group} * launch.sums + product.sum) * launch.size * launch.size;
+    Sum* sum = sums + (int64_t{place.group} * work.sums + product.sum) * work.size * work.size;
     result.for_each([&](int m, int n, Sum value) {
       const int row = place.row * kTile + m, column = place.column * kTile + n;
-      if (row < launch.size && column < launch.size) sum[int64_t{row} * launch.size + column] += value;
+      if (row < work.size && column < work.size) sum[int64_t{row} * work.size + column] += value;
     });
   } else {
     Sum* partial = partials + (int64_t{section.first_partial} + tile * section.chunks + chunk) * kTile * kTile;
@@ -163,19 +163,19 @@ constexpr int kReduceThreads = 256;
 // area / kReduceThreads).
 template <class Sum, int kTile>
 __global__ void __launch_bounds__(kReduceThreads)
-    gram_reduce(const Sum* partials, Sum* sums, int section_index, const __grid_constant__ GramLaunch launch) {
+    gram_reduce(const Sum* partials, Sum* sums, int section_index, const __grid_constant__ GramLaunch work) {
   static_assert(kTile * kTile % kReduceThreads == 0, "blocks cover a tile");
-  const GramSection& section = launch.sections[section_index];
-  const GramTile place = find_tile(launch, section, blockIdx.x);
+  const GramSection& section = work.sections[section_index];
+  const GramTile place = find_tile(work, section, blockIdx.x);
   const int element = blockIdx.y * kReduceThreads + threadIdx.x;
   const int row = place.row * kTile + element / kTile, column = place.column * kTile + element % kTile;
-  if (row >= launch.size || column >= launch.size) return;
+  if (row >= work.size || column >= work.size) return;
   const Sum* partial =
       partials + (int64_t{section.first_partial} + int64_t{blockIdx.x} * section.chunks) * kTile * kTile + element;
   Sum total = 0;
   for (int chunk = 0; chunk < section.chunks; ++chunk) total += partial[int64_t{chunk} * kTile * kTile];
-  const int64_t sum = int64_t{place.group} * launch.sums + launch.products[place.product].sum;
-  sums[(sum * launch.size + row) * launch.size + column] += total;
+  const int64_t sum = int64_t{place.group} * work.sums + work.products[place.product].sum;
+  sums[(sum * work.size + row) * work.size + column] += total;
 }
 
 template <class Tile, bool kVectors>

@@ -1,6 +1,7 @@
 // Sums of products of shifted maps on a GPU, by the plan of ../gram_plan.h: what is launched, worked out on the host.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -12,7 +13,8 @@ namespace spade_fast::cuda {
 // Of the inputs; sums are float64 for the first and float32 for the others. BFloat16 needs vectors (GramArguments).
 enum class Precision { kFloat64, kFloat32, kTf32, kBFloat16 };
 
-// How a batch of maps lies in memory: channels side by side, positions by these steps, in elements.
+// How a batch of maps lies in memory: channels side by side, positions by these steps, in elements; 0 along an axis of
+// one place.
 struct MapLayout {
   int64_t images, image_step, row_step, column_step;
 };
@@ -53,11 +55,15 @@ struct GramLaunch {
 };
 static_assert(sizeof(GramLaunch) + 3 * sizeof(void*) <= 4096, "what a kernel may take by value");
 
-// Positions of an image that one launch can hold are counted in 31 bits.
-constexpr int64_t kMostPositions = (int64_t{1} << 31) - 1;
+// Positions of a batch are counted in 31 bits, a little beyond the last one.
+constexpr int64_t kMostPositions = (int64_t{1} << 31) - 64;
+
+// Whether the channels of every position and group begin at 16 bytes and fill whole vectors, none of them padding.
+bool has_vectors(const GramPlan& plan, const MapLayout& layout, const void* input, int64_t element_bytes);
 
 // Launches that add a batch to the sums of a plan that is not depthwise, on tiles of `tile` x `tile`.
-std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& layout, int tile, int multiprocessors);
+std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& layout, int tile, Precision precision,
+                                      int multiprocessors);
 
 // The tile for sums of this size: 128, 64 or 32; not 128 without vectors (GramArguments), always 64 in float64.
 int gram_tile(int64_t size, Precision precision, bool vectors);
@@ -94,13 +100,12 @@ struct AssemblyTables {
   explicit AssemblyTables(const GramPlan& plan);
 };
 
-// Implemented in gram.cu. All pointers are to device memory; work is queued on the CUDA
-// stream.
+// Implemented in gram.cu. All pointers are to device memory; work is queued on the CUDA stream.
 
 struct GramArguments {
   Precision precision;
   const void* input;
-  bool vectors;    // whether the channels of every position and group begin at 16 bytes and fill whole vectors
+  bool vectors;    // as has_vectors found
   void* sums;      // [groups, sums, size, size]
   void* partials;  // [partial_tiles, tile, tile] of the sums' type
   int tile;
@@ -116,16 +121,20 @@ struct DepthwiseArguments {
 };
 void add_depthwise(const DepthwiseArguments& arguments, const DepthwiseLaunch& launch, void* stream);
 
-// gram [groups, d, d] from sums, zero at first where the plan is not flat; in place where it is.
+// gram [groups, d, d] from the sums of a plan that is not flat.
+template <class T>
 struct AssemblyArguments {
-  bool is_double;
   int64_t groups, size, taps, sums, pairs;  // size: channels of a group
-  const void* values;                       // the sums
+  const T* values;                          // the sums
   const AssembledPair* pair_table;
   const int32_t* sum_table;
-  void* gram;
+  T* gram;
 };
-void assemble_gram(const AssemblyArguments& arguments, bool depthwise, void* stream);
-void mirror_upper(bool is_double, void* matrices, int64_t count, int64_t size, void* stream);
+template <class T>
+void assemble_gram(const AssemblyArguments<T>& arguments, bool depthwise, void* stream);
+
+// Of matrices [count, size, size], in place.
+template <class T>
+void mirror_upper(T* matrices, int64_t count, int64_t size, void* stream);
 
 }  // namespace spade_fast::cuda

@@ -70,25 +70,23 @@ __global__ void __launch_bounds__(kMirrorTile* kMirrorRows) mirror(T* matrices, 
 }
 
 template <class T>
-void run_assemble(const AssemblyArguments& arguments, bool depthwise, Stream stream) {
-  const auto* values = static_cast<const T*>(arguments.values);
-  auto* gram = static_cast<T*>(arguments.gram);
+void run_assemble(const AssemblyArguments<T>& arguments, bool depthwise, Stream stream) {
   const int64_t owned = depthwise ? arguments.groups : arguments.size * arguments.size;
   const dim3 grid((owned + kAssembleThreads - 1) / kAssembleThreads, arguments.pairs, depthwise ? 1 : arguments.groups);
   if (depthwise) {
-    launch(assemble_depthwise<T>, grid, kAssembleThreads, 0, stream, values, arguments.pair_table, arguments.sum_table,
-           gram, arguments.groups, arguments.taps);
+    launch(assemble_depthwise<T>, grid, kAssembleThreads, 0, stream, arguments.values, arguments.pair_table,
+           arguments.sum_table, arguments.gram, arguments.groups, arguments.taps);
   } else {
-    launch(assemble<T>, grid, kAssembleThreads, 0, stream, values, arguments.pair_table, arguments.sum_table, gram,
-           arguments.sums, arguments.size, arguments.taps);
+    launch(assemble<T>, grid, kAssembleThreads, 0, stream, arguments.values, arguments.pair_table, arguments.sum_table,
+           arguments.gram, arguments.sums, arguments.size, arguments.taps);
   }
 }
 
 template <class T>
-void run_mirror(void* matrices, int64_t count, int64_t size, Stream stream) {
+void run_mirror(T* matrices, int64_t count, int64_t size, Stream stream) {
   const auto tiles = static_cast<unsigned>((size + kMirrorTile - 1) / kMirrorTile);
   launch(mirror<T>, dim3(tiles, tiles, count), kMirrorTile * kMirrorRows, sizeof(T) * kMirrorTile * (kMirrorTile + 1),
-         stream, static_cast<T*>(matrices), size);
+         stream, matrices, size);
 }
 
 }  // namespace spade_fast::cuda

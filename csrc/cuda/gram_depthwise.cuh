@@ -28,37 +28,37 @@ __device__ __forceinline__ float factor_of(BFloat16 value) {
 
 template <class E, class Sum, bool kTf32>
 __global__ void depthwise_rows(const E* input, const DepthwiseProduct* products, Sum* partials,
-                               const __grid_constant__ DepthwiseLaunch launch) {
+                               const __grid_constant__ DepthwiseLaunch work) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, channel = blockIdx.x * kWarp + lane;
-  const bool is_channel = channel < launch.channels;
+  const bool is_channel = channel < work.channels;
   Sum* all_sums = shared_memory<Sum>();
-  Sum* sums = all_sums + int64_t{warp} * launch.sums * kWarp + lane;
-  for (int s = 0; s < launch.sums; ++s) sums[s * kWarp] = 0;
+  Sum* sums = all_sums + int64_t{warp} * work.sums * kWarp + lane;
+  for (int s = 0; s < work.sums; ++s) sums[s * kWarp] = 0;
 
-  const int begin = first_of_chunk(launch.units, blockIdx.y, launch.chunks);
-  const int end = first_of_chunk(launch.units, blockIdx.y + 1, launch.chunks);
-  for (int unit = begin + warp; is_channel && unit < end; unit += launch.warps) {
-    const int image = unit / launch.rows, row = unit % launch.rows;
-    const E* map = input + image * launch.image_step + channel;
-    for (int p = 0; p < launch.sums; ++p) {
+  const int begin = first_of_chunk(work.units, blockIdx.y, work.chunks);
+  const int end = first_of_chunk(work.units, blockIdx.y + 1, work.chunks);
+  for (int unit = begin + warp; is_channel && unit < end; unit += work.warps) {
+    const int image = unit / work.rows, row = unit % work.rows;
+    const E* map = input + image * work.image_step + channel;
+    for (int p = 0; p < work.sums; ++p) {
       const DepthwiseProduct& product = products[p];
       if (row < product.first_row || row >= product.first_row + product.height) continue;
-      const int64_t offset = (row - product.first_row) * launch.y_step;
+      const int64_t offset = (row - product.first_row) * work.y_step;
       const E* a = map + product.first + offset;
       const E* b = map + product.other_first + offset;
       Sum total = 0;
 #pragma unroll 4
       for (int x = 0; x < product.width; ++x) {
-        total += Sum{factor_of<kTf32>(a[x * launch.x_step])} * Sum{factor_of<kTf32>(b[x * launch.x_step])};
+        total += Sum{factor_of<kTf32>(a[x * work.x_step])} * Sum{factor_of<kTf32>(b[x * work.x_step])};
       }
       sums[p * kWarp] += total;
     }
   }
   __syncthreads();
-  for (int s = warp; is_channel && s < launch.sums; s += launch.warps) {
+  for (int s = warp; is_channel && s < work.sums; s += work.warps) {
     Sum total = 0;
-    for (int w = 0; w < launch.warps; ++w) total += all_sums[(int64_t{w} * launch.sums + s) * kWarp + lane];
-    partials[(int64_t{blockIdx.y} * launch.sums + s) * launch.channels + channel] = total;
+    for (int w = 0; w < work.warps; ++w) total += all_sums[(int64_t{w} * work.sums + s) * kWarp + lane];
+    partials[(int64_t{blockIdx.y} * work.sums + s) * work.channels + channel] = total;
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "../gram_checks.h"
@@ -36,14 +37,13 @@ int64_t element_bytes(const Tensor& tensor) {
   }
 }
 
-// Whether the channels of every position and group begin at 16 bytes and fill whole vectors.
+MapLayout layout_of(const Tensor& input) {
+  const auto step = [&](int axis) { return input.size(axis) == 1 ? 0 : input.stride(axis); };
+  return {input.size(0), step(0), step(2), step(3)};
+}
+
 bool has_vectors(const GramPlan& plan, const Tensor& input) {
-  const ConvGeometry& g = plan.geometry;
-  if (plan.flat && (g.taps() > 1 || g.padding[0] > 0 || g.padding[1] > 0)) return false;
-  const int64_t lanes = 16 / element_bytes(input);
-  bool aligned = g.channels % lanes == 0 && reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16 == 0;
-  for (const int axis : {0, 2, 3}) aligned = aligned && (input.size(axis) == 1 || input.stride(axis) % lanes == 0);
-  return aligned;
+  return has_vectors(plan, layout_of(input), input.const_data_ptr(), element_bytes(input));
 }
 
 Precision precision_of(const Tensor& input, bool tf32) {
@@ -53,7 +53,7 @@ Precision precision_of(const Tensor& input, bool tf32) {
 }
 
 void add_batch(const OnDevice& device, const GramPlan& plan, const Tensor& sums, const Tensor& input, bool tf32) {
-  const MapLayout layout{input.size(0), input.stride(0), input.stride(2), input.stride(3)};
+  const MapLayout layout = layout_of(input);
   if (plan.depthwise()) {
     const Tensor table = device.upload(depthwise_products(plan, layout), input);
     const auto* products = static_cast<const DepthwiseProduct*>(table.const_data_ptr());
@@ -70,7 +70,7 @@ void add_batch(const OnDevice& device, const GramPlan& plan, const Tensor& sums,
   const bool vectors = has_vectors(plan, input);
   const int64_t size = plan.flat ? plan.geometry.columns() : plan.geometry.channels;
   const int tile = gram_tile(size, precision, vectors);
-  for (const GramLaunch& launch : gram_launches(plan, layout, tile, device.multiprocessors())) {
+  for (const GramLaunch& launch : gram_launches(plan, layout, tile, precision, device.multiprocessors())) {
     const Tensor partials = torch::stable::new_empty(sums, {launch.partial_tiles, tile, tile});
     add_gram({precision, input.const_data_ptr(), vectors, sums.mutable_data_ptr(), partials.mutable_data_ptr(), tile},
              launch, device.stream());
@@ -87,12 +87,15 @@ void add_conv2d_sums_(Tensor sums, Tensor input, std::vector<int64_t> kernel_siz
   if (input.numel() == 0) return;
   input = with_channels_inside(input);
   if (input.scalar_type() == ScalarType::BFloat16 && !plan.depthwise() && !has_vectors(plan, input)) {
-    input = torch::stable::to(input, ScalarType::Float);  // TF32 holds its values exactly
+    // TF32 holds its values exactly. The copy may lie otherwise than the original.
+    input = with_channels_inside(torch::stable::to(input, ScalarType::Float));
     tf32 = true;
   }
   const ConvGeometry& g = plan.geometry;
   const int64_t positions = std::max({int64_t{1}, g.height * g.width, g.outputs(0) * g.outputs(1)});
-  const int64_t at_a_time = std::max<int64_t>(1, kMostPositions / positions);
+  STD_TORCH_CHECK(positions <= kMostPositions, "maps of more than ", kMostPositions,
+                  " positions are not supported, got ", positions);
+  const int64_t at_a_time = kMostPositions / positions;
   for (int64_t image = 0; image < input.size(0); image += at_a_time) {
     const int64_t count = std::min(at_a_time, input.size(0) - image);
     add_batch(device, plan, sums, torch::stable::narrow(input, 0, image, count), tf32);
@@ -106,26 +109,23 @@ Tensor conv2d_gram(Tensor sums, std::vector<int64_t> size, std::vector<int64_t> 
   check_sums(plan, sums);
   const OnDevice device(sums);
   const int64_t d = plan.geometry.columns();
-  const bool is_double = sums.scalar_type() == ScalarType::Double;
-  if (plan.flat) {
-    Tensor gram = torch::stable::clone(sums);
-    mirror_upper(is_double, gram.mutable_data_ptr(), groups, d, device.stream());
-    return gram;
-  }
-  Tensor gram = torch::stable::new_zeros(sums, {groups, d, d});
+  Tensor gram = plan.flat ? torch::stable::clone(sums) : torch::stable::new_empty(sums, {groups, d, d});
   const AssemblyTables tables(plan);
   const Tensor pairs = device.upload(tables.pairs, sums), pieces = device.upload(tables.sums, sums);
-  const AssemblyArguments arguments{is_double,
-                                    groups,
-                                    plan.geometry.channels,
-                                    plan.geometry.taps(),
-                                    plan.sums,
-                                    static_cast<int64_t>(tables.pairs.size()),
-                                    sums.const_data_ptr(),
-                                    static_cast<const AssembledPair*>(pairs.const_data_ptr()),
-                                    static_cast<const int32_t*>(pieces.const_data_ptr()),
-                                    gram.mutable_data_ptr()};
-  assemble_gram(arguments, plan.depthwise(), device.stream());
+  dispatch_float_or_double(sums, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (plan.flat) return mirror_upper(gram.mutable_data_ptr<T>(), groups, d, device.stream());
+    const AssemblyArguments<T> arguments{groups,
+                                         plan.geometry.channels,
+                                         plan.geometry.taps(),
+                                         plan.sums,
+                                         static_cast<int64_t>(tables.pairs.size()),
+                                         sums.const_data_ptr<T>(),
+                                         static_cast<const AssembledPair*>(pairs.const_data_ptr()),
+                                         static_cast<const int32_t*>(pieces.const_data_ptr()),
+                                         gram.mutable_data_ptr<T>()};
+    assemble_gram(arguments, plan.depthwise(), device.stream());
+  });
   return gram;
 }
 

@@ -9,7 +9,9 @@ namespace spade_fast::cuda {
 namespace {
 
 constexpr int64_t kLeastPositions = 512;  // of a chunk: fewer are not worth a tile's start and end
-constexpr int64_t kStripShare = 4;        // a product with fewer than a fourth of the most positions is a strip
+constexpr int64_t kMostInTensorChunk =
+    8192;                           // tensor cores cut sums off, they do not round them: chunks are added by others
+constexpr int64_t kStripShare = 4;  // a product with fewer than a fourth of the most positions is a strip
 constexpr int64_t kAccumulatorBytes = int64_t{96} << 10;
 constexpr int64_t kWarp = 32;
 constexpr int64_t kMostWarps = 8;
@@ -60,7 +62,7 @@ std::vector<GramProduct> products_of(const GramPlan& plan, const MapLayout& layo
   return products;
 }
 
-void add_sections(GramLaunch& launch, int products, int64_t groups, int64_t blocks_wanted) {
+void add_sections(GramLaunch& launch, int products, int64_t groups, int64_t blocks_wanted, int64_t most_in_chunk) {
   const int64_t most = launch.products[0].positions, side = launch.tiles_per_side;
   int strips = 0;
   while (strips < products && launch.products[strips].positions * kStripShare >= most) ++strips;
@@ -78,8 +80,9 @@ void add_sections(GramLaunch& launch, int products, int64_t groups, int64_t bloc
       tiles += groups * (launch.products[p].symmetric ? side * (side + 1) / 2 : side * side);
     }
     if (tiles == 0) continue;
-    const int64_t useful = ceil_div(launch.products[section.first_product].positions, kLeastPositions);
-    const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(blocks_wanted, tiles), useful));
+    const int64_t positions = launch.products[section.first_product].positions;
+    const int64_t useful = std::min(ceil_div(blocks_wanted, tiles), ceil_div(positions, kLeastPositions));
+    const int64_t chunks = std::max({int64_t{1}, useful, ceil_div(positions, most_in_chunk)});
     section.tiles = static_cast<int32_t>(tiles);
     section.chunks = static_cast<int32_t>(chunks);
     section.first_partial = static_cast<int32_t>(partials);
@@ -91,6 +94,14 @@ void add_sections(GramLaunch& launch, int products, int64_t groups, int64_t bloc
 }
 
 }  // namespace
+
+bool has_vectors(const GramPlan& plan, const MapLayout& layout, const void* input, int64_t element_bytes) {
+  const ConvGeometry& g = plan.geometry;
+  if (plan.flat && (g.taps() > 1 || g.padding[0] > 0 || g.padding[1] > 0)) return false;
+  const int64_t lanes = 16 / element_bytes;
+  return g.channels % lanes == 0 && layout.image_step % lanes == 0 && layout.row_step % lanes == 0 &&
+         layout.column_step % lanes == 0 && reinterpret_cast<uintptr_t>(input) % 16 == 0;
+}
 
 int gram_tile(int64_t size, Precision precision, bool vectors) {
   // Larger tiles do more work for each number that they load, smaller ones less for nothing at the edges.
@@ -110,7 +121,8 @@ int gram_tile(int64_t size, Precision precision, bool vectors) {
       ->tile;
 }
 
-std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& layout, int tile, int multiprocessors) {
+std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& layout, int tile, Precision precision,
+                                      int multiprocessors) {
   const ConvGeometry& g = plan.geometry;
   GramLaunch common{};
   common.size = static_cast<int32_t>(plan.flat ? g.columns() : g.channels);
@@ -134,13 +146,16 @@ std::vector<GramLaunch> gram_launches(const GramPlan& plan, const MapLayout& lay
   // A few waves of what a multiprocessor holds at once.
   const int64_t blocks_wanted = int64_t{multiprocessors} * (tile == 128 ? 8 : tile == 64 ? 24 : 48);
 
+  const bool tensor_cores = precision == Precision::kTf32 || precision == Precision::kBFloat16;
+  const int64_t most_in_chunk = tensor_cores ? kMostInTensorChunk : kMostPositions;
+
   std::vector<GramLaunch> launches;
   const std::vector<GramProduct> products = products_of(plan, layout);
   for (size_t first = 0; first < products.size(); first += kMostProducts) {
     const size_t count = std::min<size_t>(kMostProducts, products.size() - first);
     GramLaunch launch = common;
     std::copy_n(products.begin() + first, count, launch.products);
-    add_sections(launch, static_cast<int>(count), g.groups, blocks_wanted);
+    add_sections(launch, static_cast<int>(count), g.groups, blocks_wanted, most_in_chunk);
     launches.push_back(launch);
   }
   return launches;

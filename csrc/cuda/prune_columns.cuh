@@ -28,6 +28,7 @@
 namespace spade_fast::cuda {
 
 constexpr int kPruneThreads = 512;
+static_assert(kPanelColumns == kBlock, "sums are updated by tiles of kPanelColumns");
 constexpr int kPruneWarps = kPruneThreads / kWarp;
 constexpr int kFactorStride = kPanelColumns + 1;  // of the panel's part of M in shared memory
 

@@ -8,7 +8,7 @@
 
 namespace spade_fast::cuda {
 
-constexpr int kPanelColumns = 64;  // at most, unless a single block of columns has more
+constexpr int kPanelColumns = 64;  // at most, unless a single block of columns has more; side of a tile of sums
 
 // One layer, all in device memory, transposed so that a column of all rows is contiguous.
 template <class T>

@@ -142,7 +142,7 @@ class TensorTile {
 
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarp % 2 * (kTile / 2); }
   static __device__ __forceinline__ int first_column() { return threadIdx.x / kWarp / 2 * (kColumns * 8); }
-  static __device__ __forceinline__ uint32_t operand(float value) { return __float_as_uint(to_tf32(value)); }
+  static __device__ __forceinline__ uint32_t operand(float value) { return tf32_operand(value); }
   static __device__ __forceinline__ uint32_t operand(BFloat16 value) { return __float_as_uint(to_float(value)); }
 
   float sums_[kRows][kColumns][4];

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -38,19 +39,19 @@ class Convolution {
 
   // maps [images, height, width, channels], channels side by side; bfloat16 as uint16.
   template <class Sum>
-  void add(Array<Sum> sums, const py::array& maps, const std::string& precision, bool vectors) const {
+  void add(Array<Sum> sums, const py::array& maps, const std::string& precision) const {
     const Precision kind = precision == "float64"   ? Precision::kFloat64
                            : precision == "float32" ? Precision::kFloat32
                            : precision == "tf32"    ? Precision::kTf32
                                                     : Precision::kBFloat16;
-    emulated::add_sums(plan_, maps.data(), maps.shape(0), kind, vectors, sums.mutable_data());
+    emulated::add_sums(plan_, maps.data(), maps.shape(0), kind, sums.mutable_data());
   }
 
   template <class T>
   Array<T> gram(const Array<T>& sums) const {
     const int64_t groups = plan_.geometry.groups, d = plan_.geometry.columns();
     Array<T> gram({groups, d, d});
-    std::fill_n(gram.mutable_data(), gram.size(), T(0));
+    std::fill_n(gram.mutable_data(), gram.size(), std::numeric_limits<T>::quiet_NaN());
     if (plan_.flat) std::copy_n(sums.data(), sums.size(), gram.mutable_data());
     emulated::make_gram(plan_, sums.data(), gram.mutable_data());
     return gram;
@@ -119,8 +120,7 @@ Array<T> render(const Array<T>& image, const Array<int64_t>& row_starts, const A
 
 template <class T>
 void bind_type(py::module_& m, py::class_<Convolution>& convolution) {
-  convolution.def("add", &Convolution::add<T>, py::arg("sums").noconvert(), py::arg("maps"), py::arg("precision"),
-                  py::arg("vectors"));
+  convolution.def("add", &Convolution::add<T>, py::arg("sums").noconvert(), py::arg("maps"), py::arg("precision"));
   convolution.def("gram", &Convolution::gram<T>, py::arg("sums").noconvert());
   m.def("factor", &factor<T>, py::arg("hessians").noconvert(), py::arg("damping"));
   m.def("prune", &prune<T>, py::arg("weights").noconvert(), py::arg("factors").noconvert(), py::arg("sparsities"),

@@ -31,7 +31,7 @@ void expect_finite_and_not_all_zero(const std::vector<T>& values) {
 }
 
 template <class T>
-void run_gram_of(const ConvGeometry& geometry, Precision precision, bool vectors) {
+void run_gram_of(const ConvGeometry& geometry, Precision precision) {
   const GramPlan plan(geometry);
   const int64_t images = 3, d = geometry.columns();
   std::vector<T> maps =
@@ -39,7 +39,7 @@ void run_gram_of(const ConvGeometry& geometry, Precision precision, bool vectors
   int64_t size = 1;
   for (const int64_t side : plan.shape()) size *= side;
   std::vector<T> sums(size);
-  emulated::add_sums(plan, maps.data(), images, precision, vectors, sums.data());
+  emulated::add_sums(plan, maps.data(), images, precision, sums.data());
   std::vector<T> gram(geometry.groups * d * d);
   if (plan.flat) gram = sums;
   emulated::make_gram(plan, sums.data(), gram.data());
@@ -51,12 +51,12 @@ void run_grams() {
   const ConvGeometry patches{3, 7, 7, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 1};
   const ConvGeometry plain{68, 26, 26, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 1};  // two tiles, several chunks
   const ConvGeometry depthwise{1, 6, 7, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 40};
-  run_gram_of<float>(shifted, Precision::kFloat32, true);
-  run_gram_of<float>(shifted, Precision::kTf32, true);
-  run_gram_of<double>(shifted, Precision::kFloat64, true);
-  run_gram_of<float>(patches, Precision::kFloat32, false);
-  run_gram_of<float>(plain, Precision::kFloat32, true);
-  run_gram_of<float>(depthwise, Precision::kFloat32, false);
+  run_gram_of<float>(shifted, Precision::kFloat32);
+  run_gram_of<float>(shifted, Precision::kTf32);
+  run_gram_of<double>(shifted, Precision::kFloat64);
+  run_gram_of<float>(patches, Precision::kFloat32);
+  run_gram_of<float>(plain, Precision::kFloat32);
+  run_gram_of<float>(depthwise, Precision::kFloat32);
 }
 
 template <class T>
