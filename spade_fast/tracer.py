@@ -475,8 +475,17 @@ def trace_many(
     """
     _check_whole("images_in_flight", 1 if images_in_flight is None else images_in_flight, 1)
     defaults: dict[str, Any] = trace.__kwdefaults__ or {}
+    if unknown := sorted(settings.keys() - defaults.keys()):
+        raise TypeError(
+            f"trace_many() got an unexpected keyword argument {unknown[0]!r}: its settings are those of trace"
+        )
     tracing = _prepare(model, sparsity, **{**defaults, **settings})
     tracing = replace(tracing, backend=ops.resolve_backend(tracing.backend, tracing.device))
+    return _traces(tracing, images, images_in_flight)
+
+
+def _traces(tracing: _Tracing, images: Iterable[Picture], images_in_flight: int | None) -> Iterator[Trace]:
+    """What :func:`trace_many` gives, once its arguments have been checked."""
     most = images_in_flight or _images_in_flight(tracing)
     drawn = _Drawn(images)
     position = 0  # of the first that is drawn

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from geometries import images_and_geometry
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from spade_fast import ops, reference
@@ -62,18 +62,9 @@ def test_conv_gram_equals_unfold_and_matmul(name, layout):
 
 
 @settings(deadline=None, max_examples=150)
-@given(data=st.data())
-def test_conv_gram_on_any_geometry(data):
-    draw = data.draw
-    pair = lambda low, high: (draw(st.integers(low, high)), draw(st.integers(low, high)))  # noqa: E731
-    kernel, stride, padding, dilation = pair(1, 7), pair(1, 4), pair(0, 3), pair(1, 3)
-    groups = draw(st.integers(1, 3))
-    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
-    sides = [draw(st.integers(low, low + 11)) for low in least]
-    channels = groups * draw(st.sampled_from([1, 2, 3, 17]))
-    images = torch.randn(draw(st.integers(1, 3)), channels, *sides, dtype=torch.float64)
-    geometry = ops.Geometry(kernel, stride, padding, dilation, groups)
-    assert_close(native_gram(images, geometry), reference.conv2d_gram(images, geometry))
+@given(images_and_geometry(longest_kernel=7, longest_stride=4, longest_dilation=3, most_images=3))
+def test_conv_gram_on_any_geometry(drawn):
+    assert_close(native_gram(*drawn), reference.conv2d_gram(*drawn))
 
 
 # One shape for every way in which sums are kept: whole patches, shifted maps, one number a group.

@@ -14,8 +14,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from geometries import images_and_geometry
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from spade_fast import augmentation, ops, reference
@@ -168,18 +168,9 @@ def test_strips_along_the_border_in_many_chunks(precision):
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_gram_on_any_geometry(data):
-    draw = data.draw
-    pair = lambda low, high: (draw(st.integers(low, high)), draw(st.integers(low, high)))  # noqa: E731
-    kernel, stride, padding, dilation = pair(1, 5), pair(1, 3), pair(0, 3), pair(1, 2)
-    groups = draw(st.integers(1, 3))
-    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
-    sides = [draw(st.integers(low, low + 5)) for low in least]
-    channels = groups * draw(st.sampled_from([1, 2, 3, 24]))
-    images = torch.randn(draw(st.integers(1, 2)), channels, *sides, dtype=torch.float64)
-    geometry = ops.Geometry(kernel, stride, padding, dilation, groups)
-    assert_close(emulated_gram(images, geometry), reference.conv2d_gram(images, geometry))
+@given(images_and_geometry(longest_kernel=5, longest_stride=3, longest_dilation=2, most_images=2))
+def test_gram_on_any_geometry(drawn):
+    assert_close(emulated_gram(*drawn), reference.conv2d_gram(*drawn))
 
 
 @pytest.mark.parametrize("name", ["1x1, two tiles", "stem", "shifted, strided", "depthwise"])

@@ -729,12 +729,14 @@ def test_no_other_layout_is_tried_where_memory_runs_out():
 @pytest.mark.parametrize("images_in_flight", [0, -1, 2.0, True, "2"])
 def test_images_in_flight_are_counted(images_in_flight):
     with pytest.raises(sf.InvalidInputError, match="^images_in_flight must be a whole number of at least 1"):
-        next(sf.trace_many(network(), [picture()], 0.5, images_in_flight=images_in_flight, **SETTINGS))
+        sf.trace_many(network(), [], 0.5, images_in_flight=images_in_flight, **SETTINGS)
 
 
-def test_settings_of_many_traces_are_refused_before_an_image_is_drawn():
+def test_settings_of_many_traces_are_refused_at_once():
     with pytest.raises(sf.InvalidInputError, match="^num_augmentations must be"):
-        next(sf.trace_many(network(), iter([picture()]), 0.5, **(SETTINGS | {"num_augmentations": 0})))
+        sf.trace_many(network(), [], 0.5, **(SETTINGS | {"num_augmentations": 0}))
+    with pytest.raises(TypeError, match=r"^trace_many\(\) got an unexpected keyword argument 'num_views'"):
+        sf.trace_many(network(), [], 0.5, num_views=3)
 
 
 def test_memory_of_an_image_in_flight():
