@@ -25,7 +25,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
 	touch $@
 
 demo: env

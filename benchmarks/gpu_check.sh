@@ -5,20 +5,24 @@
 #
 # builds the extension for the card at hand, runs the tests on CUDA, compute-sanitizer over small cases of every kernel,
 # and the benchmarks, then writes RESULTS/<device>.json and .md (default: benchmarks/results/gpu). A part that fails does
-# not stop the others; the exit code is then 1. What cannot run for want of a tool is named. Logs stay in build/gpu_check.
+# not stop the others; the exit code is then 1. What cannot run for want of a tool is named. All of it happens in a copy
+# of the tree, in build/gpu_check, where the logs stay too.
 #
-#   PYTHON                                          interpreter that has torch; default python3
+#   PYTHON                                          interpreter that has torch; default .venv/bin/python or python3
 #   COMMIT                                          what is checked, where git cannot tell
 #   SPADE_FAST_CHECK_SECONDS                        time for all; default 570
 #   SPADE_FAST_TEST_DEVICE, SPADE_FAST_BENCH_DEVICE cpu: try the script out without a GPU
 set -uo pipefail
-results=$(realpath -m "${1:-$(dirname "$0")/results/gpu}")
-cd "$(dirname "$0")/.." || exit 1
+root=$(realpath "$(dirname "$0")/..")
+results=$(realpath -m "${1:-$root/benchmarks/results/gpu}")
+[ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python || python=python3
+python=$(command -v "${PYTHON:-$python}") || { echo "no interpreter ${PYTHON:-$python}: set PYTHON" >&2; exit 2; }
+python=$(realpath -s "$python")
+cd "$root" || exit 2
 
-python=${PYTHON:-python3}
 budget=${SPADE_FAST_CHECK_SECONDS:-570}
 device=${SPADE_FAST_TEST_DEVICE:-cuda}
-work=$PWD/build/gpu_check
+work=$root/build/gpu_check
 rm -rf "$work"
 mkdir -p "$work"
 
@@ -51,7 +55,24 @@ print(", ".join(name for name in sys.argv[1:] if importlib.util.find_spec(name) 
 PYTHON
 }
 
+"$python" - "$device" <<'PYTHON' || exit 2
+import sys
+try:
+    import torch
+except ImportError:
+    sys.exit(f"{sys.executable} has no torch: set PYTHON to an interpreter that has")
+if sys.argv[1] != "cpu" and not torch.cuda.is_available():
+    sys.exit("no CUDA device: SPADE_FAST_TEST_DEVICE=cpu SPADE_FAST_BENCH_DEVICE=cpu tries this script out without one")
+PYTHON
 "$python" benchmarks/gpu_report.py --environment || exit 1
+COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null)}
+export COMMIT
+
+# What is built here stays here: the extension of whoever works in the tree is left alone.
+mkdir "$work/tree"
+tar -cf - --exclude=./build --exclude=./.git --exclude=./.venv --exclude='*.so' --exclude='*.egg-info' . |
+  tar -xf - -C "$work/tree"
+cd "$work/tree" || exit 2
 
 # A virtual environment that sees the packages of `python`, whose own are left alone.
 "$python" -m venv --without-pip "$work/venv"

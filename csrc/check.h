@@ -20,6 +20,12 @@ std::string shape_text(const Range& sizes) {
   return text.str();
 }
 
+// "Half [2, 3, 4]", and whether it is contiguous where it is not.
+inline std::string tensor_text(const torch::stable::Tensor& tensor) {
+  const std::string text = torch::headeronly::toString(tensor.scalar_type()) + (' ' + shape_text(tensor.sizes()));
+  return tensor.is_contiguous() ? text : text + ", not contiguous";
+}
+
 inline bool is_float_or_double(const torch::stable::Tensor& tensor) {
   using torch::headeronly::ScalarType;
   return tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double;

@@ -11,11 +11,19 @@
 
 namespace spade_fast {
 
+// No size may pass this, so that no reach, number of outputs or position overflows.
+constexpr int64_t kLargestSize = (int64_t{1} << 31) - 1;
+// The plan of the sums grows with the square of the taps.
+constexpr int64_t kMostTaps = 4096;
+
 inline ConvGeometry geometry_of(const std::vector<int64_t>& size, const std::vector<int64_t>& kernel_size,
                                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                 const std::vector<int64_t>& dilation, int64_t groups) {
   STD_TORCH_CHECK(size.size() == 3, "size must be [channels, height, width], got ", shape_text(size));
-  STD_TORCH_CHECK(size[0] >= 0 && size[1] >= 0 && size[2] >= 0, "no size may be negative, got ", shape_text(size));
+  for (const int64_t each : size) {
+    STD_TORCH_CHECK(each >= 0 && each <= kLargestSize, "sizes must lie within 0..", kLargestSize, ", got ",
+                    shape_text(size));
+  }
   STD_TORCH_CHECK(groups > 0 && size[0] % groups == 0, "groups = ", groups, " must divide the ", size[0],
                   " channels of the input");
   STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -30,6 +38,10 @@ inline ConvGeometry geometry_of(const std::vector<int64_t>& size, const std::vec
                     "kernel_size, stride and dilation must be positive and padding not negative, got ",
                     shape_text(kernel_size), ", ", shape_text(stride), ", ", shape_text(dilation), ", ",
                     shape_text(padding));
+    for (const int64_t each : {kernel_size[axis], stride[axis], padding[axis], dilation[axis]}) {
+      STD_TORCH_CHECK(each <= kLargestSize, "kernel_size, stride, padding and dilation must be at most ", kLargestSize,
+                      ", got ", each);
+    }
     g.kernel[axis] = kernel_size[axis];
     g.stride[axis] = stride[axis];
     g.padding[axis] = padding[axis];
@@ -37,6 +49,10 @@ inline ConvGeometry geometry_of(const std::vector<int64_t>& size, const std::vec
     STD_TORCH_CHECK(g.size(axis) + 2 * padding[axis] >= g.reach(axis), "a kernel that reaches over ", g.reach(axis),
                     " pixels does not fit into ", g.size(axis), " pixels padded by ", padding[axis]);
   }
+  STD_TORCH_CHECK(g.kernel[0] <= kMostTaps && g.kernel[1] <= kMostTaps && g.taps() <= kMostTaps,
+                  "kernels may have at most ", kMostTaps, " taps, got ", shape_text(kernel_size));
+  STD_TORCH_CHECK(g.outputs(0) <= kLargestSize / g.outputs(1), "an image may have at most ", kLargestSize,
+                  " outputs, got ", g.outputs(0), " x ", g.outputs(1));
   return g;
 }
 
@@ -52,7 +68,7 @@ inline void check_sums(const GramPlan& plan, const torch::stable::Tensor& sums) 
   const std::vector<int64_t> shape = plan.shape();
   bool fits = sums.dim() == static_cast<int64_t>(shape.size()) && sums.is_contiguous();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = sums.size(i) == shape[i];
-  STD_TORCH_CHECK(fits, "sums must be a contiguous ", shape_text(shape), " tensor, got ", shape_text(sums.sizes()));
+  STD_TORCH_CHECK(fits, "sums must be a contiguous ", shape_text(shape), " tensor, got ", tensor_text(sums));
 }
 
 inline void check_input_dtype(const torch::stable::Tensor& sums, const torch::stable::Tensor& input, bool tf32) {

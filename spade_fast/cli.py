@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -94,6 +95,10 @@ def explain(
     refit: Annotated[
         bool, typer.Option("--refit", help="Refit the kept weights: slower, keeps the answer more often.")
     ] = False,
+    hessian_dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float64, tf32 or bfloat16: see spade_fast.trace.", show_default="as the network"),
+    ] = None,
     target: Annotated[
         int | None, typer.Option(help="Index of the class to explain.", show_default="the network's answer")
     ] = None,
@@ -124,6 +129,7 @@ def explain(
         num_augmentations=num_augmentations,
         batch_size=batch_size,
         refit=refit,
+        hessian_dtype=_read_hessian_dtype(hessian_dtype),
         seed=seed,
         backend=backend,
     )
@@ -223,6 +229,13 @@ def _print_summary(explanation: Explanation, files: Mapping[str, Path]) -> None:
     console.print(layers)
     for path in files.values():
         console.print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
+
+
+def _read_hessian_dtype(name: str | None) -> torch.dtype | str | None:
+    known = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "tf32": "tf32", None: None}
+    if name not in known:
+        raise InvalidInputError(f"--hessian-dtype must be float32, float64, tf32 or bfloat16, got {name!r}")
+    return known[name]
 
 
 def _read_sparsity(text: str) -> Sparsity:

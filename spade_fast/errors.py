@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+# Characters of another library's message that are quoted.
+_QUOTED = 200
+
 
 class SpadeError(Exception):
     """Base of every refusal: its message says what was wrong, where, and what to do."""
@@ -45,6 +48,9 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def first_line(error: Exception) -> str:
-    """Type and first line of an error, to be quoted in another."""
+    """Type and first line of an error, cut short where it is long, to be quoted in another."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    line = text.splitlines()[0]
+    return f"{type(error).__name__}: {line if len(line) <= _QUOTED else line[:_QUOTED].rstrip() + ' ...'}"

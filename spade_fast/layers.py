@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from spade_fast import ops, reference
 from spade_fast.autocast import without_autocast
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, first_line
 
 #: What layer inputs are summed in: see `hessian_dtype` of :func:`spade_fast.trace`.
 HessianDtype: TypeAlias = torch.dtype | Literal["tf32"]
@@ -401,21 +401,31 @@ def hessian(layer: nn.Module, inputs: Tensor, *, backend: ops.Backend = "auto") 
     Raises
     ------
     InvalidInputError
-        If the layer is of another kind, or the inputs are empty, not floating point or not finite.
+        If the layer is of another kind, or cannot be run on the inputs, or they are empty, not floating point or not
+        finite.
     """
     if not _is_prunable(layer):
         raise InvalidInputError(
             f"a Hessian is defined for Linear and Conv2d layers with a plain weight, got {type(layer).__name__}"
         )
-    if not inputs.is_floating_point() or inputs.numel() == 0:
-        raise InvalidInputError(
-            f"layer inputs must be a non-empty floating point tensor, got {inputs.dtype} of shape {list(inputs.shape)}"
-        )
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.numel() == 0:
+        got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise InvalidInputError(f"layer inputs must be a non-empty floating point tensor, got {got}")
+    if inputs.layout != torch.strided or inputs.is_meta or layer.weight.is_meta:
+        raise InvalidInputError("layer and inputs must hold their values: not sparse, and not on the meta device")
     if not inputs.isfinite().all():
         raise InvalidInputError("layer inputs hold NaN or infinite values: clean them before making a Hessian")
     recorder = InputRecorder({"layer": layer.weight}, backend=backend)
-    with torch.no_grad(), recorder:
-        layer(inputs)
+    try:
+        with torch.no_grad(), recorder:
+            layer(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"{type(layer).__name__} cannot be run on {inputs.dtype} {list(inputs.shape)} on {inputs.device} "
+            f"({first_line(error)})"
+        ) from error
     if "layer" not in recorder.sums:
         raise InvalidInputError(
             f"{type(layer).__name__} does not apply its weight through torch.nn.functional as it is "

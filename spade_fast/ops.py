@@ -232,8 +232,15 @@ def render_views(
     return views
 
 
+def _check_one_device(*tensors: Tensor) -> None:
+    """Without this a tensor on the meta device would make results of memory that nobody has written."""
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors must be on one device, got {' and '.join(sorted(devices))}")
+
+
 def _fake_add_conv2d_sums_(sums: Tensor, input: Tensor, *geometry: Any) -> None:
-    return None
+    _check_one_device(sums, input)
 
 
 def _fake_conv2d_gram(sums: Tensor, size: Sequence[int], *geometry: Any) -> Tensor:
@@ -250,11 +257,13 @@ def _fake_factor_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tenso
 def _fake_prune_columns(
     weight: Tensor, factor: Tensor, sparsity: float, block_size: int, published_count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_one_device(weight, factor)
     sparse = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return sparse, torch.empty_like(sparse, dtype=torch.bool), weight.new_empty((), dtype=torch.float64)
 
 
 def _fake_factor_hessians(hessians: Sequence[Tensor], damping: float) -> tuple[list[Tensor], list[Tensor]]:
+    _check_one_device(*hessians)
     pairs = [_fake_factor_hessian(hessian, damping) for hessian in hessians]
     return [factor for factor, _ in pairs], [error for _, error in pairs]
 
@@ -266,6 +275,7 @@ def _fake_prune_layers(
     block_sizes: Sequence[int],
     published_count: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    _check_one_device(*weights, *factors)
     sparse = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     masks = [torch.empty_like(weight, dtype=torch.bool) for weight in sparse]
     return sparse, masks, weights[0].new_empty(len(weights), dtype=torch.float64)
@@ -279,6 +289,7 @@ def _fake_render_views(
     column_weights: Tensor,
     colours: Tensor,
 ) -> Tensor:
+    _check_one_device(image, row_starts, row_weights, column_starts, column_weights, colours)
     return image.new_empty(colours.shape[0], 3, row_weights.shape[2], column_weights.shape[2])
 
 

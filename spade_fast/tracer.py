@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -474,6 +475,10 @@ def trace_many(
         device has no memory for a single image.
     """
     _check_whole("images_in_flight", 1 if images_in_flight is None else images_in_flight, 1)
+    if isinstance(images, (Image.Image, str, os.PathLike)) or (isinstance(images, Tensor) and images.dim() != 4):
+        raise InvalidInputError(f"images must be an iterable of images, got one {type(images).__name__}: pass [image]")
+    if not isinstance(images, Iterable):
+        raise InvalidInputError(f"images must be an iterable of images, got {images!r}")
     defaults: dict[str, Any] = trace.__kwdefaults__ or {}
     if unknown := sorted(settings.keys() - defaults.keys()):
         raise TypeError(

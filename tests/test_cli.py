@@ -155,6 +155,13 @@ def test_sparsity_texts(plan: Path) -> None:
 
 
 @pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("name", ["float32", "float64", "tf32", "bfloat16"])
+def test_hessian_dtype_reaches_the_trace(photo: Path, plan: Path, name: str) -> None:
+    found = explain(photo, plan, "--hessian-dtype", name, "--json")
+    assert json.loads(found.stdout)["trace_settings"]["hessian_dtype"] == name
+
+
+@pytest.mark.usefixtures("loads")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -165,6 +172,7 @@ def test_sparsity_texts(plan: Path) -> None:
         (["--sparsity", "absent.json"], "cannot read the sparsity plan 'absent.json'"),
         (["--target", 3], r"target 3 is no class of this model: pass an index within 0\.\.2"),
         (["--backend", "fast"], "backend='fast' is unknown"),
+        (["--hessian-dtype", "TF32"], "--hessian-dtype must be float32, float64, tf32 or bfloat16, got 'TF32'"),
         (["--num-augmentations", 0], "num_augmentations must be a whole number of at least 1"),
         (["--arch", "timm:resnet50"], "--arch needs --checkpoint FILE"),
         (["--checkpoint", "weights.pt"], "--checkpoint needs --arch"),

@@ -85,6 +85,17 @@ def test_padding_added_by_a_subclass_is_seen():
         (nn.Linear(2, 2), torch.ones(0, 2), r"non-empty .* \[0, 2\]"),
         (nn.Linear(2, 2), torch.ones(2, 2).int(), "floating point"),
         (nn.Linear(2, 2), torch.tensor([[1.0, float("nan")]]), "NaN or infinite"),
+        (nn.Linear(4, 2), [1.0], "must be a non-empty floating point tensor, got list"),
+        (
+            nn.Linear(4, 2),
+            torch.ones(3, 4).half(),
+            r"Linear cannot be run on torch.float16 \[3, 4\] on cpu \(RuntimeError: ",
+        ),
+        (nn.Conv2d(3, 2, 1), torch.ones(1, 4, 5, 5), r"Conv2d cannot be run on torch.float32 \[1, 4, 5, 5\] on cpu"),
+        (nn.Linear(4, 2), torch.ones(3, 4).to_sparse(), "not sparse, and not on the meta device"),
+        (nn.Linear(4, 2), torch.ones(3, 4, device="meta"), "not sparse, and not on the meta device"),
+        (nn.Linear(4, 2, device="meta"), torch.ones(3, 4), "not sparse, and not on the meta device"),
+        (nn.Conv2d(3, 4, (1, 5), dilation=(1, 2**62)), torch.ones(2, 3, 8, 8), "Conv2d cannot be run on"),
     ],
 )
 def test_hessian_refusals(layer, inputs, message):

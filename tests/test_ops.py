@@ -193,7 +193,7 @@ def add(sums: Tensor, input: Tensor, **geometry: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: add(torch.zeros(1, 4, 4), torch.zeros(3, 5, 1, 1)), r"\[1, 5, 5\].*got \[1, 4, 4\]"),
+        (lambda: add(torch.zeros(1, 4, 4), torch.zeros(3, 5, 1, 1)), r"\[1, 5, 5\].*got Float \[1, 4, 4\]"),
         (lambda: add(torch.zeros(1, 4, 4), torch.zeros(3, 4, 1, 1).double()), "both be float32"),
         (lambda: add(torch.zeros(1, 4, 4).half(), torch.zeros(3, 4, 1, 1).half()), "must be float32 or float64"),
         (
@@ -206,7 +206,10 @@ def add(sums: Tensor, input: Tensor, **geometry: Any) -> None:
             ),
             "tf32 rounds float32 inputs: with float64 sums it must be off",
         ),
-        (lambda: add(torch.zeros(4, 4, 1).mT, torch.zeros(3, 4, 1, 1)), r"contiguous \[1, 4, 4\]"),
+        (
+            lambda: add(torch.zeros(1, 4, 4).mT, torch.zeros(3, 4, 1, 1)),
+            r"contiguous \[1, 4, 4\] tensor, got Float \[1, 4, 4\], not contiguous",
+        ),
         (lambda: add(torch.zeros(1, 4, 4), torch.zeros(4)), r"\[images, channels, height, width\], got \[4\]"),
         (lambda: add(torch.zeros(1, 4, 4), torch.zeros(1, 3, 5, 5), groups=2), "groups = 2 must divide the 3 channels"),
         (lambda: add(torch.zeros(1), torch.zeros(1, 1, 2, 5), kernel_size=(3, 3)), "does not fit into 2 pixels"),
@@ -215,23 +218,66 @@ def add(sums: Tensor, input: Tensor, **geometry: Any) -> None:
             lambda: ops.conv2d_sums_shape((1, 2), ops.Geometry()),
             r"size must be \[channels, height, width\], got \[1, 2\]",
         ),
-        (lambda: ops.conv2d_sums_shape((1, 2, -1), ops.Geometry()), "no size may be negative"),
-        (lambda: ops.conv2d_gram(torch.zeros(1, 4, 4), (5, 1, 1), ops.Geometry()), r"\[1, 5, 5\].*got \[1, 4, 4\]"),
-        (lambda: ops.factor_hessian(torch.zeros(1, 2, 3), 0.1), r"\[groups, columns, columns\], got \[1, 2, 3\]"),
-        (lambda: ops.factor_hessian(torch.eye(3)[None].half(), 0.1), "float32 or float64"),
+        (lambda: ops.conv2d_sums_shape((1, 2, -1), ops.Geometry()), r"must lie within 0..2147483647, got \[1, 2, -1\]"),
+        (lambda: ops.conv2d_sums_shape((1, 2**31, 1), ops.Geometry()), "must lie within 0..2147483647"),
+        (
+            lambda: ops.conv2d_sums_shape((1, 1, 8), ops.Geometry((1, 5), dilation=(1, 2**62))),
+            "at most 2147483647, got",
+        ),
+        (
+            lambda: ops.conv2d_sums_shape((1, 8, 8), ops.Geometry(stride=(2**31, 1))),
+            "at most 2147483647, got 2147483648",
+        ),
+        (
+            lambda: ops.conv2d_sums_shape((1, 8, 8), ops.Geometry((2**12 + 1, 1), padding=(2**12, 0))),
+            "at most 4096 taps",
+        ),
+        (lambda: ops.conv2d_sums_shape((1, 8, 8), ops.Geometry((65, 64), padding=(64, 64))), "at most 4096 taps"),
+        (
+            lambda: ops.conv2d_sums_shape((1, 8, 8), ops.Geometry(padding=(2**30, 2**30))),
+            "at most 2147483647 outputs, got 2147483656 x 2147483656",
+        ),
+        (
+            lambda: ops.conv2d_sums_shape((1, 8, 8), ops.Geometry((1, 3), dilation=(1, 2**30))),
+            "does not fit into 8 pixels",
+        ),
+        (
+            lambda: ops.conv2d_gram(torch.zeros(1, 4, 4), (5, 1, 1), ops.Geometry()),
+            r"\[1, 5, 5\].*got Float \[1, 4, 4\]",
+        ),
+        (lambda: ops.factor_hessian(torch.zeros(1, 2, 3), 0.1), r"\[groups, columns, columns\], got Float \[1, 2, 3\]"),
+        (lambda: ops.factor_hessian(torch.eye(3)[None].half(), 0.1), r"float32 or float64 .*got Half \[1, 3, 3\]"),
         (lambda: ops.factor_hessian(torch.eye(3)[None], -0.1), "at least 0, got -0.1"),
         (
             lambda: ops.prune_columns(torch.zeros(1, 2, 3), torch.zeros(1, 2, 2), 0.5, 1, False),
-            r"factor must be a \[1, 3, 3\].*got \[1, 2, 2\]",
+            r"factor must be a \[1, 3, 3\].*got Float \[1, 2, 2\]",
         ),
         (lambda: ops.prune_columns(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 1.5, 1, False), "0..1, got 1.5"),
         (lambda: ops.prune_columns(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 0.5, 0, False), "at least 1, got 0"),
-        (lambda: ops.prune_columns(torch.zeros(2, 2), torch.zeros(1, 2, 2), 0.5, 1, False), r"got \[2, 2\]"),
+        (lambda: ops.prune_columns(torch.zeros(2, 2), torch.zeros(1, 2, 2), 0.5, 1, False), r"got Float \[2, 2\]"),
     ],
 )
 def test_refusals_show_the_values(call, message):
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda here, there: ops.prune_columns(here, there, 0.5, 1, False),
+        lambda here, there: ops.prune_layers([here, here], [here, there], [0.5, 0.5], [1, 1], False),
+        lambda here, there: ops.factor_hessians([here, there], 0.01),
+        lambda here, there: ops.add_conv2d_sums_(here, there[..., None], ops.Geometry()),
+        lambda here, there: ops.render_views(
+            there.expand(3, 4, 4), torch.zeros(1, 4).long(), here, torch.zeros(1, 4).long(), here, torch.ones(1, 3)
+        ),
+    ],
+)
+def test_a_tensor_without_values_among_others_is_refused(call):
+    here = torch.eye(4)[None]
+    with pytest.raises(RuntimeError, match="all tensors must be on one device, got cpu and meta"):
+        call(here, here.to("meta"))
 
 
 # Column pruning by hand
@@ -332,17 +378,21 @@ def render_arguments(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("position", "change", "message"),
     [
-        (0, lambda image: image[:2], "image must be a float32 or float64 tensor .3, height, width., got .2, 6, 7."),
+        (
+            0,
+            lambda image: image[:2],
+            "image must be a float32 or float64 tensor .3, height, width., got Float .2, 6, 7.",
+        ),
         (0, lambda image: image.half(), "image must be a float32 or float64"),
         (1, lambda starts: starts + 1, "row bands must lie within the 6 pixels of the image, one of 3 begins at 4"),
         (1, lambda starts: starts.int(), "row starts must be a contiguous int64"),
-        (1, lambda starts: starts[:1], "row starts must be .* got .1, 3."),
+        (1, lambda starts: starts[:1], "row starts must be .* got Long .1, 3."),
         (2, lambda weights: weights[:, :, :2], "row weights must be a contiguous"),
         (2, lambda weights: weights.double(), "row weights must be .* of the image's dtype"),
         (3, lambda starts: starts - 4, "column bands must lie within the 7 pixels of the image"),
         (3, lambda starts: starts.fill_(2**63 - 1), "column bands must lie within"),
-        (4, lambda weights: weights[:1], "column weights must be .* got .1, 3, 5."),
-        (5, lambda colours: colours[:, :2], "colours must be .* got .2, 2."),
+        (4, lambda weights: weights[:1], "column weights must be .* got Float .1, 3, 5."),
+        (5, lambda colours: colours[:, :2], "colours must be .* got Float .2, 2."),
         (5, lambda colours: colours.double(), "colours must be .* of the image's dtype"),
     ],
 )
@@ -414,7 +464,7 @@ def test_lists_of_layers_that_do_not_fit_are_refused():
         ops.prune_layers([weight, weight], [factor], [0.5, 0.5], [1, 1], False)
     with pytest.raises(RuntimeError, match=r"factor must be a \[1, 4, 4\]"):
         ops.prune_layers([weight, weight], [factor, factor[:, :3]], [0.5, 0.5], [1, 1], False)
-    with pytest.raises(RuntimeError, match=r"hessian must be .* got \[4, 4\]"):
+    with pytest.raises(RuntimeError, match=r"hessian must be .* got Float \[4, 4\]"):
         ops.factor_hessians([factor, factor[0]], 0.01)
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import cifar
@@ -737,6 +738,28 @@ def test_settings_of_many_traces_are_refused_at_once():
         sf.trace_many(network(), [], 0.5, **(SETTINGS | {"num_augmentations": 0}))
     with pytest.raises(TypeError, match=r"^trace_many\(\) got an unexpected keyword argument 'num_views'"):
         sf.trace_many(network(), [], 0.5, num_views=3)
+
+
+@pytest.mark.parametrize("images", [Image.new("RGB", (9, 9)), torch.zeros(3, 9, 9), "photo.jpg", Path("photo.jpg")])
+def test_one_image_is_no_iterable_of_images(images):
+    with pytest.raises(
+        sf.InvalidInputError, match=r"^images must be an iterable of images, got one .*: pass \[image\]"
+    ):
+        sf.trace_many(network(), images, 0.5, **SETTINGS)
+
+
+@pytest.mark.parametrize("images", [None, 5])
+def test_images_are_iterable(images):
+    with pytest.raises(sf.InvalidInputError, match=f"^images must be an iterable of images, got {images}"):
+        sf.trace_many(network(), images, 0.5, **SETTINGS)
+
+
+def test_a_batch_of_pixels_is_as_many_images():
+    batch = torch.stack([picture(), picture().flip(2)])
+    found = list(sf.trace_many(network(), batch, 0.5, **SETTINGS))
+    for trace, image in zip(found, batch, strict=True):
+        alone = sf.trace(network(), image, 0.5, **SETTINGS)
+        assert_same_bits(trace, alone)
 
 
 def test_memory_of_an_image_in_flight():
