@@ -11,15 +11,16 @@
 from importlib.metadata import version
 
 from spade_fast import presets, reference
-from spade_fast.attribution import METHODS
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_checkpoint
 from spade_fast.errors import InvalidInputError, MissingDependencyError, SpadeError
 from spade_fast.explanation import Explanation, Prediction, explain
 from spade_fast.images import load_image
 from spade_fast.layers import hessian
+from spade_fast.methods import METHODS, register_method
 from spade_fast.models import LoadedModel, load_model
 from spade_fast.plans import SparsityPlan
+from spade_fast.preparation import Prepared, prepare
 from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Solution, solve
 from spade_fast.tracer import trace, trace_many
@@ -36,6 +37,7 @@ __all__ = [
     "LoadedModel",
     "MissingDependencyError",
     "Prediction",
+    "Prepared",
     "Preprocess",
     "Solution",
     "SpadeError",
@@ -46,8 +48,10 @@ __all__ = [
     "load_checkpoint",
     "load_image",
     "load_model",
+    "prepare",
     "presets",
     "reference",
+    "register_method",
     "solve",
     "trace",
     "trace_many",

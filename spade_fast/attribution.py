@@ -1,75 +1,49 @@
-"""Attribution maps: how much each pixel counts for a class, by gradient methods of captum."""
+"""Attribution maps: how much each pixel counts for a class."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spade_fast.errors import InvalidInputError, require
+from spade_fast.autocast import without_autocast
+from spade_fast.errors import InvalidInputError
+from spade_fast.methods import METHODS, Method, Question, captum
 from spade_fast.models import evaluation_mode
 
-#: Model inputs [n, c, h, w] to outputs [n, classes].
-Forward: TypeAlias = Callable[[Tensor], Tensor]
-
-_IG_STEPS = 50
-# Points of the path that go through the network at a time: bounds memory at that of a batch of ten.
-_IG_BATCH = 10
-
-
-@dataclass(frozen=True)
-class Method:
-    """An attribution method.
-
-    Attributes
-    ----------
-    title
-        As it is written above a map.
-    compute
-        (network, inputs [1, c, h, w] that require grad, target) to signed attributions [1, c, h, w].
-    """
-
-    title: str
-    compute: Callable[[Forward, Tensor, int], Tensor]
+__all__ = [
+    "METHODS",
+    "Method",
+    "attribute",
+    "captum",
+    "check_inputs",
+    "check_methods",
+    "check_outputs",
+    "check_target",
+    "find_method",
+    "like_weights",
+]
 
 
-def _saliency(forward: Forward, inputs: Tensor, target: int) -> Tensor:
-    # Signed, as the sum over channels takes the absolute values itself.
-    return _tensor(captum().Saliency(forward).attribute(inputs, target=target, abs=False))
+@without_autocast
+def attribute(
+    module: nn.Module,
+    inputs: Tensor,
+    target: int,
+    method: str,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Map how much each pixel counts for a class.
 
-
-def _input_x_gradient(forward: Forward, inputs: Tensor, target: int) -> Tensor:
-    return _tensor(captum().InputXGradient(forward).attribute(inputs, target=target))
-
-
-def _integrated_gradients(forward: Forward, inputs: Tensor, target: int) -> Tensor:
-    method = captum().IntegratedGradients(forward)
-    return _tensor(method.attribute(inputs, target=target, n_steps=_IG_STEPS, internal_batch_size=_IG_BATCH))
-
-
-#: The methods by name. "saliency" is the plain gradient (Simonyan et al. 2014); "input_x_gradient" its product with
-#: the model's input (Shrikumar et al. 2016); "integrated_gradients" the integral of the gradient on the way from
-#: zero model inputs, the mean colour, to the image, times the input (Sundararajan et al. 2017), in 50 steps.
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "saliency": Method("Gradient", _saliency),
-        "input_x_gradient": Method("Input \N{MULTIPLICATION SIGN} gradient", _input_x_gradient),
-        "integrated_gradients": Method("Integrated gradients", _integrated_gradients),
-    }
-)
-
-
-def attribute(module: nn.Module, inputs: Tensor, target: int, method: str) -> Tensor:
-    """Map how much each pixel counts for a class: the sum over channels of \\|attribution\\|.
-
-    The signed sum is no alternative: it puts gradient methods at chance when they are to find the pixels that a
-    backdoored network answers to. The network runs in evaluation mode; its training flags, gradients and weights are
-    afterwards what they were.
+    Methods that look inside the network do so on an equal one, as :func:`spade_fast.prepare` makes it. The network runs
+    in evaluation mode; its training flags, hooks, gradients and weights are afterwards what they were.
 
     Parameters
     ----------
@@ -80,7 +54,13 @@ def attribute(module: nn.Module, inputs: Tensor, target: int, method: str) -> Te
     target
         The class, an index into the outputs.
     method
-        A name in :data:`METHODS`.
+        A name in :data:`METHODS`, where it stands how each makes a map of its attributions.
+    batch_size
+        Inputs that go through the network at a time: bounds the memory that a method takes.
+    seed
+        Of methods that draw at random ("gradient_shap", "lime"): the same seed gives the same bits.
+    progress
+        Show progress bars on stderr.
 
     Returns
     -------
@@ -90,34 +70,47 @@ def attribute(module: nn.Module, inputs: Tensor, target: int, method: str) -> Te
     Raises
     ------
     InvalidInputError
-        If the method or the target does not exist, the inputs or outputs have another shape, no gradient reaches the
-        inputs, or the map holds NaN or infinite values.
+        If the method or the target does not exist, the method is not valid on this network (the message names the
+        layer), the inputs or outputs have another shape, no gradient reaches the inputs, or the map holds NaN or
+        infinite values.
     MissingDependencyError
-        If captum is not installed.
+        If a library that the method needs is not installed.
     """
     chosen = find_method(method)
-    check_inputs(inputs)
+    with asked(module, inputs, target, batch_size=batch_size, seed=seed, progress=progress) as question:
+        return answer(question, method, chosen)
 
-    def forward(batch: Tensor) -> Tensor:
-        # A copy, since a network that begins in place cannot do so on a tensor that gradients are asked for.
-        outputs = check_outputs(module(batch.clone()), len(batch))
+
+@contextmanager
+def asked(
+    module: nn.Module, inputs: Tensor, target: int, *, batch_size: int = 16, seed: int = 0, progress: bool = False
+) -> Iterator[Question]:
+    """The question of a network's answer to one image, as it is now, for as many methods as there are."""
+    check_inputs(inputs)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InvalidInputError(f"batch_size must be a positive whole number, got {batch_size!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InvalidInputError(f"seed must be a whole number of at least 0, got {seed!r}")
+    # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
+    with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
+        point = like_weights(inputs, module).detach().clone().requires_grad_()
+        outputs = check_outputs(module(point.clone()), 1)  # a network may begin in place
         check_target(target, outputs.shape[1])
         if not outputs.requires_grad:
             raise InvalidInputError(
                 f"no gradient flows from the outputs of {type(module).__name__} to its inputs: its forward detaches "
                 "them or runs under no_grad, which gradient methods cannot see through"
             )
-        return outputs
+        yield Question(module, point, target, batch_size, seed, progress)
 
-    # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
-    with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
-        point = like_weights(inputs, module).detach().clone().requires_grad_()
-        attribution = chosen.compute(forward, point, target)
-    result = attribution.detach().cpu().double().abs().sum(dim=1)[0].float()
+
+def answer(question: Question, name: str, method: Method) -> Tensor:
+    """A method's map, float32 [h, w] on the CPU."""
+    result = method.reduce(method.compute(question).detach().cpu().double()).float()
     if not result.isfinite().all():
         raise InvalidInputError(
-            f"method {method!r} gives NaN or infinite values for target {target} of {type(module).__name__}: look for "
-            "them in the model's weights and outputs, or use a wider dtype"
+            f"method {name!r} gives NaN or infinite values for target {question.target} of "
+            f"{type(question.module).__name__}: look for them in the model's weights and outputs, or use a wider dtype"
         )
     return result
 
@@ -207,19 +200,3 @@ def like_weights(inputs: Tensor, module: nn.Module) -> Tensor:
     if weight.is_meta:
         raise InvalidInputError(f"{type(module).__name__} has no weights: it is on the meta device")
     return inputs.to(device=weight.device, dtype=weight.dtype)
-
-
-def captum() -> Any:
-    """The package ``captum.attr``, imported when first needed.
-
-    Raises
-    ------
-    MissingDependencyError
-        If it is not installed.
-    """
-    return require("captum.attr", "interpret")
-
-
-def _tensor(value: Any) -> Tensor:
-    assert isinstance(value, Tensor)  # captum has no types: one tensor in, one tensor out
-    return value

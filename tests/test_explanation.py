@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from spade_fast import attribution, figures, tracer
 from spade_fast.attribution import METHODS, Method, attribute
 from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.explanation import Explanation, Prediction, explain
+from spade_fast.methods import DEFAULT_METHODS, Question
 from spade_fast.models import LoadedModel
 from spade_fast.preprocessing import Preprocess
 from spade_fast.traces import Trace
@@ -91,7 +91,7 @@ def test_dense_arm_is_the_network_and_spade_arm_the_trace(
         (pruned, explanation.spade, explanation.spade_predictions),
     )
     for network, maps, predictions in arms:
-        assert list(maps) == list(METHODS)
+        assert list(maps) == list(DEFAULT_METHODS)
         for method, heat in maps.items():
             assert torch.equal(heat, attribute(network, inputs, explanation.target, method))
         with torch.no_grad():
@@ -145,11 +145,11 @@ def test_model_is_left_as_it_was(
 ) -> None:
     calls = []
 
-    def fail(forward: Callable[[Tensor], Tensor], inputs: Tensor, target: int) -> Tensor:
-        calls.append(forward(inputs)[0, target])
+    def fail(question: Question) -> Tensor:
+        calls.append(question.forward(question.inputs)[0, question.target])
         if len(calls) == failing_call:
             raise RuntimeError("a method failed")
-        return METHODS["saliency"].compute(forward, inputs, target)
+        return METHODS["saliency"].compute(question)
 
     monkeypatch.setattr(attribution, "METHODS", MappingProxyType({"failing": Method("Failing", fail)}))
     loaded.module.train()
@@ -175,7 +175,7 @@ def test_model_is_left_as_it_was(
         ({"target": 3}, r"target 3 is no class of this model: pass an index within 0\.\.2"),
         ({"target": -1}, "target -1 is no class"),
         ({"top": 0}, "top must be a positive whole number, got 0"),
-        ({"trace": Trace({}), "seed": 1}, r"both trace= and settings for making one \(seed\)"),
+        ({"trace": Trace({}), "damping": 1}, r"both trace= and settings for making one \(damping\)"),
     ],
 )
 def test_refusals_come_before_any_work(
@@ -220,7 +220,7 @@ def test_report_is_plain_json(explanation: Explanation) -> None:
     assert [row["index"] for row in report["predictions"]["dense"]] == [p.index for p in explanation.dense_predictions]
     assert [row["layer"] for row in report["layers"]] == ["conv", "fc"]
     assert report["dense_layers"] == {"stem": "not in the plan", "unused": "Embedding is not pruned"}
-    assert report["settings"]["methods"] == list(METHODS)
+    assert report["settings"]["methods"] == list(DEFAULT_METHODS)
     assert report["settings"]["image_size"] == [16, 16]
     assert Preprocess.from_dict(report["settings"]["preprocess"]).input_size == 16
     assert report["trace_settings"]["num_augmentations"] == 4
@@ -234,7 +234,7 @@ def test_save_writes_everything(explanation: Explanation, tmp_path: Path) -> Non
     written = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert written == files  # and no temporary files
     tensors = load_file(files["maps.safetensors"])
-    assert len(tensors) == 2 * len(METHODS)
+    assert len(tensors) == 2 * len(DEFAULT_METHODS)
     for arm, maps in (("dense", explanation.dense), ("spade", explanation.spade)):
         for method, heat in maps.items():
             assert torch.equal(tensors[f"{arm}.{method}"], heat)

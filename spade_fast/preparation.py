@@ -1,0 +1,577 @@
+"""Preparing a network for attribution: an equal one, in which every activation is a module of its own.
+
+Methods that look inside a network (DeepLIFT, LRP, guided backpropagation) change what an activation does to a
+gradient. They find activations by their modules. One that is a mere function, is called twice, works in place or is of
+a kind that the method does not know is passed over in silence, and the map is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from spade_fast.autocast import without_autocast
+from spade_fast.errors import InvalidInputError, first_line
+from spade_fast.models import LoadedModel, bare_module, evaluation_mode, resolve_model
+from spade_fast.operations import (
+    BATCH_NORMS,
+    CONSTANTS,
+    GUIDED_METHODS,
+    INSIDE_METHODS,
+    MAP_METHODS,
+    MODULE_OF_FUNCTION,
+    WEIGHTED,
+    ClippedReLU,
+    Elementwise,
+    MaxPool2d,
+    Operation,
+    functions_named,
+    own_module,
+)
+from spade_fast.preprocessing import Preprocess
+from spade_fast.readonly import ReadOnlyMappings
+
+# Largest difference of outputs, as a share of their largest, that the order of additions explains in float32.
+_TOLERANCE = 1e-4
+_DEFAULT_SIZE = 224
+#: What nodes of a prepared graph have in their `meta` if they give activations.
+ACTIVE = "spade_fast_active"
+
+
+@dataclass(frozen=True)
+class Report(ReadOnlyMappings):
+    """What preparing a network took, and which attribution methods are valid on it.
+
+    Attributes
+    ----------
+    changes
+        By layer: what was made of it.
+    obstacles
+        By method, of those that look inside the network: the layers that make it invalid, and why. Empty where it is
+        valid. Methods that are not listed see inputs, outputs and gradients only, and are always valid.
+    spatial_map
+        The last layer whose output is a map, for Grad-CAM and its kin; None where there is none.
+    untraceable
+        Why the network could not be traced by torch.fx, in which case functions stayed functions; None if it was.
+    largest_difference
+        Of the outputs on all inputs that were tried, from those of the network as it was.
+    """
+
+    changes: Mapping[str, str]
+    obstacles: Mapping[str, Mapping[str, str]]
+    spatial_map: str | None
+    untraceable: str | None
+    largest_difference: float
+
+    def supports(self, method: str) -> bool:
+        """Whether a method is valid on this network."""
+        return not self.obstacles.get(method)
+
+    def require(self, method: str) -> None:
+        """Raise InvalidInputError, naming the first layer that stands in the way, unless the method is valid."""
+        found = self.obstacles.get(method)
+        if found:
+            layer, reason = next(iter(found.items()))
+            more = f" (and {len(found) - 1} more such layers)" if len(found) > 1 else ""
+            raise InvalidInputError(
+                f"method {method!r} is not valid on this network: {layer}: {reason}{more}; choose another method"
+            )
+
+    def summary(self) -> str:
+        """The report as plain text: a line for each method, then what stands in the way, then what was changed."""
+        lines = []
+        for method, found in self.obstacles.items():
+            lines.append(f"{method}: {'not valid' if found else 'valid'}")
+            lines += [f"  {layer}: {reason}" for layer, reason in found.items()]
+        if self.untraceable:
+            lines.append(f"not traced: {self.untraceable}")
+        lines += [f"{layer}: {change}" for layer, change in self.changes.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An equal network on which attribution methods are valid, and the report that says which.
+
+    Attributes
+    ----------
+    module
+        The network: own modules, under the names of the original's, around the original's parameters and buffers.
+        Traces of the original apply to it.
+    report
+        What was done and what is valid.
+    """
+
+    module: nn.Module
+    report: Report
+
+
+@without_autocast
+def prepare(model: nn.Module | LoadedModel, inputs: Tensor | None = None) -> Prepared:
+    """An equal network on which the attribution methods are valid, as far as they can be.
+
+    Each call of an activation becomes a module of its own, functions included; nothing works in place; ReLU6 and its
+    kin become a kind of ReLU; max pooling gets a rule for DeepLIFT. Additions, reshapes and all layers with weights
+    stay what and where they are, under their names. Where torch.fx cannot trace the network, modules are converted one
+    by one and the report names what could not be.
+
+    Parameters
+    ----------
+    model
+        The network, or what :func:`spade_fast.load_model` returned. It is left as it was.
+    inputs
+        Model inputs [n, ...], already normalised, such as a real image's: the outputs of the prepared network are
+        compared with the original's on them, and on normal noise of that shape. Default: noise alone, in the size of
+        the network's own preprocessing where that is known, else [2, channels, 224, 224].
+
+    Returns
+    -------
+    Prepared
+
+    Raises
+    ------
+    InvalidInputError
+        If the network cannot be run on such inputs, or a prepared one would not give the same outputs.
+    """
+    module = bare_module(model)
+    tried = _inputs_to_try(model, module, inputs)
+    with evaluation_mode(module), torch.no_grad(), torch.inference_mode(False):
+        expected = [_run(module, batch) for batch in tried]
+        try:
+            prepared = _traced(module, tried[0])
+            difference = _largest_difference(prepared.module, tried, expected)
+            if difference <= _TOLERANCE:
+                return _with_difference(prepared, difference)
+            untraceable = f"the traced network's outputs differ by {difference:.1e} of the largest"
+        except Exception as error:
+            untraceable = first_line(error)
+        prepared = _converted(module, tried[0], untraceable)
+        difference = _largest_difference(prepared.module, tried, expected)
+    if difference > _TOLERANCE:
+        raise InvalidInputError(
+            f"{type(module).__name__} cannot be prepared: with nothing done in place its outputs differ by "
+            f"{difference:.1e} of the largest; leave inplace=True out where a tensor that it changes is used again"
+        )
+    return _with_difference(prepared, difference)
+
+
+def _inputs_to_try(model: nn.Module | LoadedModel, module: nn.Module, inputs: Tensor | None) -> list[Tensor]:
+    """Normal noise and, if there are any, real inputs, like the network's weights."""
+    weight = next((each for each in module.parameters() if each.is_floating_point()), torch.empty(0))
+    if weight.is_meta:
+        raise InvalidInputError(f"{type(module).__name__} has no weights: it is on the meta device")
+    if inputs is not None:
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2 or not inputs.numel():
+            got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise InvalidInputError(f"inputs must be a non-empty batch of model inputs, a float tensor, got {got}")
+        shape = list(inputs.shape)
+    else:
+        size = _DEFAULT_SIZE
+        try:
+            _, preprocess = resolve_model(model, None)
+            size = preprocess.input_size if isinstance(preprocess, Preprocess) else size
+        except InvalidInputError:
+            pass  # it does not say
+        first = next((each for each in module.modules() if isinstance(each, (nn.Conv2d, nn.Linear))), None)
+        channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
+        shape = [2, channels, size, size]
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return [batch.to(weight) for batch in (noise, inputs) if batch is not None]
+
+
+def _run(module: nn.Module, batch: Tensor) -> Tensor:
+    try:
+        outputs = module(batch.clone())  # a network may work on its inputs in place
+    except Exception as error:
+        raise InvalidInputError(
+            f"{type(module).__name__} does not run on inputs {list(batch.shape)} ({first_line(error)}): pass inputs= "
+            "such as it takes"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise InvalidInputError(
+            f"{type(module).__name__} gives a {type(outputs).__name__}: wrap it in a module that returns the class "
+            "scores alone"
+        )
+    return outputs
+
+
+def _largest_difference(module: nn.Module, tried: list[Tensor], expected: list[Tensor]) -> float:
+    """Of the outputs, as a share of the largest expected one; infinite where NaN is not met by NaN."""
+    shares = [0.0]
+    for batch, right in zip(tried, expected, strict=True):
+        found = module(batch.clone())
+        if found.shape != right.shape:
+            return float("inf")
+        difference = torch.where((found == right) | (found.isnan() & right.isnan()), 0, (found - right).abs())
+        share = (difference.max() / right.abs().max().clamp_min(torch.finfo(right.dtype).tiny)).item()
+        shares.append(share if share == share else float("inf"))
+    return max(shares)
+
+
+def _with_difference(prepared: Prepared, difference: float) -> Prepared:
+    return replace(prepared, report=replace(prepared.report, largest_difference=difference))
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """The same modules anew, around the same parameters and buffers, for evaluation."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    twin = copy.deepcopy(module, shared)
+    for each in twin.modules():
+        each.training = False
+    return twin
+
+
+# What torch.fx can trace
+
+
+class _Tracer(fx.Tracer):
+    """Down to the modules that torch defines, and to layers with weights of any kind."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, WEIGHTED) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced(module: nn.Module, batch: Tensor) -> Prepared:
+    shadow = twin(module)
+    traced = fx.GraphModule(shadow, _Tracer().trace(shadow), type(module).__name__)
+    changes = _Rewriting(traced, shadow).changes
+    observer = _Observer(traced)
+    observer.run(batch)
+    spatial_map = _name_spatial_map(traced, observer.spatial_map)
+    traced.delete_all_unused_submodules()
+    traced.graph.lint()  # type: ignore[no-untyped-call]
+    traced.recompile()
+    return Prepared(traced, _report(changes, observer.operations, spatial_map, None))
+
+
+def _owner(node: fx.Node) -> str:
+    """The module whose forward makes a call."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module":
+        stack = stack[:-1]
+    return stack[-1] if stack else ""
+
+
+def _joined(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name
+
+
+class _Rewriting:
+    """Makes modules of activations and pooling, one for each call, and undoes what works in place."""
+
+    def __init__(self, traced: fx.GraphModule, twin: nn.Module) -> None:
+        self.changes: dict[str, str] = {}
+        self._traced, self._twin = traced, twin
+        self._names = {name for name, _ in twin.named_modules()} | {name for name, _ in traced.named_modules()}
+        self._order = {node: position for position, node in enumerate(traced.graph.nodes)}
+        self._calls: Counter[str] = Counter()
+        for node in list(traced.graph.nodes):
+            if node.op == "call_module":
+                self._module_call(node)
+            elif node.op in ("call_function", "call_method"):
+                self._function_call(node)
+        traced.graph.eliminate_dead_code()
+
+    def _module_call(self, node: fx.Node) -> None:
+        name = str(node.target)
+        module = self._traced.get_submodule(name)
+        if getattr(module, "inplace", False) is True:
+            self._undo_in_place(node)
+        made = own_module(module)
+        if made is None:
+            return
+        self._calls[name] += 1
+        if self._calls[name] > 1:
+            node.target = self._free_name(name)
+            self.changes[str(node.target)] = f"call {self._calls[name]} of {name!r}"
+        elif type(made) is not type(module):
+            self.changes[name] = f"{type(module).__name__} made {type(made).__name__}"
+        self._traced.add_submodule(str(node.target), made)
+
+    def _function_call(self, node: fx.Node) -> None:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):
+            self._undo_in_place(node)
+            name = name[:-1]
+            if isinstance(node.target, str) and hasattr(torch.Tensor, name):
+                node.target = name
+        made = self._module_for(node, name)
+        if made is None:
+            return
+        owner = _owner(node)
+        target = self._free_name(_joined(owner, name))
+        self.changes[target] = f"function {name} made {type(made).__name__}"
+        self._traced.add_submodule(target, made)
+        node.op, node.target, node.args, node.kwargs = "call_module", target, (node.args[0],), {}
+
+    def _module_for(self, node: fx.Node, name: str) -> nn.Module | None:
+        if name == "batch_norm":
+            return self._batch_norm(node)
+        if not node.args or not isinstance(node.args[0], fx.Node) or node.target not in _called(name):
+            return None
+        if name in ("clamp", "clip", "clamp_min"):
+            given = _bound(node, ("min", "max"))
+            if given is None or given.get("min") is None:
+                return None
+            low, high = given["min"], given.get("max")
+            if high is None:
+                return nn.ReLU() if low == 0 else Elementwise(nn.Threshold(low, low))
+            return own_module(nn.Hardtanh(low, high)) if low < high else None
+        if name not in MODULE_OF_FUNCTION:
+            return None
+        kind, names = MODULE_OF_FUNCTION[name]
+        given = _bound(node, (*names, "inplace"))
+        if given is None:
+            return None
+        if given.pop("inplace", False):
+            self._undo_in_place(node)
+        module = kind(**given)
+        return own_module(module) or module
+
+    def _batch_norm(self, node: fx.Node) -> nn.Module | None:
+        """Batch normalization by the function alone, as timm's kinds with an activation inside call it."""
+        owner = _owner(node)
+        kind = next((kind for kind in BATCH_NORMS if isinstance(self._twin.get_submodule(owner), kind)), None)
+        names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+        mean, variance, weight, bias = (self._attribute(given.get(name)) for name in names[:4])
+        if kind is None or given.get("training") or mean is None or variance is None:
+            return None
+        made: nn.Module = kind(len(mean), eps=given.get("eps", 1e-5), affine=False)
+        made.running_mean, made.running_var = mean, variance
+        for name, value in (("weight", weight), ("bias", bias)):
+            made.register_parameter(name, value if value is None else nn.Parameter(value.detach(), requires_grad=False))
+        made.training = False
+        return made
+
+    def _attribute(self, value: Any) -> Any:
+        """What a node reads from the network."""
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            return operator.attrgetter(str(value.target))(self._traced)
+        return None
+
+    def _undo_in_place(self, node: fx.Node) -> None:
+        """Who uses what a call works on, later on, sees what it makes of it."""
+        source = node.args[0] if node.args else None
+        if isinstance(source, fx.Node):
+            source.replace_all_uses_with(node, delete_user_cb=lambda user: self._order.get(user, 0) > self._order[node])
+
+    def _free_name(self, name: str) -> str:
+        free, count = name, 0
+        while free in self._names:
+            count += 1
+            free = f"{name}_{count}"
+        self._names.add(free)
+        return free
+
+
+def _called(name: str) -> frozenset[Any]:
+    """What a node's target is where it calls the function or the method of that name."""
+    return functions_named(name, f"{name}_") | {name, f"{name}_"}
+
+
+def _bound(node: fx.Node, names: Sequence[str]) -> dict[str, Any] | None:
+    """A call's arguments after the first, by name; None where one of them is computed."""
+    given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    return None if any(isinstance(value, fx.Node) for value in given.values()) else given
+
+
+class _Observer(fx.Interpreter):
+    """Runs a traced network and notes what each step does to the activations."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.operations: list[Operation] = []
+        self.spatial_map: fx.Node | None = None  # the last node that gives a map
+        self._pooled: set[fx.Node] = set()  # what is made of pooled activations alone
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "placeholder":
+            n.meta[ACTIVE] = True
+            return result
+        flags: list[bool] = []
+        fx.map_arg((n.args, n.kwargs), lambda node: flags.append(ACTIVE in node.meta))
+        what: Any = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+        what = getattr(torch.Tensor, what) if n.op == "call_method" else what
+        if n.op == "output" or not any(flags) or not _holds_activations(result) or what in CONSTANTS:
+            return result
+        n.meta[ACTIVE] = True
+        arguments, _ = self.fetch_args_kwargs_from_env(n)
+        is_module = n.op == "call_module"
+        layer = str(n.target) if is_module else _joined(_owner(n), n.name)
+        first = bool(n.args) and isinstance(n.args[0], fx.Node) and ACTIVE in n.args[0].meta
+        identity = any(result is argument for argument in arguments)
+        plain = not is_module or _has_plain_weight(what, arguments[0])
+        self.operations.append(Operation(layer, what, sum(flags), first, identity, plain))
+        if isinstance(result, Tensor):
+            sources = [node for node in n.all_input_nodes if ACTIVE in node.meta]
+            pooled = _is_pooled(result) or self._pooled.issuperset(sources)
+            if pooled:
+                self._pooled.add(n)
+            self.spatial_map = _next_map(self.spatial_map, n, pooled, result)
+        return result
+
+
+def _holds_activations(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.is_floating_point()
+    return isinstance(result, (tuple, list)) and any(map(_holds_activations, result))
+
+
+_Place = TypeVar("_Place")
+
+
+def _next_map(last: _Place | None, place: _Place, pooled: bool, result: Tensor) -> _Place | None:
+    """The last step that gives a map, after one more; tokens, which Grad-CAM knows nothing of, put an end to it."""
+    if result.dim() == 4 and not pooled:
+        return place
+    return None if result.dim() == 3 else last
+
+
+def _is_pooled(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 or (tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] == 1)
+
+
+def _has_plain_weight(module: nn.Module, batch: Any) -> bool:
+    """Whether a layer's outputs follow its weight itself: changing that must change what it multiplies with."""
+    if not isinstance(module, WEIGHTED) or not isinstance(batch, Tensor):
+        return True
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return False  # computed by a parametrization
+    if type(module) in WEIGHTED and not module._forward_pre_hooks:
+        return True
+    outputs = [
+        torch.func.functional_call(module, {"weight": factor * weight}, (batch[:1],)).double() for factor in (0, 1, 2)
+    ]
+    once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
+    return bool((twice - 2 * once).abs().max() <= _TOLERANCE * once.abs().max())  # False for NaN
+
+
+def _name_spatial_map(traced: fx.GraphModule, node: fx.Node | None) -> str | None:
+    """The module whose output is the last map: one is put behind a function that gives it."""
+    if node is None or node.op == "call_module":
+        return None if node is None else str(node.target)
+    name = _joined(_owner(node), node.name)
+    traced.add_submodule(name, nn.Identity())
+    with traced.graph.inserting_after(node):
+        behind = traced.graph.call_module(name, (node,))
+    node.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
+    return name
+
+
+# What it cannot
+
+
+def _converted(module: nn.Module, batch: Tensor, untraceable: str) -> Prepared:
+    """The network with its modules converted one by one: functions stay what they are."""
+    shadow = twin(module)
+    changes = {}
+    for name, each in list(shadow.named_modules(remove_duplicate=False)):
+        if getattr(each, "inplace", False) is True:
+            each.inplace = False
+        made = own_module(each)
+        if made is not None and name and type(made) is not type(each):
+            shadow.set_submodule(name, made)
+            changes[name] = f"{type(each).__name__} made {type(made).__name__}"
+    watch = _Watch(shadow)
+    with ExitStack() as hooks:
+        watch.attach(hooks)
+        parameters = {name: each.detach() for name, each in shadow.named_parameters()}
+        with torch.enable_grad(), watch:
+            torch.func.functional_call(shadow, parameters, (batch.clone().requires_grad_(),))
+    return Prepared(shadow, _report(changes, watch.operations, watch.spatial_map, untraceable))
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what a network does, as it runs, with tensors that require a gradient: those that depend on its input."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.spatial_map: str | None = None
+        self._names = {each: name for name, each in module.named_modules()}
+        self._stack: list[str] = []
+        self._inside: nn.Module | None = None  # a module that is looked at as a whole
+
+    def attach(self, hooks: ExitStack) -> None:
+        for module in self._names:
+            for handle in (
+                module.register_forward_pre_hook(self._enter),
+                module.register_forward_hook(self._leave, always_call=True),
+            ):
+                hooks.callback(handle.remove)
+
+    def _enter(self, module: nn.Module, _: tuple[Any, ...]) -> None:
+        self._stack.append(self._names[module])
+        if self._inside is None and _is_leaf(module):
+            self._inside = module
+
+    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+        name = self._stack.pop()
+        if self._inside is not None and module is not self._inside:
+            return
+        is_leaf, self._inside = self._inside is not None, None
+        if isinstance(outputs, Tensor) and outputs.requires_grad and name:
+            pooled = _is_pooled(outputs) or all(map(_is_pooled, _tensors(inputs)))
+            self.spatial_map = _next_map(self.spatial_map, name, pooled, outputs)
+        if is_leaf:
+            self._note(name, module, inputs, outputs)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._inside is None:
+            name = getattr(func, "__name__", str(func))
+            place = _joined(self._stack[-1] if self._stack else "", name)
+            self._note(place, func, (*args, *(kwargs or {}).values()), result)
+        return result
+
+    def _note(self, layer: str, what: Any, arguments: tuple[Any, ...], result: Any) -> None:
+        flags = [tensor.requires_grad for tensor in _tensors(arguments)]
+        if any(flags) and _holds_activations(result) and what not in CONSTANTS:
+            first = bool(arguments) and isinstance(arguments[0], Tensor) and arguments[0].requires_grad
+            identity = any(result is argument for argument in arguments)
+            self.operations.append(Operation(layer, what, sum(flags), first, identity, has_plain_weight=True))
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    defined_by_torch = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+    return defined_by_torch or isinstance(module, (*WEIGHTED, ClippedReLU, Elementwise, MaxPool2d))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _report(
+    changes: Mapping[str, str], operations: Sequence[Operation], spatial_map: str | None, untraceable: str | None
+) -> Report:
+    obstacles: dict[str, dict[str, str]] = {method: {} for method in INSIDE_METHODS}
+    traced = untraceable is None
+    for operation in operations:
+        methods, reason = operation.obstacle(traced) or ((), "")
+        for method in methods:
+            obstacles[method].setdefault(operation.layer, reason)
+    if not any(isinstance(operation.what, nn.ReLU) for operation in operations):
+        for method in GUIDED_METHODS:
+            obstacles[method].setdefault("the network", "it has no ReLU whose gradient could be guided")
+    if untraceable is not None:
+        obstacles["lrp"] = {"the network": f"torch.fx cannot trace it ({untraceable})"}
+    if spatial_map is None:
+        for method in MAP_METHODS:
+            obstacles[method].setdefault("the network", "no layer before its answer gives a map [n, channels, h, w]")
+    return Report(changes, obstacles, spatial_map, untraceable, 0.0)

@@ -1,0 +1,267 @@
+"""Layer-wise relevance propagation (LRP; Bach et al. 2015) on prepared networks, with zennit's rules."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from spade_fast import operations, preparation
+from spade_fast.errors import InvalidInputError, require
+from spade_fast.preparation import Prepared
+
+# Weight of an even division beside z+, which counts only for outputs without contributions.
+_EVEN_SHARE = 1e-6
+# What keeps denominators from zero, with their sign: no larger, since relevance leaks through it.
+_STABILIZER = 1e-12
+
+
+def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
+    """Relevance of each input for a class score, which it adds up to but for rounding.
+
+    The rules are those of the composite "EpsilonPlusFlat" (Kohlbrenner et al. 2020), with biases left out of all
+    denominators, so that none absorbs relevance: flat for the first layer with weights, z+ for other convolutions,
+    epsilon for linear layers. An output of a convolution that owes its value to the bias alone, as is common in
+    depthwise layers, divides its relevance evenly instead of losing it. Batch norms are folded into the layers before
+    them; those that follow none, activations and factors pass relevance on; sums of branches and average pooling divide
+    it by contribution; max pooling gives it to the largest.
+
+    Parameters
+    ----------
+    prepared
+        What :func:`spade_fast.prepare` made of the network.
+    inputs
+        Model inputs [n, ...].
+    target
+        The class, an index into the outputs.
+
+    Returns
+    -------
+    Tensor
+        As the inputs, in units of the class score.
+
+    Raises
+    ------
+    InvalidInputError
+        If LRP is not valid on the network: the message names the layer.
+    MissingDependencyError
+        If zennit is not installed.
+    """
+    prepared.report.require("lrp")
+    network = _with_rules(prepared)
+    point = inputs.detach().clone().requires_grad_()
+    with torch.enable_grad(), _composite(network).context(network):
+        outputs = network(point)
+        seed = torch.zeros_like(outputs)
+        seed[:, target] = outputs.detach()[:, target]
+        (found,) = torch.autograd.grad(outputs, point, seed)
+    return found
+
+
+def _with_rules(prepared: Prepared) -> fx.GraphModule:
+    """A copy of the network that passes relevance where it would pass a gradient, but for layers with weights."""
+    network = preparation.twin(prepared.module)
+    assert isinstance(network, fx.GraphModule)  # or the report would have refused
+    _separate_calls(network)
+    for node in list(network.graph.nodes):
+        if not _is_active(node) or node.op == "placeholder":
+            continue
+        if node.op == "call_module":
+            module = network.get_submodule(str(node.target))
+            if isinstance(module, operations.BATCH_NORMS) and _fold(network, node, module):
+                continue
+            if isinstance(module, (*operations.BATCH_NORMS, *operations.ACTIVATIONS)):
+                _replace(network, node, _Pass(module))
+            elif isinstance(module, operations.AVERAGE_POOLING):
+                _replace(network, node, _Share(module))
+        elif _function(node) in operations.SUMS and len(node.args) == 2 and all(map(_is_active, node.args)):
+            if node.kwargs:
+                raise InvalidInputError(f"method 'lrp' has no rule for {node.name} with {dict(node.kwargs)}")
+            node.op, node.target = "call_function", _split_sum
+        elif _function(node) in operations.MEANS:
+            _replace(network, node, _Share(_Call(node)))
+        elif _function(node) in operations.FACTORS:
+            _replace(network, node, _Pass(_Call(node)))
+    network.graph.lint()  # type: ignore[no-untyped-call]
+    network.recompile()
+    return network
+
+
+def _function(node: fx.Node) -> Any:
+    return getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+
+
+def _is_active(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and bool(argument.meta.get(preparation.ACTIVE))
+
+
+def _separate_calls(network: fx.GraphModule) -> None:
+    """A module for each call, as rules keep what went through a module until relevance comes back."""
+    calls: Counter[str] = Counter()
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target)
+            calls[name] += 1
+            if calls[name] > 1:
+                node.target = f"{name}_call_{calls[name]}"
+                network.add_submodule(node.target, copy.copy(network.get_submodule(name)))
+
+
+def _fold(network: fx.GraphModule, node: fx.Node, norm: Any) -> bool:
+    """Fold a batch norm into the layer it follows, if it follows one that nothing else does."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+        return False
+    layer: Any = network.get_submodule(str(source.target))
+    if not isinstance(layer, operations.WEIGHTED):
+        return False
+    fused: nn.Module
+    if isinstance(layer, nn.Linear):
+        fused = fuse_linear_bn_eval(layer, norm)
+    else:
+        is_transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        fused = fuse_conv_bn_eval(layer, norm, is_transposed)
+    network.add_submodule(str(source.target), fused)
+    node.replace_all_uses_with(source)
+    network.graph.erase_node(node)
+    return True
+
+
+def _replace(network: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:
+    name = f"_{node.name}_rule"
+    network.add_submodule(name, module)
+    node.op, node.target = "call_module", name
+    if isinstance(module.function, _Call):
+        node.args, node.kwargs = tuple(node.all_input_nodes), {}
+
+
+class _Call(nn.Module):
+    """The call of a function that a node makes, of the tensors that go into it."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__()
+        self._function = _function(node)
+        self._arguments, self._keywords = node.args, node.kwargs
+        self._nodes = node.all_input_nodes
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        values = dict(zip(self._nodes, tensors, strict=True))
+        arguments, keywords = fx.map_arg((self._arguments, self._keywords), values.__getitem__)
+        result: Tensor = self._function(*arguments, **keywords)
+        return result
+
+
+class _Pass(nn.Module):
+    """Whatever comes back goes on to the one activation that comes in."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            result = self.function(*inputs)
+        active = next(each for each in inputs if each.requires_grad)
+        passed: Tensor = _PassOn.apply(active, result)  # type: ignore[no-untyped-call]
+        return passed
+
+
+class _Share(nn.Module):
+    """Whatever comes back is divided among the inputs by what each contributed."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        shared: Tensor = _ShareOut.apply(input, self.function)  # type: ignore[no-untyped-call]
+        return shared
+
+
+class _PassOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, result: Tensor) -> Tensor:
+        ctx.shape = input.shape
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, None]:
+        return found[0].sum_to_size(ctx.shape), None
+
+
+class _ShareOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(input)
+        return function(input)
+
+    @staticmethod
+    def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, None]:
+        (saved,) = ctx.saved_tensors
+        with torch.enable_grad():
+            point = saved.detach().requires_grad_()
+            result = ctx.function(point)
+            (share,) = torch.autograd.grad(result, point, found[0] / _stabilized(result.detach()))
+        return saved * share, None
+
+
+class _SplitSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left + right
+
+    @staticmethod
+    def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        share = found[0] / _stabilized(left + right)
+        return (left * share).sum_to_size(left.shape), (right * share).sum_to_size(right.shape)
+
+
+def _split_sum(left: Tensor, right: Tensor) -> Tensor:
+    total: Tensor = _SplitSum.apply(left, right)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _stabilized(denominator: Tensor) -> Tensor:
+    return denominator + torch.where(denominator < 0, -_STABILIZER, _STABILIZER)
+
+
+def _composite(network: fx.GraphModule) -> Any:
+    rules = require("zennit.rules", "interpret")
+    composites = require("zennit.composites", "interpret")
+    core = require("zennit.core", "interpret")
+    layers: dict[str, nn.Module] = {}  # in the order of their calls, unlike the modules themselves
+    for node in network.graph.nodes:
+        if node.op == "call_module" and node.meta.get(preparation.ACTIVE):
+            module = network.get_submodule(str(node.target))
+            if isinstance(module, operations.WEIGHTED):
+                layers[str(node.target)] = module
+    first, *others = layers
+    zero = {"zero_params": ["bias"]}
+    linear = [name for name in others if isinstance(layers[name], nn.Linear)]
+    convolutions = [name for name in others if name not in linear]
+    z_plus = core.BasicHook(
+        input_modifiers=[lambda x: x.clamp(min=0), lambda x: x.clamp(max=0), torch.ones_like],
+        param_modifiers=[
+            rules.ClampMod(min=0.0, **zero),
+            rules.ClampMod(max=0.0, **zero),
+            core.ParamMod(lambda parameter, _: torch.ones_like(parameter), **zero),
+        ],
+        output_modifiers=[lambda output: output, lambda output: output, lambda output: _EVEN_SHARE * output],
+        gradient_mapper=lambda found, outputs: [found / _stabilized(torch.stack(outputs).sum(dim=0))] * 3,
+        reducer=lambda inputs, gradients: sum(map(torch.mul, inputs, gradients)),
+    )
+    return composites.NameMapComposite(
+        [
+            ([first], rules.Flat(stabilizer=_STABILIZER, **zero)),
+            (convolutions, z_plus),
+            (linear, rules.Epsilon(epsilon=_STABILIZER, **zero)),
+        ]
+    )

@@ -1,0 +1,221 @@
+"""DeepLIFT and guided backpropagation: rules by which a gradient passes activations.
+
+captum finds activations by hooks on the tensors that go into them. A tensor that goes elsewhere too, past a skip
+connection for one, then loses the other branch's share without a word; and its rule for max pooling holds for
+references alone that are the same everywhere. Here the activations of a prepared network are replaced by functions with
+a rule of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_fast.operations import ACTIVATIONS, MaxPool2d
+from spade_fast.preparation import Prepared, twin
+
+# Differences from the reference below which an activation's own slope is taken, as captum does.
+_SMALLEST_DIFFERENCE = 1e-10
+
+
+def deep_lift(prepared: Prepared, inputs: Tensor, baseline: Tensor, target: int) -> Tensor:
+    """Contributions of the inputs' differences from a baseline to that of a class score (Shrikumar et al. 2017).
+
+    The rescale rule, for every elementwise activation; of a max pooling, an output above its reference owes that to the
+    largest input, one below to the reference's largest; of several that are equally large, to the one whose counterpart
+    is largest. Contributions add up to the difference of the score.
+
+    Parameters
+    ----------
+    prepared
+        What :func:`spade_fast.prepare` made of the network.
+    inputs, baseline
+        Model inputs [n, ...] of one shape.
+    target
+        The class, an index into the outputs.
+
+    Returns
+    -------
+    Tensor
+        As the inputs, in units of the class score.
+
+    Raises
+    ------
+    InvalidInputError
+        If DeepLIFT is not valid on the network: the message names the layer.
+    """
+    prepared.report.require("deep_lift")
+    network = _with_rule(prepared, lambda module: _Rescale(module) if _is_nonlinear(module) else None)
+    both = torch.cat([inputs, baseline]).detach().requires_grad_()
+    with torch.enable_grad():
+        (multipliers,) = torch.autograd.grad(network(both)[: len(inputs), target].sum(), both)
+    return (inputs - baseline).detach() * multipliers[: len(inputs)]
+
+
+def guided_backprop(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
+    """The gradient of a class score, of which each ReLU passes only what is positive (Springenberg et al. 2015).
+
+    Parameters, returns and raises as :func:`deep_lift`.
+    """
+    prepared.report.require("guided_backprop")
+    network = _with_rule(prepared, lambda module: _Guided(module) if isinstance(module, nn.ReLU) else None)
+    point = inputs.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(network(point)[:, target].sum(), point)
+    return gradient
+
+
+def _is_nonlinear(module: nn.Module) -> bool:
+    return isinstance(module, (*ACTIVATIONS, MaxPool2d))
+
+
+def _with_rule(prepared: Prepared, rule: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A copy of the network with other modules where the rule gives them."""
+    network = twin(prepared.module)
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        replaced = rule(module)
+        inside_another = any(
+            isinstance(network.get_submodule(parent), (_Rescale, _Guided)) for parent in _parents(name)
+        )
+        if replaced is not None and not inside_another:
+            network.set_submodule(name, replaced)
+    return network
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return isinstance(module, (_Rescale, _Guided))
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+class _Rescale(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input: Tensor) -> Tensor:
+        function = _RescaledPool if isinstance(self.module, MaxPool2d) else _Rescaled
+        output: Tensor = function.apply(input, self.module)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _Guided(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _Clamped.apply(self.module(input))  # type: ignore[no-untyped-call]
+        return output
+
+
+class _Clamped(torch.autograd.Function):
+    """The identity, through which no negative gradient passes."""
+
+    @staticmethod
+    def forward(_: Any, input: Tensor) -> Tensor:
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].clamp(min=0)
+
+
+class _Rescaled(torch.autograd.Function):
+    """An activation of inputs and their references, which follow them along the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(input)
+        output: Tensor = module(input)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (both,) = ctx.saved_tensors
+        with torch.enable_grad():
+            point = both.detach().requires_grad_()
+            result = ctx.module(point)
+            (slope,) = torch.autograd.grad(result.sum(), point)
+        (values, references), (outputs, others) = both.chunk(2), result.detach().chunk(2)
+        difference = values - references
+        multiplier = torch.where(
+            difference.abs() < _SMALLEST_DIFFERENCE, slope.chunk(2)[0], (outputs - others) / difference
+        )
+        passed = gradients[0].chunk(2)[0] * multiplier
+        return torch.cat([passed, torch.zeros_like(passed)]), None
+
+
+class _RescaledPool(torch.autograd.Function):
+    """A max pooling of inputs and their references, which follow them along the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, module: MaxPool2d) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(input)
+        output: Tensor = module(input)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (both,) = ctx.saved_tensors
+        values, references = both.chunk(2)
+        windows = _Windows(ctx.module, values)
+        x, r = windows.of(values), windows.of(references)
+        highest, other = x.amax(dim=2, keepdim=True), r.amax(dim=2, keepdim=True)
+        # Whoever decides an output that differs from its reference differs from its own by as much at least.
+        rises, falls = _first_by(x, r), _first_by(r, x)
+        decides = torch.where(highest > other, rises, falls)  # [n, c, 1, outputs]
+        gradient = gradients[0].chunk(2)[0].flatten(2)[:, :, None]
+        share = gradient * (highest - other)
+        contributions = windows.sum(torch.zeros_like(x).scatter_(2, decides, share))
+        passed = torch.where(contributions == 0, 0, contributions / (values - references))
+        return torch.cat([passed, torch.zeros_like(passed)]), None
+
+
+def _first_by(first: Tensor, second: Tensor) -> Tensor:
+    """Where along the third dimension the first is largest, and of these places the second."""
+    is_largest = first == first.amax(dim=2, keepdim=True)
+    return second.masked_fill(~is_largest, -torch.inf).argmax(dim=2, keepdim=True)
+
+
+class _Windows:
+    """The windows of a max pooling over maps [n, c, h, w]."""
+
+    def __init__(self, module: MaxPool2d, maps: Tensor) -> None:
+        self._kernel, self._dilation = _pair(module.kernel_size), _pair(module.dilation)
+        self._stride, padding = _pair(module.stride), _pair(module.padding)
+        outputs = module(maps[:1, :1]).shape[2:]
+        self._size = maps.shape
+        reach = [self._dilation[i] * (self._kernel[i] - 1) + 1 for i in range(2)]
+        self._padded = [(outputs[i] - 1) * self._stride[i] + reach[i] for i in range(2)]
+        # What is left over beyond the last window is cut off.
+        self._before = padding
+        self._after = [self._padded[i] - padding[i] - maps.shape[2 + i] for i in range(2)]
+
+    def of(self, maps: Tensor) -> Tensor:
+        """[n, c, places, outputs], minus infinity beyond the maps."""
+        padding = (self._before[1], self._after[1], self._before[0], self._after[0])
+        padded = F.pad(maps, padding, value=-torch.inf).flatten(0, 1)[:, None]
+        found = F.unfold(padded, self._kernel, self._dilation, 0, self._stride)
+        return found.view(*self._size[:2], *found.shape[1:])
+
+    def sum(self, windows: Tensor) -> Tensor:
+        """Maps that hold the sums of what all windows have at each place."""
+        height, width = self._padded
+        folded = F.fold(windows.flatten(0, 1), (height, width), self._kernel, self._dilation, 0, self._stride)
+        top, left = self._before
+        maps = folded.view(*self._size[:2], height, width)[:, :, top:, left:][:, :, : self._size[2], : self._size[3]]
+        return F.pad(maps, (0, self._size[3] - maps.shape[3], 0, self._size[2] - maps.shape[2]))
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,400 @@
+"""Each method's defining property, against hand calculation, other libraries and what its authors promise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_fast import methods
+from spade_fast.attribution import attribute
+from spade_fast.errors import InvalidInputError
+from spade_fast.methods import METHODS, Question, register_method
+from spade_fast.preparation import prepare
+from spade_fast.rules import deep_lift
+
+pytest.importorskip("captum")
+
+TARGET = 1
+
+
+class Network(nn.Module):
+    """Residual, with what methods trip over: a shared ReLU in place, functions, ReLU6, overlapping pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.act = nn.ReLU6(inplace=True)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.bn1(self.conv1(x))))
+        x = self.relu(x + self.bn2(self.conv2(x)))
+        x = F.relu(x + self.act(self.depthwise(x)) * 0.5)
+        x = F.max_pool2d(x, 2)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    network = Network()
+    for norm in (network.bn1, network.bn2):
+        nn.init.normal_(norm.running_mean, std=0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    with torch.no_grad():
+        network.depthwise.weight[:4] = -network.depthwise.weight[:4].abs()
+        network.depthwise.bias[:4] = 1.0  # what these give, they owe to their biases alone
+    return network.double().eval()
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.randn(1, 3, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def ask(network: nn.Module, inputs: Tensor, method: str, target: int = TARGET, **settings: int) -> Tensor:
+    question = Question(network, inputs.clone().requires_grad_(), target, **settings)
+    return METHODS[method].compute(question).detach()
+
+
+def score(network: nn.Module, inputs: Tensor, target: int = TARGET) -> float:
+    with torch.no_grad():
+        return network(inputs)[0, target].item()
+
+
+def test_the_ten_methods_of_the_paper_are_there() -> None:
+    paper = {
+        "saliency", "input_x_gradient", "deep_lift", "lrp", "guided_backprop", "guided_grad_cam", "lime", "occlusion",
+        "integrated_gradients", "gradient_shap",
+    }  # fmt: skip
+    assert paper | {"grad_cam", "score_cam"} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_map(network: Network, inputs: Tensor, method: str) -> None:
+    heat = attribute(network, inputs, TARGET, method)
+    assert list(heat.shape) == [12, 16]
+    assert heat.min() >= 0
+    assert heat.max() > heat.min()
+
+
+# Completeness: attributions add up to what the input changes in the score
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("integrated_gradients", 2e-2), ("deep_lift", 1e-10)])
+def test_completeness(network: Network, inputs: Tensor, method: str, tolerance: float) -> None:
+    change = score(network, inputs) - score(network, torch.zeros_like(inputs))
+    found = ask(network, inputs, method)
+    assert found.sum().item() == pytest.approx(change, abs=tolerance * found.abs().sum().item())
+
+
+def test_integrated_gradients_of_a_smooth_network_are_complete(inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 10 * 14, 3)).double().eval()
+    change = score(network, inputs) - score(network, torch.zeros_like(inputs))
+    assert ask(network, inputs, "integrated_gradients").sum().item() == pytest.approx(change, abs=1e-6)
+
+
+def test_gradient_shap_of_a_linear_network_is_its_noisy_input_times_the_weight(inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(inputs.numel(), 2)).double()
+    weight = network[1].weight[TARGET].detach().view_as(inputs)
+    noise = 0.1 * inputs.std() / 64**0.5
+    found = ask(network, inputs, "gradient_shap")
+    deviation = (found - inputs * weight) / (noise * weight.abs())
+    assert deviation.std().item() == pytest.approx(1, abs=0.1)
+    assert deviation.abs().max().item() < 5
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Sigmoid()])
+def test_deep_lift_is_the_rescale_rule_for_every_activation(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), activation, nn.Linear(5, 2)).double().eval()
+    inputs = 3 * torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    first, last = network[1], network[3]
+    hidden, reference = first(inputs.flatten(1)), first(torch.zeros(1, 12).double())
+    multipliers = (activation(hidden) - activation(reference)) / (hidden - reference)
+    expected = (last.weight[TARGET] * multipliers) @ first.weight
+    torch.testing.assert_close(ask(network, inputs, "deep_lift"), (expected.view_as(inputs) * inputs).detach())
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 2, 1),
+        nn.MaxPool2d(3, 1, 1),
+        nn.MaxPool2d((2, 3), (3, 2), (1, 0), (1, 2)),
+        nn.MaxPool2d(3, 2, ceil_mode=True),
+    ],
+    ids=str,
+)
+def test_deep_lift_of_max_pooling_is_complete_for_any_baseline(pooling: nn.Module) -> None:
+    torch.manual_seed(0)
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pooling, nn.Flatten())
+    inputs, baseline = torch.randn(2, 1, 3, 10, 12).double()
+    network = nn.Sequential(pooled, nn.Linear(pooled(inputs.float()).shape[1], 2)).double().eval()
+    found = deep_lift(prepare(network, inputs), inputs, baseline, TARGET)
+    change = score(network, inputs) - score(network, baseline)
+    assert found.sum().item() == pytest.approx(change, abs=1e-10)
+
+
+def test_deep_lift_of_max_pooling_by_hand() -> None:
+    """A window above its reference, one below, and one below equal ones: the last is due to the largest input."""
+    network = nn.Sequential(nn.MaxPool2d((1, 2)), nn.Flatten(), nn.Linear(3, 2, bias=False))
+    nn.init.ones_(network[2].weight)
+    inputs, baseline = torch.tensor([[[[1.0, 5, 2, 1, 1, 2]]]]), torch.tensor([[[[3.0, 2, 1, 4, 7, 7]]]])
+    found = deep_lift(prepare(network, inputs), inputs, baseline, 0)
+    assert found.tolist() == [[[[0, 2, 0, -2, 0, -5]]]]
+
+
+class PreActivation(nn.Module):
+    """What goes into an activation goes past it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3)
+        self.relu = nn.ReLU()
+        self.conv = nn.Conv2d(5, 5, 3, padding=1)
+        self.fc = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.conv(self.relu(x))
+        return self.fc(self.relu(x + 0.1).mean((2, 3)))
+
+
+def test_a_branch_past_an_activation_keeps_its_share(inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    network = PreActivation().double().eval()
+    change = score(network, inputs) - score(network, torch.zeros_like(inputs))
+    assert ask(network, inputs, "deep_lift").sum().item() == pytest.approx(change, abs=1e-10)
+
+    guided = lambda x: _Guided.apply(x, torch.inf)  # noqa: E731
+    point = inputs.clone().requires_grad_()
+    x = network.stem(point)
+    x = x + network.conv(guided(x))
+    (expected,) = torch.autograd.grad(network.fc(guided(x + 0.1).mean((2, 3)))[0, TARGET], point)
+    torch.testing.assert_close(ask(network, inputs, "guided_backprop"), expected)
+
+
+@pytest.mark.parametrize("method", ["deep_lift", "guided_backprop"])
+def test_equals_captum_where_captum_is_right(inputs: Tensor, method: str) -> None:
+    import captum.attr
+
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(60, 2)
+    )
+    network = network.double().eval()
+    theirs = {"deep_lift": captum.attr.DeepLift, "guided_backprop": captum.attr.GuidedBackprop}[method](network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = theirs.attribute(inputs, target=TARGET).detach()
+    torch.testing.assert_close(ask(network, inputs, method), expected)
+
+
+# Guided backpropagation and class activation maps
+
+
+class _Guided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, limit):  # noqa: ANN
+        ctx.save_for_backward((input > 0) & (input < limit))
+        return input.clamp(0, limit)
+
+    @staticmethod
+    def backward(ctx, gradient):  # noqa: ANN
+        return gradient.clamp(min=0) * ctx.saved_tensors[0], None
+
+
+def guided_by_hand(network: Network, inputs: Tensor) -> Tensor:
+    relu = lambda x, limit=torch.inf: _Guided.apply(x, limit)  # noqa: E731
+    point = inputs.clone().requires_grad_()
+    x = network.pool(relu(network.bn1(network.conv1(point))))
+    x = relu(x + network.bn2(network.conv2(x)))
+    x = relu(x + relu(network.depthwise(x), 6.0) * 0.5)
+    x = F.max_pool2d(x, 2)
+    (found,) = torch.autograd.grad(network.fc(x.mean((2, 3)))[0, TARGET], point)
+    return found
+
+
+def test_guided_backprop_by_hand(network: Network, inputs: Tensor) -> None:
+    torch.testing.assert_close(ask(network, inputs, "guided_backprop"), guided_by_hand(network, inputs))
+
+
+def grad_cam_by_hand(network: Network, inputs: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    handle = network.pool.register_forward_hook(lambda _, __, output: kept.append(output))
+    network(inputs)
+    handle.remove()
+    x = kept[0]
+    x = network.relu(x + network.bn2(network.conv2(x)))
+    last = F.max_pool2d(F.relu(x + network.act(network.depthwise(x)) * 0.5), 2).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(network.fc(last.mean((2, 3)))[0, TARGET], last)
+    coarse = (gradient.mean((2, 3), keepdim=True) * last).sum(dim=1, keepdim=True).clamp(min=0)
+    return F.interpolate(coarse.detach(), inputs.shape[2:], mode="bilinear")
+
+
+def test_grad_cam_by_hand(network: Network, inputs: Tensor) -> None:
+    expected = grad_cam_by_hand(network, inputs)
+    torch.testing.assert_close(ask(network, inputs, "grad_cam"), expected)
+    guided = ask(network, inputs, "guided_backprop")
+    torch.testing.assert_close(ask(network, inputs, "guided_grad_cam"), guided * expected)
+
+
+def test_score_cam_equals_that_of_grad_cam(network: Network, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    cam = pytest.importorskip("pytorch_grad_cam")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    prepared = Question(network, inputs, TARGET).prepared
+    layer = prepared.module.get_submodule(prepared.report.spatial_map or "")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    with warnings.catch_warnings(), cam.ScoreCAM(prepared.module, [layer]) as other:
+        warnings.simplefilter("ignore")
+        weights = other.get_cam_weights(
+            inputs, layer, [ClassifierOutputTarget(TARGET)], maps_of(prepared.module, layer, inputs).numpy(), None
+        )
+    coarse = (torch.from_numpy(weights)[:, :, None, None] * maps_of(prepared.module, layer, inputs)).sum(1).clamp(min=0)
+    found = F.interpolate(coarse[:, None], inputs.shape[2:], mode="bilinear")
+    # It upsamples with aligned corners, which moves the edges of a map of 3 x 4.
+    correlation = torch.corrcoef(torch.stack([found.flatten(), ask(network, inputs, "score_cam").flatten()]))[0, 1]
+    assert correlation > 0.99
+
+
+def maps_of(module: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _, __, output: kept.append(output.detach()))
+    with torch.no_grad():
+        module(inputs)
+    handle.remove()
+    return kept[0]
+
+
+def test_score_cam_by_hand() -> None:
+    """Two maps: one lets the left half through, one the right; a third is flat and says nothing."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            masks = torch.zeros(3, 4, 4)
+            masks[0, :, :2] = masks[1, :, 2:] = 1
+            self.register_buffer("masks", masks)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.masks).sum((2, 3))
+
+    network = Halves()
+    inputs = torch.full((1, 1, 4, 4), 0.25)
+    inputs[..., 2:] = 0.5
+    weights = torch.tensor([0.0, 8 * 0.5]).softmax(dim=0)  # scores of class 1, the right half
+    expected = weights[0] * 0.25 * network.masks[0] + weights[1] * 0.5 * network.masks[1]
+    torch.testing.assert_close(ask(network, inputs, "score_cam", target=1)[0, 0], expected)
+
+
+# Methods that hide parts of the image
+
+
+def test_occlusion_by_hand() -> None:
+    """On 4 x 4 pixels a window is 2 x 2 and moves by one: a pixel gets the mean of the windows that hide it."""
+    weight = torch.arange(48.0).view(3, 4, 4)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.stack([torch.zeros(48), weight.flatten()]))
+    fall = F.avg_pool2d(weight.sum(0)[None, None], 2, 1, divisor_override=1)  # of each window, [3, 3]
+    total = F.conv_transpose2d(fall, torch.ones(1, 1, 2, 2))
+    count = F.conv_transpose2d(torch.ones_like(fall), torch.ones(1, 1, 2, 2))
+    found = ask(network, torch.ones(1, 3, 4, 4), "occlusion")
+    torch.testing.assert_close(found, (total / count).expand(1, 3, 4, 4))
+
+
+def test_lime_finds_what_each_superpixel_adds() -> None:
+    torch.manual_seed(0)
+    inputs = torch.rand(1, 3, 32, 32)
+    weight = torch.randn(3, 32, 32)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2, bias=False))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.stack([torch.zeros(3 * 32 * 32), weight.flatten()]))
+    segments = methods._segments(inputs)[0, 0]
+    assert 20 <= len(segments.unique()) <= 100
+    expected = torch.zeros(int(segments.max()) + 1).index_add_(
+        0, segments.flatten(), (weight * inputs[0]).sum(0).flatten()
+    )
+    found = ask(network, inputs, "lime")[0, 0]
+    ridge = torch.stack([found[segments == index].mean() for index in segments.unique()])
+    assert torch.corrcoef(torch.stack([ridge, expected]))[0, 1] > 0.995
+
+
+# How attributions become a map
+
+
+def test_reductions() -> None:
+    attributions = torch.tensor([[[[1.0, -4.0]], [[-3.0, 1.0]]]])
+    assert METHODS["saliency"].reduce(attributions).tolist() == [[4.0, 5.0]]
+    assert METHODS["occlusion"].reduce(attributions).tolist() == [[0.0, 0.0]]
+    assert METHODS["occlusion"].reduce(-attributions).tolist() == [[1.0, 1.5]]
+
+
+# Methods of one's own
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., None]]:
+    names: list[str] = []
+
+    def register(name: str, *arguments: object, **keywords: object) -> None:
+        register_method(name, *arguments, **keywords)  # type: ignore[arg-type]
+        names.append(name)
+
+    yield register
+    for name in names:
+        methods.unregister_method(name)
+
+
+def test_a_method_of_ones_own(network: Network, inputs: Tensor, registered: Callable[..., None]) -> None:
+    registered("brightness", lambda _, inputs, target: inputs[0].sum(0) * target, title="Brightness")
+    registered("halves", lambda _, inputs, __: -inputs / 2)
+    assert METHODS["brightness"].title == "Brightness"
+    assert METHODS["halves"].title == "halves"
+    torch.testing.assert_close(attribute(network, inputs, 3, "brightness"), (3 * inputs[0].sum(0).abs()).float())
+    torch.testing.assert_close(attribute(network, inputs, 3, "halves"), (inputs[0].abs().sum(0) / 2).float())
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("saliency", lambda *_: None, "there is a method 'saliency' already"),
+        ("my method", lambda *_: None, "must be a Python identifier, got 'my method'"),
+        ("mine", "saliency", r"must be a function \(model, inputs, target\) to a map, got 'saliency'"),
+    ],
+)
+def test_methods_that_cannot_be_registered(name: str, function: object, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        register_method(name, function)  # type: ignore[arg-type]
+    assert set(METHODS) == methods._BUILT_IN
+
+
+@pytest.mark.parametrize("found", [torch.zeros(3, 3), torch.zeros(2, 3, 12, 16), None, [[1.0]]])
+def test_maps_of_another_shape(
+    network: Network, inputs: Tensor, registered: Callable[..., None], found: object
+) -> None:
+    registered("mine", lambda *_: found)
+    with pytest.raises(InvalidInputError, match=r"method 'mine' gives a .*: it must give a map \[12, 16\] or attribut"):
+        attribute(network, inputs, TARGET, "mine")
+
+
+def test_built_in_methods_stay() -> None:
+    for name in ("saliency", "absent"):
+        with pytest.raises(InvalidInputError, match=f"no method '{name}' was registered"):
+            methods.unregister_method(name)

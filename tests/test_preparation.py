@@ -1,0 +1,389 @@
+"""Prepared networks: equal to the originals, an activation module for each call, and what stands in a method's way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import spade_fast as sf
+from spade_fast.errors import InvalidInputError
+from spade_fast.operations import INSIDE_METHODS, ClippedReLU, Elementwise, MaxPool2d
+from spade_fast.preparation import Prepared, prepare
+
+
+def small(body: Callable[[nn.Module, Tensor], Tensor], **modules: nn.Module) -> nn.Module:
+    """A convolution, then `body`, then global pooling and a classifier."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.fc = nn.Linear(4, 2)
+            for name, module in modules.items():
+                self.add_module(name, module)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(body(self, self.conv(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+def inputs() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def prepared(network: nn.Module) -> Prepared:
+    """Prepared, and checked here to give the same outputs."""
+    found = prepare(network, inputs())
+    with torch.no_grad():
+        torch.testing.assert_close(found.module(inputs()), network(inputs()), rtol=0, atol=0)
+    return found
+
+
+def kinds(found: Prepared) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in found.module.named_modules() if name}
+
+
+# Modules for functions and for each call
+
+
+def test_each_call_gets_a_module_of_its_own() -> None:
+    found = prepared(small(lambda self, x: self.relu(x + self.relu(x)), relu=nn.ReLU(inplace=False)))
+    modules = dict(found.module.named_modules())
+    assert type(modules["relu"]) is type(modules["relu_1"]) is nn.ReLU
+    assert modules["relu"] is not modules["relu_1"]
+    assert found.report.changes == {"relu_1": "call 2 of 'relu'"}
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (F.relu, nn.ReLU),
+        (torch.relu, nn.ReLU),
+        (lambda x: x.relu(), nn.ReLU),
+        (lambda x: F.relu(x, inplace=True), nn.ReLU),
+        (lambda x: x.relu_(), nn.ReLU),
+        (lambda x: x.clamp(min=0), nn.ReLU),
+        (lambda x: torch.clamp_min(x, 0), nn.ReLU),
+        (F.relu6, ClippedReLU),
+        (lambda x: x.clamp(0, 3), ClippedReLU),
+        (lambda x: F.hardtanh(x, 0.0, 2.0), ClippedReLU),
+        (lambda x: F.hardtanh(x, -1.0, 1.0), Elementwise),
+        (lambda x: F.leaky_relu(x, 0.3), nn.LeakyReLU),
+        (torch.sigmoid, nn.Sigmoid),
+        (lambda x: x.tanh(), nn.Tanh),
+        (lambda x: F.softplus(x, beta=2), nn.Softplus),
+        (lambda x: F.elu(x, 0.5), nn.ELU),
+        (F.silu, Elementwise),
+        (lambda x: F.gelu(x, approximate="tanh"), Elementwise),
+        (F.hardswish, Elementwise),
+        (lambda x: F.max_pool2d(x, 2, padding=1), MaxPool2d),
+        (lambda x: F.avg_pool2d(x, 3, stride=2), nn.AvgPool2d),
+        (lambda x: F.adaptive_avg_pool2d(x, 2), nn.AdaptiveAvgPool2d),
+    ],
+)
+def test_functions_become_modules(function: Callable[[Tensor], Tensor], kind: type[nn.Module]) -> None:
+    found = prepared(small(lambda _, x: function(x)))
+    (name,) = found.report.changes
+    assert type(found.module.get_submodule(name)) is kind
+    assert found.report.supports("deep_lift")
+    assert found.report.supports("lrp")
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (nn.ReLU6(inplace=True), ClippedReLU),
+        (nn.Hardtanh(0, 4), ClippedReLU),
+        (nn.Hardswish(inplace=True), Elementwise),
+        (nn.SiLU(), Elementwise),
+        (nn.PReLU(), Elementwise),
+        (nn.Mish(), Elementwise),
+        (nn.LeakyReLU(0.1, inplace=True), nn.LeakyReLU),
+        (nn.MaxPool2d(3, 2, 1, ceil_mode=True), MaxPool2d),
+    ],
+)
+def test_modules_become_such_as_methods_know(module: nn.Module, kind: type[nn.Module]) -> None:
+    found = prepared(small(lambda self, x: self.step(x), step=module))
+    assert type(found.module.get_submodule("step")) is kind
+    assert not any(getattr(each, "inplace", False) for each in found.module.modules())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda self, x: self.relu(x) + x,
+        lambda _, x: F.relu(x, inplace=True) + x,
+        lambda _, x: x.relu_() * x,
+        lambda _, x: x.add_(1) + x,
+    ],
+)
+def test_what_was_changed_in_place_is_seen_changed(body: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    found = prepared(small(body, relu=nn.ReLU(inplace=True)))
+    assert found.report.untraceable is None
+    assert found.report.largest_difference == 0
+
+
+def test_batch_norm_by_function_becomes_a_module() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps))
+
+    norm = Activated(4, eps=0.1)
+    nn.init.normal_(norm.running_mean)
+    nn.init.normal_(norm.weight)
+    found = prepared(small(lambda self, x: self.norm(x), norm=norm))
+    assert type(found.module.get_submodule("norm.batch_norm")) is nn.BatchNorm2d
+    assert found.report.supports("lrp")
+
+
+# Around the original's weights
+
+
+def test_weights_are_the_originals_and_traces_apply() -> None:
+    network = small(lambda self, x: self.relu(x + self.relu(x)), relu=nn.ReLU())
+    found = prepared(network)
+    originals = dict(network.named_parameters())
+    assert {name: id(value) for name, value in found.module.named_parameters()} == {
+        name: id(value) for name, value in originals.items()
+    }
+    trace = sf.trace(network, torch.rand(3, 8, 8), 0.5, layers=["conv"], preprocess=nn.Identity())
+    with trace.applied(network), torch.no_grad():
+        expected = network(inputs())
+    with trace.applied(found.module), torch.no_grad():
+        assert torch.equal(found.module(inputs()), expected)
+        assert not torch.equal(network(inputs()), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_original_is_left_as_it_was(training: bool) -> None:
+    network = small(lambda self, x: self.drop(self.relu(x)), relu=nn.ReLU6(inplace=True), drop=nn.Dropout(0.5))
+    network.train(training)
+    network.fc.eval()
+    calls: list[nn.Module] = []
+    network.relu.register_forward_hook(lambda module, *_: calls.append(module))
+    before = copy.deepcopy(network.state_dict())
+    modules = {name: (id(module), module.training) for name, module in network.named_modules()}
+    prepare(network, inputs())
+    assert {name: (id(module), module.training) for name, module in network.named_modules()} == modules
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.relu.inplace
+    assert len(network.relu._forward_hooks) == 1
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_whatever_mode_the_caller_is_in(mode: Callable[[], Any]) -> None:
+    network = small(lambda _, x: F.relu(x))
+    with mode():
+        found = prepare(network, inputs())
+    assert found.report.largest_difference == 0
+    found.module(inputs()).sum().backward()
+
+
+# Networks that torch.fx cannot trace
+
+
+def branching(self: nn.Module, x: Tensor) -> Tensor:
+    if x.sum() > -torch.inf:  # a decision on values
+        x = self.relu(x)
+    return self.relu(x - 0.1)
+
+
+def test_an_untraceable_network_is_converted_module_by_module() -> None:
+    found = prepared(small(branching, relu=nn.ReLU6(inplace=True)))
+    assert not isinstance(found.module, fx.GraphModule)
+    assert found.report.untraceable is not None
+    assert "control flow" in found.report.untraceable
+    assert kinds(found)["relu"] == "ClippedReLU"
+    for method in INSIDE_METHODS:
+        assert found.report.supports(method) == (method != "lrp"), method
+    assert list(found.report.obstacles["lrp"]) == ["the network"]
+    assert found.report.spatial_map == "relu"
+
+
+def test_functions_of_an_untraceable_network_are_named() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        return F.relu(branching(self, x)) * self.gate(x)
+
+    found = prepared(small(body, relu=nn.ReLU(), gate=nn.Sigmoid()))
+    assert found.report.obstacles["deep_lift"] == {
+        "relu": "calls the function relu: make it a module of its own",
+        "mul": "multiplies or divides activations by each other",
+    }
+    assert set(found.report.obstacles["guided_backprop"]) == {"gate", "relu"}
+
+
+def test_a_network_that_needs_to_work_in_place_is_refused() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        branching(self, x)
+        return self.relu(x) + x
+
+    network = small(body, relu=nn.ReLU(inplace=True))
+    with pytest.raises(InvalidInputError, match="Small cannot be prepared: with nothing done in place its outputs dif"):
+        prepare(network, inputs())
+
+
+# What stands in a method's way
+
+
+@pytest.mark.parametrize(
+    ("body", "modules", "methods", "layer", "reason"),
+    [
+        (lambda self, x: self.act(x), {"act": nn.SiLU()}, "guided", "act", "SiLU is no ReLU"),
+        (lambda _, x: F.relu(x) * torch.sigmoid(x), {}, "ruled", "mul", "multiplies or divides activations by each"),
+        (lambda _, x: F.relu(x) / (x * x + 1), {}, "ruled", "mul", "multiplies or divides activations by each other"),
+        (lambda self, x: self.norm(F.relu(x)), {"norm": nn.GroupNorm(2, 4)}, "ruled", "norm", "GroupNorm normalises"),
+        (lambda _, x: F.relu(x).softmax(1), {}, "ruled", "softmax", "normalises activations by their own statistics"),
+        (lambda _, x: F.relu(x) @ x.mT, {}, "ruled", "matmul", "multiplies activations with each other"),
+        (lambda _, x: F.relu(x) @ torch.ones(8, 8), {}, "lrp", "matmul", "calls the function matmul: make it a mod"),
+        (lambda _, x: F.relu(x) - x, {}, "lrp", "sub", "subtracts one activation from another"),
+        (lambda _, x: F.relu(x).exp(), {}, "all", "exp", "exp is no operation that these methods have a rule for"),
+        (lambda self, x: self.pool(F.relu(x)), {"pool": nn.LPPool2d(2, 2)}, "all", "pool", "LPPool2d is no module"),
+        (
+            lambda self, x: F.relu(self.norm(x)),
+            {"norm": nn.BatchNorm2d(4, track_running_stats=False)},
+            "ruled",
+            "norm",
+            "BatchNorm2d normalises activations by their own statistics",
+        ),
+        (
+            lambda self, x: F.relu(self.layer(x)),
+            {"layer": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))},
+            "lrp",
+            "layer",
+            "computes its weight, which LRP has to change",
+        ),
+        (lambda _, x: x, {}, "guided", "the network", "it has no ReLU whose gradient could be guided"),
+    ],
+)
+def test_obstacles(
+    body: Callable[[nn.Module, Tensor], Tensor], modules: dict[str, nn.Module], methods: str, layer: str, reason: str
+) -> None:
+    ruled, guided = {"deep_lift", "lrp"}, {"guided_backprop", "guided_grad_cam"}
+    expected = {"ruled": ruled, "guided": guided, "lrp": {"lrp"}, "all": ruled | guided}[methods]
+    report = prepared(small(body, **modules)).report
+    for method in expected:
+        assert not report.supports(method), method
+        found = next((why for where, why in report.obstacles[method].items() if where.startswith(layer)), None)
+        assert found is not None, (method, report.obstacles[method])
+        assert reason in found
+        with pytest.raises(InvalidInputError, match=rf"method '{method}' is not valid on this network: .*; choose"):
+            report.require(method)
+    if layer not in ("softmax", "exp", "the network"):
+        assert all(report.supports(method) for method in ruled - expected)
+    assert reason in report.summary()
+
+
+def test_factors_constants_and_shapes_stand_in_no_ones_way() -> None:
+    def body(_: nn.Module, x: Tensor) -> Tensor:
+        x = F.relu(x) * 0.5 + 1
+        x = torch.cat([x, torch.zeros_like(x)], 1)[:, :4]
+        return -(F.pad(x, (1, 1)) / 2).flatten(2).view(x.shape[0], 4, 8, 10)
+
+    report = prepared(small(body)).report
+    assert all(report.supports(method) for method in ("deep_lift", "lrp", "guided_backprop"))
+    report.require("saliency")
+
+
+def test_layers_that_standardise_their_weights_are_found_by_what_they_do() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.conv2d(F.pad(input, (1, 1, 1, 1)), self.weight, self.bias)
+
+    class Standardized(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.conv2d(input, self.weight / self.weight.norm(), self.bias)
+
+    for kind, supported in ((Padded, True), (Standardized, False)):
+        report = prepared(small(lambda self, x: F.relu(self.layer(x)), layer=kind(4, 4, 3))).report
+        assert report.supports("lrp") is supported
+        assert report.supports("deep_lift")
+
+
+# The last map
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (lambda self, x: self.relu(x), "relu"),
+        (lambda self, x: x + self.relu(x), "add"),
+        (lambda self, x: F.adaptive_avg_pool2d(self.relu(x), 1), "relu"),
+        (lambda self, x: F.adaptive_avg_pool2d(self.relu(x), 1).permute(0, 2, 3, 1).permute(0, 3, 1, 2), "relu"),
+        (lambda self, x: self.relu(x) * x.mean((2, 3), keepdim=True).sigmoid(), "mul"),
+    ],
+)
+def test_the_last_map(body: Callable[[nn.Module, Tensor], Tensor], name: str) -> None:
+    found = prepared(small(body, relu=nn.ReLU()))
+    assert found.report.spatial_map == name
+    kept: list[Tensor] = []
+    found.module.get_submodule(name).register_forward_hook(lambda _, __, output: kept.append(output))
+    found.module(inputs())
+    assert kept[0].dim() == 4
+
+
+def test_tokens_are_no_map() -> None:
+    report = prepared(small(lambda _, x: F.relu(x).flatten(2).mean(2)[:, :, None, None])).report
+    assert report.spatial_map is None
+    with pytest.raises(InvalidInputError, match="the network: no layer before its answer gives a map"):
+        report.require("grad_cam")
+
+
+# Refusals
+
+
+def test_inputs_that_do_not_fit() -> None:
+    network = small(lambda _, x: F.relu(x))
+    with pytest.raises(InvalidInputError, match=r"Small does not run on inputs \[2, 5, 8, 8\] .*: pass inputs="):
+        prepare(network, torch.randn(2, 5, 8, 8))
+    with pytest.raises(InvalidInputError, match=r"inputs must be a non-empty batch of model inputs, .* torch.int64"):
+        prepare(network, torch.ones(2, 3, 8, 8).long())
+    with pytest.raises(InvalidInputError, match="Small has no weights: it is on the meta device"):
+        prepare(copy.deepcopy(network).to("meta"), inputs())
+    with pytest.raises(InvalidInputError, match="model is a str"):
+        prepare("resnet18")  # type: ignore[arg-type]
+
+
+def test_inputs_are_made_where_none_are_given() -> None:
+    assert prepare(small(lambda _, x: F.relu(x))).report.largest_difference == 0
+
+
+# Networks of libraries
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vgg11_bn", "densenet121",
+        "vit_b_16",
+    ],
+)  # fmt: skip
+def test_networks_of_torchvision(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    network = getattr(models, name)(weights=None).eval()
+    report = prepare(
+        network, torch.randn(1, 3, 224 if name.startswith("vit") else 64, 224 if name.startswith("vit") else 64)
+    ).report
+    assert report.untraceable is None
+    assert report.largest_difference == 0
+    residual = {"resnet18", "mobilenet_v2", "vgg11_bn", "densenet121"}
+    for method in ("deep_lift", "lrp", "guided_backprop"):
+        assert report.supports(method) == (name in residual), method
+    assert (report.spatial_map is None) == (name == "vit_b_16")
+
+
+def test_efficientnet_lite0() -> None:
+    pytest.importorskip("timm")
+    found = prepare(sf.load_model("efficientnet_lite0"))
+    assert found.report.untraceable is None
+    assert found.report.largest_difference == 0
+    assert all(map(found.report.supports, INSIDE_METHODS))
+    assert found.report.spatial_map == "bn2.act"
