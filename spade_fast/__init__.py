@@ -15,6 +15,7 @@ from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_checkpoint
 from spade_fast.errors import InvalidInputError, MissingDependencyError, SpadeError
 from spade_fast.explanation import Explanation, Prediction, explain
+from spade_fast.figures import gallery
 from spade_fast.images import load_image
 from spade_fast.layers import hessian
 from spade_fast.methods import METHODS, register_method
@@ -44,6 +45,7 @@ __all__ = [
     "SparsityPlan",
     "Trace",
     "explain",
+    "gallery",
     "hessian",
     "load_checkpoint",
     "load_image",

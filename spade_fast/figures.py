@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spade_fast.attribution import METHODS
-from spade_fast.errors import require
+from spade_fast.errors import InvalidInputError, require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ _LAYER_NAMES_PER_INCH = 2.3
 _MARGIN, _HEAD, _SIDE, _GAP, _TITLE = 0.3, 0.5, 2.6, 0.1, 0.3
 _ROW_LABELS, _SCALE, _SPARSITY_TITLE, _SPARSITY, _CAPTION = 0.5, 0.8, 0.8, 1.1, 0.55
 _LETTER = 0.044  # height that one letter of a layer name takes, slanted as the names are
+_SMALL_SIDE, _LEAST_WIDTH = 1.9, 5.0  # of a gallery
 _PAIR = 2 * _SIDE + _GAP + _TITLE  # a row of dense and a row of SPADE maps under their titles
 
 
@@ -89,14 +90,98 @@ def explanation_figure(explanation: Explanation) -> Figure:
 
     top = _HEAD + len(pairs) * _PAIR + _SPARSITY_TITLE
     _draw_sparsity(page, explanation, top)
+    _draw_caption(page, methods)
+    return page.figure
+
+
+def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> Figure:
+    """Draw several explanations below each other: of several images, or of one image by several traces.
+
+    For each the photograph, and right of it a column for each method: the dense network's map above that of the trace.
+
+    Parameters
+    ----------
+    explanations
+        What :func:`spade_fast.explain` returned, of the same methods; by label, or labelled by their classes.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    InvalidInputError
+        If there are none, or they are of different methods.
+    MissingDependencyError
+        If matplotlib is not installed.
+    """
+    labelled = (
+        list(explanations.items())
+        if isinstance(explanations, Mapping)
+        else [(explanation.target_name, explanation) for explanation in explanations]
+    )
+    if not labelled:
+        raise InvalidInputError("no explanation to draw")
+    methods = list(labelled[0][1].dense)
+    for label, explanation in labelled:
+        if list(explanation.dense) != methods:
+            raise InvalidInputError(
+                f"{label!r} was explained by {', '.join(explanation.dense)}, the first by {', '.join(methods)}: use "
+                "the same methods for all"
+            )
+    side = _SMALL_SIDE
+    block = 2 * side + 2 * _GAP  # a photograph beside two rows of maps
+    left = _MARGIN + side + _ROW_LABELS
+    page = _Page(
+        width=max(left + len(methods) * (side + _GAP) + _SCALE + _MARGIN, _LEAST_WIDTH),
+        height=_TITLE + 0.2 + len(labelled) * (block + _GAP) + _CAPTION,
+    )
+    for index, (label, explanation) in enumerate(labelled):
+        top = _TITLE + 0.2 + index * (block + _GAP)
+        photo = page.axes(_MARGIN, top, side, side)
+        photo.imshow(explanation.image.permute(1, 2, 0).clamp(0, 1).numpy())
+        photo.set_axis_off()
+        lines = [
+            (label, _TEXT, "bold"),
+            *(
+                (f"{name}: {100 * _probability(predictions, explanation.target):.0f} %", colour, "normal")
+                for name, predictions, colour in (
+                    ("dense", explanation.dense_predictions, _DENSE),
+                    ("SPADE", explanation.spade_predictions, _SPADE),
+                )
+            ),
+        ]
+        for line, (text, colour, weight) in enumerate(lines):
+            page.text(
+                _MARGIN, top + side + 0.2 + 0.2 * line, _shortened(text, 20), fontsize=9, color=colour, weight=weight
+            )
+        titles = index == 0
+        _draw_maps(page, explanation, methods, top - _TITLE, left=left, side=side, titles=titles)
+    _draw_scale(page, top=_TITLE + 0.2, height=2 * side + _GAP)
+    _draw_caption(page, methods)
+    return page.figure
+
+
+def _probability(predictions: Sequence[Prediction], target: int) -> float:
+    """Of the class that is explained; 0 where it is not among the most probable."""
+    return next((prediction.probability for prediction in predictions if prediction.index == target), 0.0)
+
+
+def _draw_caption(page: _Page, methods: Sequence[str]) -> None:
+    """What the maps show, at the foot of the page."""
+    hiding = [METHODS[name].title for name in methods if name in METHODS and METHODS[name].reduction == "positive"]
+    what = []
+    if len(hiding) < len(methods):
+        what.append("sum over colour channels of |attribution|")
+    if hiding:
+        what.append(f"{', '.join(hiding)}: what speaks for the class")
     caption = (
-        "Maps: sum over colour channels of |attribution|, brightness from 0 to each map's own 99.5th percentile; "
-        "compare where maps are bright, not how bright."
+        f"Maps: {'; '.join(what)}. Brightness from 0 to each map's own 99.5th percentile; compare where maps are "
+        "bright, not how bright."
     )
     lines = textwrap.wrap(caption, int(page.width * 13))
     for index, line in enumerate(lines):
         page.text(_MARGIN, page.height - 0.15 - 0.17 * (len(lines) - 1 - index), line, fontsize=9, color=_NOTE)
-    return page.figure
 
 
 class _Page:
@@ -130,26 +215,33 @@ def _draw_predictions(axes: Axes, title: str, predictions: Sequence[Prediction],
     axes.set_title(title, fontsize=10.5, weight="bold", color=colour, loc="left", pad=2)
 
 
-def _draw_maps(page: _Page, explanation: Explanation, methods: Sequence[str], top: float) -> None:
+def _draw_maps(
+    page: _Page,
+    explanation: Explanation,
+    methods: Sequence[str],
+    top: float,
+    *,
+    left: float = _MARGIN + _SIDE + _ROW_LABELS,
+    side: float = _SIDE,
+    titles: bool = True,
+) -> None:
     for row, (name, colour, maps) in enumerate(
         (("Dense", _DENSE, explanation.dense), ("SPADE", _SPADE, explanation.spade))
     ):
         for column, method in enumerate(methods):
-            left = _MARGIN + _SIDE + _ROW_LABELS + column * (_SIDE + _GAP)
-            axes = page.axes(left, top + _TITLE + row * (_SIDE + _GAP), _SIDE, _SIDE)
+            axes = page.axes(left + column * (side + _GAP), top + _TITLE + row * (side + _GAP), side, side)
             axes.imshow(_scaled(maps[method]), cmap=_COLOURS, vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            if row == 0:
+            if row == 0 and titles:
                 title = METHODS[method].title if method in METHODS else method
                 axes.set_title(_shortened(title, _NAME_LENGTH), fontsize=11, color=_TEXT, parse_math=False)
             if column == 0:
                 axes.set_ylabel(name, fontsize=12, weight="bold", color=colour, labelpad=5)
 
 
-def _draw_scale(page: _Page) -> None:
-    height = 2 * _SIDE + _GAP
-    axes = page.axes(page.width - _MARGIN - _SCALE + 0.1, _HEAD + _TITLE, 0.13, height)
+def _draw_scale(page: _Page, top: float = _HEAD + _TITLE, height: float = 2 * _SIDE + _GAP) -> None:
+    axes = page.axes(page.width - _MARGIN - _SCALE + 0.1, top, 0.13, height)
     axes.imshow(np.linspace(1, 0, 256)[:, None], cmap=_COLOURS, aspect="auto", extent=(0, 1, 0, 1))
     axes.set(xticks=[], yticks=[0, 0.5, 1])
     axes.yaxis.tick_right()

@@ -266,6 +266,24 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == len(before)
 
 
+def test_all_methods(loaded: LoadedModel, photo: Image.Image) -> None:
+    explanation = explain(loaded, photo, methods="all", **QUICK)
+    assert list(explanation.dense) == list(explanation.spade) == list(METHODS)
+    again = explain(loaded, photo, methods="all", **QUICK)
+    assert all(torch.equal(again.spade[name], heat) for name, heat in explanation.spade.items())
+
+
+def test_methods_that_are_not_valid_are_refused_before_a_trace_is_made(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracer, "trace", lambda *_, **__: pytest.fail("a trace was made"))
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    network(torch.zeros(1, 3, 16, 16))
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=16, resize_size=18)
+    with pytest.raises(InvalidInputError, match="method 'lrp' is not valid on this network: 1: GroupNorm normalises"):
+        explain(network, photo, methods=["saliency", "lrp"], preprocess=preprocess)
+
+
 # The figure
 
 
@@ -331,6 +349,41 @@ def test_maps_are_scaled_by_their_own_percentile() -> None:
     single = torch.zeros(100, 100)
     single[4, 5] = 2.0
     assert figures._scaled(single)[4, 5] == 1
+
+
+@pytest.mark.parametrize("methods", [1, 3, 12])
+def test_gallery_holds_everything(explanation: Explanation, methods: int) -> None:
+    maps = {name: torch.rand(16, 16) for name in list(METHODS)[:methods]}
+    first = replace(explanation, dense=maps, spade=maps)
+    figure = figures.gallery({"a label that is longer than there is room for": first, "second": first})
+    assert overhang(figure) < 0
+    assert len([axes for axes in figure.axes if axes.images]) == 2 * (2 * methods + 1) + 1  # photographs and scale
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == [METHODS[name].title for name in maps]
+
+
+def test_gallery_is_labelled_by_the_classes(explanation: Explanation) -> None:
+    texts = [text.get_text() for text in figures.gallery([explanation, explanation]).texts]
+    assert texts[0] == texts[3] == explanation.target_name
+    assert texts[1] == f"dense: {100 * explanation.dense_predictions[0].probability:.0f} %"
+
+
+def test_galleries_that_cannot_be_drawn(explanation: Explanation) -> None:
+    with pytest.raises(InvalidInputError, match="no explanation to draw"):
+        figures.gallery([])
+    other = replace(explanation, dense={"saliency": torch.rand(16, 16)})
+    with pytest.raises(InvalidInputError, match="'b' was explained by saliency, the first by saliency, input_x_gradi"):
+        figures.gallery({"a": explanation, "b": other})
+
+
+def test_caption_says_what_the_maps_are(explanation: Explanation) -> None:
+    assert "Maps: sum over colour channels of |attribution|." in caption(explanation)
+    hiding = replace(explanation, dense={"lime": torch.rand(16, 16)}, spade={"lime": torch.rand(16, 16)})
+    assert "Maps: LIME: what speaks for the class." in caption(hiding)
+
+
+def caption(explanation: Explanation) -> str:
+    return " ".join(text.get_text() for text in explanation.figure().texts)
 
 
 def test_figure_needs_no_pyplot(explanation: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:

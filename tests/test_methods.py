@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 
+import cifar
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from spade_fast import methods
 from spade_fast.attribution import attribute
 from spade_fast.errors import InvalidInputError
 from spade_fast.methods import METHODS, Question, register_method
+from spade_fast.models import load_model
 from spade_fast.preparation import prepare
 from spade_fast.rules import deep_lift
 
@@ -87,6 +89,38 @@ def test_every_method_makes_a_map(network: Network, inputs: Tensor, method: str)
     assert list(heat.shape) == [12, 16]
     assert heat.min() >= 0
     assert heat.max() > heat.min()
+
+
+NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0", "cifar_resnet20"]
+
+
+def network_named(name: str) -> tuple[nn.Module, Tensor]:
+    if name == "efficientnet_lite0":
+        pytest.importorskip("timm")
+        return load_model(name).module, torch.randn(1, 3, 64, 64)
+    torch.manual_seed(0)
+    if name == "cifar_resnet20":
+        return cifar.CifarResNet(3).eval(), torch.randn(1, 3, 32, 32)
+    models = pytest.importorskip("torchvision.models")
+    return getattr(models, name)(weights=None).eval(), torch.randn(1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_method_runs_and_is_the_same_on_the_prepared_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_LIME_SAMPLES", 16)
+    monkeypatch.setattr(methods, "_OCCLUSION_WINDOWS", 3)
+    network, inputs = network_named(name)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    prepared = prepare(network, inputs)
+    for method in METHODS:
+        heat = attribute(network, inputs, TARGET, method)
+        assert heat.max() > 0 or "cam" in method, method  # of random weights nothing may speak for a class
+        torch.testing.assert_close(attribute(prepared.module, inputs, TARGET, method), heat, rtol=0, atol=0)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    for module in network.modules():
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        assert not any(hooks)
+        assert not module.training
 
 
 # Completeness: attributions add up to what the input changes in the score
@@ -210,12 +244,12 @@ def test_equals_captum_where_captum_is_right(inputs: Tensor, method: str) -> Non
 
 class _Guided(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, limit):  # noqa: ANN
+    def forward(ctx, input, limit):
         ctx.save_for_backward((input > 0) & (input < limit))
         return input.clamp(0, limit)
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN
+    def backward(ctx, gradient):
         return gradient.clamp(min=0) * ctx.saved_tensors[0], None
 
 
