@@ -26,6 +26,7 @@ from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Solution, solve
 from spade_fast.tracer import trace, trace_many
 from spade_fast.traces import LayerTrace, Trace
+from spade_fast.visualization import Visualization, visualize
 
 __version__ = version("spade-fast")
 
@@ -44,6 +45,7 @@ __all__ = [
     "SpadeError",
     "SparsityPlan",
     "Trace",
+    "Visualization",
     "explain",
     "gallery",
     "hessian",
@@ -57,4 +59,5 @@ __all__ = [
     "solve",
     "trace",
     "trace_many",
+    "visualize",
 ]

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from spade_fast import attribution, tracer
 from spade_fast.attribution import answer, asked, find_method
 from spade_fast.errors import InvalidInputError
-from spade_fast.files import write_whole
+from spade_fast.files import write_folder
 from spade_fast.images import image_tensor
 from spade_fast.methods import DEFAULT_METHODS, METHODS
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
@@ -153,18 +153,7 @@ class Explanation(ReadOnlyMappings):
             **{f"maps/{'_'.join(key)}.npy": stream.getvalue() for key, stream in arrays.items()},
             "report.json": report.encode(),
         }
-        written = {}
-        for name, content in contents.items():
-            written[name] = Path(folder) / name
-            try:
-                written[name].parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                reason = error.strerror or error
-                raise InvalidInputError(
-                    f"cannot write {os.fspath(written[name])!r} ({reason}): choose another folder"
-                ) from error
-            write_whole(written[name], content)
-        return written
+        return write_folder(folder, contents)
 
 
 def explain(

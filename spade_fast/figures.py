@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spade_fast.traces import LayerTrace
 
 # Dense and SPADE in a pair that colour-blind people tell apart (Okabe and Ito), by lightness as well.
-_DENSE, _SPADE, _ASKED, _FAINT, _TEXT, _NOTE = "#8a8a8a", "#0072b2", "#d55e00", "#e9e9e9", "#1a1a1a", "#5a5a5a"
+DENSE, SPADE, _ASKED, _FAINT, TEXT, NOTE = "#8a8a8a", "#0072b2", "#d55e00", "#e9e9e9", "#1a1a1a", "#5a5a5a"
 _COLOURS = "magma"  # perceptually uniform, ordered by lightness
 _PERCENTILE = 99.5
 _NAME_LENGTH = 26
@@ -63,22 +63,22 @@ def explanation_figure(explanation: Explanation) -> Figure:
     pairs = [methods[start : start + _PER_ROW] for start in range(0, len(methods), _PER_ROW)]
     width = 2 * _MARGIN + _SIDE + _ROW_LABELS + len(pairs[0]) * (_SIDE + _GAP) + _SCALE
     names_height = 0.15 + _LETTER * max(map(len, _layer_labels(explanation, width).values()), default=0)
-    page = _Page(
+    page = Page(
         width=width,
         height=_HEAD + len(pairs) * _PAIR + _SPARSITY_TITLE + _SPARSITY + names_height + _CAPTION,
     )
     model = explanation.settings.get("model", "the network")
-    title = f"Evidence for “{_shortened(explanation.target_name, 32)}” in {_shortened(str(model), 32)}"
-    page.text(_MARGIN, 0.33, title, fontsize=min(16, 105 * width / len(title)), weight="bold", color=_TEXT)
+    title = f"Evidence for “{shortened(explanation.target_name, 32)}” in {shortened(str(model), 32)}"
+    page.text(_MARGIN, 0.33, title, fontsize=min(16, 105 * width / len(title)), weight="bold", color=TEXT)
 
     photo = page.axes(_MARGIN, _HEAD + _TITLE, _SIDE, _SIDE)
     photo.imshow(explanation.image.permute(1, 2, 0).clamp(0, 1).numpy())
     photo.set_axis_off()
-    photo.set_title("Photograph", fontsize=11, color=_TEXT)
+    photo.set_title("Photograph", fontsize=11, color=TEXT)
     for index, (name, predictions, colour) in enumerate(
         (
-            ("Dense network", explanation.dense_predictions, _DENSE),
-            ("SPADE trace", explanation.spade_predictions, _SPADE),
+            ("Dense network", explanation.dense_predictions, DENSE),
+            ("SPADE trace", explanation.spade_predictions, SPADE),
         )
     ):
         half = (_SIDE + _GAP) / 2
@@ -132,7 +132,7 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
     side = _SMALL_SIDE
     block = 2 * side + 2 * _GAP  # a photograph beside two rows of maps
     left = _MARGIN + side + _ROW_LABELS
-    page = _Page(
+    page = Page(
         width=max(left + len(methods) * (side + _GAP) + _SCALE + _MARGIN, _LEAST_WIDTH),
         height=_TITLE + 0.2 + len(labelled) * (block + _GAP) + _CAPTION,
     )
@@ -142,18 +142,18 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
         photo.imshow(explanation.image.permute(1, 2, 0).clamp(0, 1).numpy())
         photo.set_axis_off()
         lines = [
-            (label, _TEXT, "bold"),
+            (label, TEXT, "bold"),
             *(
                 (f"{name}: {100 * _probability(predictions, explanation.target):.0f} %", colour, "normal")
                 for name, predictions, colour in (
-                    ("dense", explanation.dense_predictions, _DENSE),
-                    ("SPADE", explanation.spade_predictions, _SPADE),
+                    ("dense", explanation.dense_predictions, DENSE),
+                    ("SPADE", explanation.spade_predictions, SPADE),
                 )
             ),
         ]
         for line, (text, colour, weight) in enumerate(lines):
             page.text(
-                _MARGIN, top + side + 0.2 + 0.2 * line, _shortened(text, 20), fontsize=9, color=colour, weight=weight
+                _MARGIN, top + side + 0.2 + 0.2 * line, shortened(text, 20), fontsize=9, color=colour, weight=weight
             )
         titles = index == 0
         _draw_maps(page, explanation, methods, top - _TITLE, left=left, side=side, titles=titles)
@@ -167,7 +167,7 @@ def _probability(predictions: Sequence[Prediction], target: int) -> float:
     return next((prediction.probability for prediction in predictions if prediction.index == target), 0.0)
 
 
-def _draw_caption(page: _Page, methods: Sequence[str]) -> None:
+def _draw_caption(page: Page, methods: Sequence[str]) -> None:
     """What the maps show, at the foot of the page."""
     hiding = [METHODS[name].title for name in methods if name in METHODS and METHODS[name].reduction == "positive"]
     what = []
@@ -181,10 +181,10 @@ def _draw_caption(page: _Page, methods: Sequence[str]) -> None:
     )
     lines = textwrap.wrap(caption, int(page.width * 13))
     for index, line in enumerate(lines):
-        page.text(_MARGIN, page.height - 0.15 - 0.17 * (len(lines) - 1 - index), line, fontsize=9, color=_NOTE)
+        page.text(_MARGIN, page.height - 0.15 - 0.17 * (len(lines) - 1 - index), line, fontsize=9, color=NOTE)
 
 
-class _Page:
+class Page:
     """A figure on which things are placed in inches from the upper left corner."""
 
     def __init__(self, width: float, height: float) -> None:
@@ -207,8 +207,8 @@ def _draw_predictions(axes: Axes, title: str, predictions: Sequence[Prediction],
     axes.barh(positions, [prediction.probability for prediction in predictions], color=colour, height=0.2)
     for position, prediction in enumerate(predictions):
         weight = "bold" if prediction.index == target else "normal"
-        text: dict[str, Any] = {"fontsize": 8, "color": _TEXT, "weight": weight, "va": "bottom", "parse_math": False}
-        axes.text(0, position - 0.13, _shortened(prediction.name, _NAME_LENGTH), **text)
+        text: dict[str, Any] = {"fontsize": 8, "color": TEXT, "weight": weight, "va": "bottom", "parse_math": False}
+        axes.text(0, position - 0.13, shortened(prediction.name, _NAME_LENGTH), **text)
         axes.text(1, position - 0.13, f"{100 * prediction.probability:.1f} %", ha="right", **text)
     axes.set(xlim=(0, 1), ylim=(max(len(predictions), 5) - 0.9, -0.9))
     axes.set_axis_off()
@@ -216,7 +216,7 @@ def _draw_predictions(axes: Axes, title: str, predictions: Sequence[Prediction],
 
 
 def _draw_maps(
-    page: _Page,
+    page: Page,
     explanation: Explanation,
     methods: Sequence[str],
     top: float,
@@ -226,7 +226,7 @@ def _draw_maps(
     titles: bool = True,
 ) -> None:
     for row, (name, colour, maps) in enumerate(
-        (("Dense", _DENSE, explanation.dense), ("SPADE", _SPADE, explanation.spade))
+        (("Dense", DENSE, explanation.dense), ("SPADE", SPADE, explanation.spade))
     ):
         for column, method in enumerate(methods):
             axes = page.axes(left + column * (side + _GAP), top + _TITLE + row * (side + _GAP), side, side)
@@ -235,24 +235,24 @@ def _draw_maps(
             axes.spines[:].set_visible(False)
             if row == 0 and titles:
                 title = METHODS[method].title if method in METHODS else method
-                axes.set_title(_shortened(title, _NAME_LENGTH), fontsize=11, color=_TEXT, parse_math=False)
+                axes.set_title(shortened(title, _NAME_LENGTH), fontsize=11, color=TEXT, parse_math=False)
             if column == 0:
                 axes.set_ylabel(name, fontsize=12, weight="bold", color=colour, labelpad=5)
 
 
-def _draw_scale(page: _Page, top: float = _HEAD + _TITLE, height: float = 2 * _SIDE + _GAP) -> None:
+def _draw_scale(page: Page, top: float = _HEAD + _TITLE, height: float = 2 * _SIDE + _GAP) -> None:
     axes = page.axes(page.width - _MARGIN - _SCALE + 0.1, top, 0.13, height)
     axes.imshow(np.linspace(1, 0, 256)[:, None], cmap=_COLOURS, aspect="auto", extent=(0, 1, 0, 1))
     axes.set(xticks=[], yticks=[0, 0.5, 1])
     axes.yaxis.tick_right()
     axes.set_yticklabels(["0", "0.5", "1"], fontsize=9)
-    axes.tick_params(length=0, colors=_NOTE)
+    axes.tick_params(length=0, colors=NOTE)
     axes.yaxis.set_label_position("right")
-    axes.set_ylabel("share of the map's 99.5th percentile", fontsize=9, color=_NOTE, labelpad=4)
+    axes.set_ylabel("share of the map's 99.5th percentile", fontsize=9, color=NOTE, labelpad=4)
     axes.spines[:].set_visible(False)
 
 
-def _draw_sparsity(page: _Page, explanation: Explanation, top: float) -> None:
+def _draw_sparsity(page: Page, explanation: Explanation, top: float) -> None:
     labels_width = 0.45
     width = page.width - 2 * _MARGIN - labels_width
     axes = page.axes(_MARGIN + labels_width, top, width, _SPARSITY)
@@ -264,7 +264,7 @@ def _draw_sparsity(page: _Page, explanation: Explanation, top: float) -> None:
     style: dict[str, Any]
     if pruned:
         positions, layers = zip(*pruned, strict=True)
-        bars = axes.bar(positions, [layer.sparsity for layer in layers], color=_SPADE, width=0.7, label="pruned")
+        bars = axes.bar(positions, [layer.sparsity for layer in layers], color=SPADE, width=0.7, label="pruned")
         handles.append(bars)
         differing = [pair for pair in pruned if _differs(pair[1])]
         if differing:
@@ -272,7 +272,7 @@ def _draw_sparsity(page: _Page, explanation: Explanation, top: float) -> None:
             style = {"marker": "_", "color": _ASKED, "linewidths": 2, "s": 60, "label": "asked for"}
             handles.append(axes.scatter(positions, [layer.requested_sparsity for layer in layers], zorder=3, **style))
     if dense:
-        style = {"facecolors": "white", "edgecolors": _DENSE, "s": 18, "linewidths": 1.1, "label": "left dense"}
+        style = {"facecolors": "white", "edgecolors": DENSE, "s": 18, "linewidths": 1.1, "label": "left dense"}
         handles.append(axes.scatter(dense, [0] * len(dense), zorder=3, clip_on=False, **style))
     names = _layer_labels(explanation, page.width)
     slanted: dict[str, Any] = {
@@ -285,13 +285,13 @@ def _draw_sparsity(page: _Page, explanation: Explanation, top: float) -> None:
     axes.set_xticks(list(names), list(names.values()), **slanted)
     axes.set(xlim=(-0.8, max(len(order), 1) - 0.2), ylim=(0, 1), yticks=[0, 0.5, 1])
     axes.set_yticklabels(["0", "50 %", "100 %"], fontsize=9)
-    axes.tick_params(length=0, colors=_NOTE, pad=5)
+    axes.tick_params(length=0, colors=NOTE, pad=5)
     axes.grid(axis="y", color=_FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     share = f"{100 * trace.sparsity:.0f} % of the weights in {len(pruned)}" if pruned else "none"
     title = f"Pruned: {share} of {len(order)} layers"
-    axes.set_title(title, loc="left", x=-labels_width / width, pad=12, fontsize=11, weight="bold", color=_TEXT)
+    axes.set_title(title, loc="left", x=-labels_width / width, pad=12, fontsize=11, weight="bold", color=TEXT)
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.01, 1.03), "borderaxespad": 0.2}
     axes.legend(handles=handles, **place, ncols=3, columnspacing=1, handletextpad=0.4, frameon=False, fontsize=9)
 
@@ -304,7 +304,7 @@ def _layer_labels(explanation: Explanation, width: float) -> dict[int, str]:
     """Names for as many layers as there is room for, evenly spread, by position."""
     order = _layer_order(explanation)
     step = math.ceil(len(order) / (_LAYER_NAMES_PER_INCH * width)) or 1
-    return {place: _shortened(order[place], 22, keep_end=True) for place in range(0, len(order), step)}
+    return {place: shortened(order[place], 22, keep_end=True) for place in range(0, len(order), step)}
 
 
 def _differs(layer: LayerTrace) -> bool:
@@ -319,7 +319,7 @@ def _scaled(heat: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.clip(values / top, 0, 1).astype(np.float32)
 
 
-def _shortened(name: str, length: int, *, keep_end: bool = False) -> str:
+def shortened(name: str, length: int, *, keep_end: bool = False) -> str:
     """The name in at most `length` characters. The end of a layer's name tells most, the beginning of a class's."""
     if len(name) <= length:
         return name

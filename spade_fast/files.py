@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from spade_fast.errors import InvalidInputError
@@ -39,3 +40,37 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     except (OSError, TypeError, ValueError, RuntimeError) as error:  # the latter three from names that are none
         reason = getattr(error, "strerror", None) or error
         raise InvalidInputError(f"cannot write {str(path)!r} ({reason}): choose another folder") from error
+
+
+def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> dict[str, Path]:
+    """Write files into a folder, each whole or not at all, in their order; folders are made where they are missing.
+
+    Parameters
+    ----------
+    folder
+        Where to.
+    contents
+        By path within the folder.
+
+    Returns
+    -------
+    dict[str, Path]
+        What was written, by path within the folder.
+
+    Raises
+    ------
+    InvalidInputError
+        If a folder cannot be made or a file cannot be written.
+    """
+    written = {}
+    for name, content in contents.items():
+        written[name] = Path(folder) / name
+        try:
+            written[name].parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InvalidInputError(
+                f"cannot write {os.fspath(written[name])!r} ({reason}): choose another folder"
+            ) from error
+        write_whole(written[name], content)
+    return written

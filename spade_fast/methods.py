@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from spade_fast.errors import InvalidInputError, require
 from spade_fast.preparation import Prepared, prepare
+from spade_fast.randomness import seeded
 from spade_fast.relevance import relevance
 from spade_fast.rules import deep_lift, guided_backprop
 
@@ -131,7 +131,7 @@ def _gradient_shap(question: Question) -> Tensor:
     method = captum().GradientShap(question.forward)
     total = torch.zeros_like(question.inputs)
     bar = tqdm(total=_SHAP_SAMPLES, desc="GradientSHAP", disable=not question.progress, leave=False)
-    with seeded(question.seed), bar:
+    with seeded(question.seed, question.inputs.device), bar:
         # In batches of our own, as captum would run all samples at once.
         for start in range(0, _SHAP_SAMPLES, question.batch_size):
             count = min(question.batch_size, _SHAP_SAMPLES - start)
@@ -225,7 +225,7 @@ def _lime(question: Question) -> Tensor:
         return (-(distance**2) / (2 * _LIME_KERNEL_WIDTH**2)).exp()
 
     method = captum().Lime(question.forward, linear.SkLearnRidge(alpha=1.0), similarity_func=closeness)
-    with torch.no_grad(), seeded(question.seed), _quiet_captum():
+    with torch.no_grad(), seeded(question.seed, question.inputs.device), _quiet_captum():
         return _tensor(
             method.attribute(
                 question.inputs,
@@ -347,22 +347,6 @@ def unregister_method(name: str) -> None:
 
 
 _BUILT_IN = frozenset(_METHODS)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The random numbers of torch, numpy and Python from a seed, and afterwards as if none had been drawn."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - what captum draws from
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def captum() -> Any:
