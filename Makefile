@@ -4,6 +4,7 @@
 # make simt   the CUDA kernels built for the CPU, for their tests
 # make sanitize  operators and emulated CUDA kernels under the address and undefined behaviour sanitizers; races by
 #                ThreadSanitizer
+# make figures  the pictures of docs/figures, and the walkthrough's (some minutes)
 # make bench  native against the published procedure in plain PyTorch: tables and a plot in benchmarks/results (an hour)
 # make check  what continuous integration runs beside the tests: lint, types, CUDA sources
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 TORCH ?= torch==2.11.0 torchvision==0.26.0
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo simt test sanitize bench check format clean
+.PHONY: env demo figures simt test sanitize bench check format clean
 
 env: $(VENV)/.built
 
@@ -30,6 +31,11 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
 
 demo: env
 	$(BIN)/spade-fast demo --out demo
+
+figures: env
+	$(BIN)/python examples/figures.py
+	$(BIN)/spade-fast demo --out demo
+	$(BIN)/jupyter execute --inplace examples/walkthrough.ipynb
 
 simt: env
 	cmake -S . -B build/simt -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python

@@ -91,28 +91,29 @@ def figure2(net: sf.LoadedModel) -> Figure:
     hessian = sf.hessian(module, torch.cat(inputs)[-64:])[0]
     explanation = sf.explain(net, photo, methods=["integrated_gradients"], trace=trace)
 
-    figure = Figure(figsize=(13.2, 3.9), facecolor="white")
+    width, height = 13.2, 4.1
+    figure = Figure(figsize=(width, height), facecolor="white")
     columns = [0.01, 0.135, 0.335, 0.5, 0.665, 0.83]
     titles = ["Photograph", "Views of it", "Hessian of a layer", "Its weights", "The same, pruned", "Maps"]
     for left, title in zip(columns, titles, strict=True):
         figure.text(left, 0.93, title, fontsize=12, weight="bold", color=TEXT)
 
-    def picture(left: float, bottom: float, width: float, height: float, image: Any, **style: Any) -> None:
+    def picture(left: float, bottom: float, width: float, height: float, image: Tensor, **style: Any) -> None:
         axes = figure.add_axes((left, bottom, width, height))
-        axes.imshow(image, **style)
+        axes.imshow(image.numpy(), **style)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
 
-    side, height = 0.113, 0.113 * 13.2 / 3.9
-    picture(columns[0], 0.5 - height / 2, side, height, explanation.image.permute(1, 2, 0))
+    side, side_height = 0.113, 0.113 * width / height
+    picture(columns[0], 0.55 - side_height / 2, side, side_height, explanation.image.permute(1, 2, 0))
     pixels = torch.cat(views)
-    small, small_height = 0.043, 0.043 * 13.2 / 3.9
+    small, small_height = 0.043, 0.043 * width / height
     for index in range(20):
         row, column = divmod(index, 4)
-        left, bottom = columns[1] + column * (small + 0.003), 0.74 - row * (small_height + 0.01)
+        left, bottom = columns[1] + column * (small + 0.003), 0.765 - row * (small_height + 0.01)
         picture(left, bottom, small, small_height, pixels[index].permute(1, 2, 0).clamp(0, 1))
-    wide, tall = 0.14, 0.14 * 13.2 / 3.9
-    bottom = 0.5 - tall / 2
+    wide, tall = 0.14, 0.14 * width / height
+    bottom = 0.55 - tall / 2
     scale = hessian.diagonal().rsqrt()
     correlations = (hessian * scale[:, None] * scale)[:96, :96]
     picture(columns[2], bottom, wide, tall, correlations, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
@@ -122,24 +123,25 @@ def figure2(net: sf.LoadedModel) -> Figure:
     style = {"cmap": "PuOr", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
     picture(columns[3], bottom, wide, tall, weight, **style)
     picture(columns[4], bottom, wide, tall, pruned, **style)
-    half, half_height = 0.118, 0.118 * 13.2 / 3.9
+    half, half_height = 0.113, 0.113 * width / height
     for row, (name, maps, colour) in enumerate(
         (("dense", explanation.dense, GREY), ("SPADE", explanation.spade, BLUE))
     ):
         heat = maps["integrated_gradients"]
-        bottom_row = 0.51 - row * (half_height + 0.02)
+        bottom_row = 0.55 - row * (half_height + 0.02)
         picture(columns[5] + 0.018, bottom_row, half, half_height, heat, cmap="magma", vmax=heat.quantile(0.995).item())
         figure.text(
             columns[5] + 0.006, bottom_row + half_height / 2, name, rotation=90, va="center", fontsize=10, color=colour
         )
     notes = {
         1: "64 crops, flipped and\nrecoloured; one dense pass",
-        2: "H = 2/n X Xᵀ of the layer's inputs\n(as correlations, 96 of its columns)",
-        3: f"{layer}\n(80 x 80 of them)",
+        2: "H = 2/n X Xᵀ of its inputs\n(96 columns, as correlations:\nviolet 1, white 0, orange -1)",
+        3: f"{layer}\n(80 x 80 of them; violet\nabove zero, orange below)",
         4: f"{100 * trace.layers[layer].sparsity:.0f} % gone, the others\nadjusted, column by column",
+        5: "integrated gradients, each from\n0 to its 99.5th percentile",
     }
     for index, note in notes.items():
-        figure.text(columns[index], 0.1, note, fontsize=9, color=NOTE, va="top")
+        figure.text(columns[index], 0.14, note, fontsize=9, color=NOTE, va="top")
     return figure
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # Dense and SPADE in a pair that colour-blind people tell apart (Okabe and Ito), by lightness as well.
 DENSE, SPADE, _ASKED, _FAINT, TEXT, NOTE = "#8a8a8a", "#0072b2", "#d55e00", "#e9e9e9", "#1a1a1a", "#5a5a5a"
+_NOTEBOOK_DPI = 72
 _COLOURS = "magma"  # perceptually uniform, ordered by lightness
 _PERCENTILE = 99.5
 _NAME_LENGTH = 26
@@ -189,8 +192,8 @@ class Page:
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
-        figure_module = require("matplotlib.figure", "interpret")
-        self.figure: Figure = figure_module.Figure(figsize=(width, height), facecolor="white")
+        shown = _shown(require("matplotlib.figure", "interpret").Figure)
+        self.figure: Figure = shown(figsize=(width, height), facecolor="white")
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         bottom = self.height - top - height
@@ -199,6 +202,19 @@ class Page:
 
     def text(self, left: float, baseline: float, text: str, **style: Any) -> None:
         self.figure.text(left / self.width, 1 - baseline / self.height, text, parse_math=False, **style)
+
+
+@functools.cache
+def _shown(base: type[Figure]) -> type[Figure]:
+    """A kind of figure that notebooks show, without pyplot, which would keep every one in memory."""
+
+    class Shown(base):  # type: ignore[valid-type, misc]
+        def _repr_jpeg_(self) -> bytes:
+            jpeg = io.BytesIO()
+            self.savefig(jpeg, format="jpeg", dpi=_NOTEBOOK_DPI, pil_kwargs={"quality": 88})
+            return jpeg.getvalue()
+
+    return Shown
 
 
 def _draw_predictions(axes: Axes, title: str, predictions: Sequence[Prediction], target: int, colour: str) -> None:

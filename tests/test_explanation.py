@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import sys
 from dataclasses import replace
@@ -389,6 +390,12 @@ def caption(explanation: Explanation) -> str:
 def test_figure_needs_no_pyplot(explanation: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     explanation.figure()
+
+
+def test_notebooks_show_figures(explanation: Explanation) -> None:
+    for figure in (explanation.figure(), figures.gallery([explanation])):
+        shown = Image.open(io.BytesIO(figure._repr_jpeg_()))
+        assert shown.size == tuple(int(72 * side) for side in figure.get_size_inches())
 
 
 def test_missing_matplotlib_names_the_cure(explanation: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
-"""The README's own lines run, in order, in one session."""
+"""The lines of the README and of the pages in docs run, in order, in one session."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from spade_fast.methods import METHODS, unregister_method
+
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 
 
 @pytest.mark.filterwarnings("ignore:layer .* outputs have no weight left")
@@ -26,8 +29,28 @@ def test_python_blocks_run_and_print_what_they_say(tmp_path, monkeypatch, capsys
     assert (tmp_path / "trace.safetensors").is_file()
 
 
-def test_files_that_it_names_exist():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README.read_text(encoding="utf-8"))
-    assert links
+@pytest.mark.filterwarnings("ignore:numpy.core.multiarray is deprecated", "ignore:.*torch.nn.Module.*")
+def test_blocks_about_attribution_run(tmp_path, monkeypatch, capsys):
+    for module in ("captum", "zennit", "timm", "torchvision", "pytorch_grad_cam", "lucent", "sklearn"):
+        pytest.importorskip(module)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "attribution.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 6
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    try:
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"attribution.md, block {number}", "exec"), names)
+    finally:
+        if "smooth_gradient" in METHODS:
+            unregister_method("smooth_gradient")
+    assert "LayerNorm normalises activations" in capsys.readouterr().out
+    for made in ("out/explanation.png", "neuron/visualization.png", "smooth.png"):
+        assert (tmp_path / made).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_files_that_it_names_exist(page):
+    links = re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert links or page.name == "experiments.md"
     for link in links:
-        assert (README.parent / link).exists(), link
+        assert (page.parent / link).exists(), link
