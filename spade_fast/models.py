@@ -138,19 +138,8 @@ def resolve_model(
     InvalidInputError
         If there is no preprocessing to be found, or the model is one whose layers cannot be seen or swapped.
     """
-    module = bare_module(model)
+    module = visible_module(model)
     kind = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        raise InvalidInputError(f"model is a {kind}: scripted models hide their layers; pass the original nn.Module")
-    if hasattr(module, "_orig_mod"):
-        raise InvalidInputError("model is compiled, which hides its layers: pass the original, model._orig_mod")
-    for name, submodule in module.named_modules():
-        if _is_compiled(submodule):
-            which = f"module {name!r}" if name else "model"
-            raise InvalidInputError(
-                f"{which} is compiled, which hides what it calls: pass the model as it was before (copy.deepcopy "
-                "undoes module.compile(), torch.compile() keeps the original as _orig_mod)"
-            )
     if preprocess is not None:
         if not callable(preprocess):
             raise InvalidInputError(f"preprocess must be a function of a batch of pixels, got {preprocess!r}")
@@ -177,6 +166,25 @@ def bare_module(model: nn.Module | LoadedModel) -> nn.Module:
     if not isinstance(module, nn.Module):
         kind = type(module).__name__
         raise InvalidInputError(f"model is a {kind}: pass an nn.Module, or what spade_fast.load_model returns")
+    return module
+
+
+def visible_module(model: nn.Module | LoadedModel) -> nn.Module:
+    """The network itself, or InvalidInputError where there is none, or one whose layers cannot be seen or swapped."""
+    module = bare_module(model)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InvalidInputError(
+            f"model is a {type(module).__name__}: scripted models hide their layers; pass the original nn.Module"
+        )
+    if hasattr(module, "_orig_mod"):
+        raise InvalidInputError("model is compiled, which hides its layers: pass the original, model._orig_mod")
+    for name, submodule in module.named_modules():
+        if _is_compiled(submodule):
+            which = f"module {name!r}" if name else "model"
+            raise InvalidInputError(
+                f"{which} is compiled, which hides what it calls: pass the model as it was before (copy.deepcopy "
+                "undoes module.compile(), torch.compile() keeps the original as _orig_mod)"
+            )
     return module
 
 

@@ -209,8 +209,10 @@ def _module_obstacle(module: nn.Module) -> tuple[tuple[str, ...], str] | None:
         if module.running_mean is None or module.running_var is None:
             return RULED_METHODS, f"{kind} normalises activations by their own statistics"
         return None
-    if isinstance(module, (nn.ReLU, nn.MaxPool2d, *WEIGHTED)) or type(module) in _LINEAR_MODULES:
+    if isinstance(module, (nn.ReLU, MaxPool2d, *WEIGHTED)) or type(module) in _LINEAR_MODULES:
         return None
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
+        return ("deep_lift",), f"{kind} has a rule for two dimensions, without return_indices"
     if isinstance(module, ACTIVATIONS):
         inner = type(module.activation).__name__ if isinstance(module, Elementwise) else kind
         return GUIDED_METHODS, f"{inner} is no ReLU, the only activation that guided backpropagation is defined for"

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, first_line
-from spade_fast.models import LoadedModel, bare_module, evaluation_mode, resolve_model
+from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, visible_module
 from spade_fast.operations import (
     BATCH_NORMS,
     CONSTANTS,
@@ -140,9 +140,10 @@ def prepare(model: nn.Module | LoadedModel, inputs: Tensor | None = None) -> Pre
     Raises
     ------
     InvalidInputError
-        If the network cannot be run on such inputs, or a prepared one would not give the same outputs.
+        If the network cannot be run on such inputs, hides its layers (scripted, compiled), or a prepared one would not
+        give the same outputs.
     """
-    module = bare_module(model)
+    module = visible_module(model)
     tried = _inputs_to_try(model, module, inputs)
     with evaluation_mode(module), torch.no_grad(), torch.inference_mode(False):
         expected = [_run(module, batch) for batch in tried]
@@ -156,6 +157,11 @@ def prepare(model: nn.Module | LoadedModel, inputs: Tensor | None = None) -> Pre
             untraceable = first_line(error)
         prepared = _converted(module, tried[0], untraceable)
         difference = _largest_difference(prepared.module, tried, expected)
+        if difference > _TOLERANCE and _largest_difference(module, tried, expected) > _TOLERANCE:
+            raise InvalidInputError(
+                f"{type(module).__name__} gives other outputs for the same inputs each time, even in evaluation mode "
+                "(F.dropout without training=self.training, for one): there is no answer to explain"
+            )
     if difference > _TOLERANCE:
         raise InvalidInputError(
             f"{type(module).__name__} cannot be prepared: with nothing done in place its outputs differ by "
@@ -298,6 +304,9 @@ class _Rewriting:
         self._traced.add_submodule(str(node.target), made)
 
     def _function_call(self, node: fx.Node) -> None:
+        if not node.args and "input" in node.kwargs:
+            node.args = (node.kwargs["input"],)
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "input"}
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name.endswith("_") and not name.endswith("__"):
             self._undo_in_place(node)

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from spade_fast import operations, preparation
-from spade_fast.errors import InvalidInputError, require
+from spade_fast.errors import require
 from spade_fast.preparation import Prepared
+from spade_fast.rules import check_total
 
 # Weight of an even division beside z+, which counts only for outputs without contributions.
 _EVEN_SHARE = 1e-6
@@ -48,7 +49,7 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
     Raises
     ------
     InvalidInputError
-        If LRP is not valid on the network: the message names the layer.
+        If LRP is not valid on the network: the message names the layer, or by how much relevance misses the score.
     MissingDependencyError
         If zennit is not installed.
     """
@@ -60,6 +61,7 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
         seed = torch.zeros_like(outputs)
         seed[:, target] = outputs.detach()[:, target]
         (found,) = torch.autograd.grad(outputs, point, seed)
+    check_total("lrp", found, outputs.detach()[:, target])
     return found
 
 
@@ -80,8 +82,6 @@ def _with_rules(prepared: Prepared) -> fx.GraphModule:
             elif isinstance(module, operations.AVERAGE_POOLING):
                 _replace(network, node, _Share(module))
         elif _function(node) in operations.SUMS and len(node.args) == 2 and all(map(_is_active, node.args)):
-            if node.kwargs:
-                raise InvalidInputError(f"method 'lrp' has no rule for {node.name} with {dict(node.kwargs)}")
             node.op, node.target = "call_function", _split_sum
         elif _function(node) in operations.MEANS:
             _replace(network, node, _Share(_Call(node)))
@@ -213,19 +213,19 @@ class _ShareOut(torch.autograd.Function):
 
 class _SplitSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return left + right
+    def forward(ctx: Any, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        ctx.save_for_backward(left, alpha * right)
+        return torch.add(left, right, alpha=alpha)
 
     @staticmethod
-    def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, Tensor, None]:
         left, right = ctx.saved_tensors
         share = found[0] / _stabilized(left + right)
-        return (left * share).sum_to_size(left.shape), (right * share).sum_to_size(right.shape)
+        return (left * share).sum_to_size(left.shape), (right * share).sum_to_size(right.shape), None
 
 
-def _split_sum(left: Tensor, right: Tensor) -> Tensor:
-    total: Tensor = _SplitSum.apply(left, right)  # type: ignore[no-untyped-call]
+def _split_sum(left: Tensor, right: Tensor, *, alpha: float = 1) -> Tensor:
+    total: Tensor = _SplitSum.apply(left, right, alpha)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -243,7 +243,7 @@ def _composite(network: fx.GraphModule) -> Any:
             module = network.get_submodule(str(node.target))
             if isinstance(module, operations.WEIGHTED):
                 layers[str(node.target)] = module
-    first, *others = layers
+    first, others = list(layers)[:1], list(layers)[1:]
     zero = {"zero_params": ["bias"]}
     linear = [name for name in others if isinstance(layers[name], nn.Linear)]
     convolutions = [name for name in others if name not in linear]
@@ -260,7 +260,7 @@ def _composite(network: fx.GraphModule) -> Any:
     )
     return composites.NameMapComposite(
         [
-            ([first], rules.Flat(stabilizer=_STABILIZER, **zero)),
+            (first, rules.Flat(stabilizer=_STABILIZER, **zero)),
             (convolutions, z_plus),
             (linear, rules.Epsilon(epsilon=_STABILIZER, **zero)),
         ]

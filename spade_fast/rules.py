@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spade_fast.errors import InvalidInputError
 from spade_fast.operations import ACTIVATIONS, MaxPool2d
 from spade_fast.preparation import Prepared, twin
 
+# Of a sum of attributions from what it must be, as a share of their absolute values.
+_LARGEST_GAP = 1e-2
 # Differences from the reference below which an activation's own slope is taken, as captum does.
 _SMALLEST_DIFFERENCE = 1e-10
 
@@ -46,14 +49,31 @@ def deep_lift(prepared: Prepared, inputs: Tensor, baseline: Tensor, target: int)
     Raises
     ------
     InvalidInputError
-        If DeepLIFT is not valid on the network: the message names the layer.
+        If DeepLIFT is not valid on the network: the message names the layer, or by how much contributions miss the
+        score's difference.
     """
     prepared.report.require("deep_lift")
     network = _with_rule(prepared, lambda module: _Rescale(module) if _is_nonlinear(module) else None)
     both = torch.cat([inputs, baseline]).detach().requires_grad_()
     with torch.enable_grad():
-        (multipliers,) = torch.autograd.grad(network(both)[: len(inputs), target].sum(), both)
-    return (inputs - baseline).detach() * multipliers[: len(inputs)]
+        scores = network(both)[:, target]
+        (multipliers,) = torch.autograd.grad(scores[: len(inputs)].sum(), both)
+    contributions = (inputs - baseline).detach() * multipliers[: len(inputs)]
+    check_total("deep_lift", contributions, torch.sub(*scores.detach().chunk(2)))
+    return contributions
+
+
+def check_total(method: str, attributions: Tensor, expected: Tensor) -> None:
+    """Raise InvalidInputError unless attributions [n, ...] add up to what they must [n], but for rounding."""
+    found = attributions.double().flatten(1)
+    tolerance = max(_LARGEST_GAP, 64 * torch.finfo(attributions.dtype).eps)
+    scale = found.abs().sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    if bool(((found.sum(dim=1) - expected.double()).abs() / scale > tolerance).any()):
+        raise InvalidInputError(
+            f"method {method!r} is not valid on this network: its attributions add up to {found.sum(dim=1)[0]:.4g}, not "
+            f"to {expected[0]:.4g}, so some operation has no rule that holds (images that do not stay apart, for one); "
+            "choose another method"
+        )
 
 
 def guided_backprop(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:

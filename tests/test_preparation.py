@@ -66,6 +66,7 @@ def test_each_call_gets_a_module_of_its_own() -> None:
     ("function", "kind"),
     [
         (F.relu, nn.ReLU),
+        (lambda x: F.relu(input=x), nn.ReLU),
         (torch.relu, nn.ReLU),
         (lambda x: x.relu(), nn.ReLU),
         (lambda x: F.relu(x, inplace=True), nn.ReLU),
@@ -354,6 +355,31 @@ def test_inputs_that_do_not_fit() -> None:
 
 def test_inputs_are_made_where_none_are_given() -> None:
     assert prepare(small(lambda _, x: F.relu(x))).report.largest_difference == 0
+
+
+def test_networks_that_hide_their_layers_are_refused() -> None:
+    network = small(lambda _, x: F.relu(x))
+    with pytest.raises(InvalidInputError, match="model is compiled, which hides its layers"):
+        prepare(torch.compile(network), inputs())
+    with pytest.raises(InvalidInputError, match="scripted models hide their layers"):
+        prepare(torch.jit.trace(network, inputs()), inputs())
+
+
+def test_networks_without_an_answer_of_their_own_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="Small gives other outputs for the same inputs each time"):
+        prepare(small(lambda _, x: F.dropout(F.relu(x))), inputs())
+
+
+@pytest.mark.parametrize("pooling", [nn.MaxPool1d(2), nn.MaxPool2d(2, return_indices=True)])
+def test_max_pooling_without_a_rule(pooling: nn.Module) -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(pooling, nn.MaxPool1d):
+            return self.pool(F.relu(x).flatten(2))[..., None]
+        return self.pool(F.relu(x))[0]
+
+    report = prepared(small(body, pool=pooling)).report
+    assert "pool" in report.obstacles["deep_lift"]
+    assert report.supports("guided_backprop")
 
 
 # Networks of libraries

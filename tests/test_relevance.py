@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_fast.errors import InvalidInputError
@@ -86,6 +87,20 @@ def test_branches_and_pooling_by_hand() -> None:
     inputs = torch.tensor([[[[1.0, 3]]]]).double()
     # (1 + 6) * (1 + 3) / 2 = 14, of which the second input contributed three quarters.
     torch.testing.assert_close(found(network, inputs).flatten(), torch.tensor([3.5, 10.5]).double(), rtol=1e-5, atol=0)
+
+
+def test_scaled_sums_and_keywords_have_a_rule() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.branch, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(input=self.conv(x))
+            return self.fc(F.relu(input=torch.add(x, self.branch(x), alpha=0.5), inplace=True).mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    assert conserved(Network().double(), torch.randn(1, 3, 8, 8).double()) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11_bn", "densenet121", "mobilenet_v2"])
