@@ -116,7 +116,7 @@ def test_every_method_runs_and_is_the_same_on_the_prepared_network(name: str, mo
         heat = attribute(network, inputs, TARGET, method)
         assert heat.max() > 0 or "cam" in method, method  # of random weights nothing may speak for a class
         difference = (attribute(prepared.module, inputs, TARGET, method) - heat).abs().max()
-        assert difference <= 1e-5 * heat.max(), method
+        assert difference <= 1e-4 * heat.max(), method
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     for module in network.modules():
         hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
