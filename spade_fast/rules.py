@@ -71,8 +71,8 @@ def check_total(method: str, attributions: Tensor, expected: Tensor) -> None:
     if bool(((found.sum(dim=1) - expected.double()).abs() / scale > tolerance).any()):
         raise InvalidInputError(
             f"method {method!r} is not valid on this network: its attributions add up to {found.sum(dim=1)[0]:.4g}, "
-            f"not to {expected[0]:.4g}, so some operation has no rule that holds (images that do not stay apart, for one); "
-            "choose another method"
+            f"not to {expected[0]:.4g}, so some operation has no rule that holds (one that mixes images, perhaps); choose "
+            "another method"
         )
 
 
