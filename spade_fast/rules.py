@@ -70,8 +70,8 @@ def check_total(method: str, attributions: Tensor, expected: Tensor) -> None:
     scale = found.abs().sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     if bool(((found.sum(dim=1) - expected.double()).abs() / scale > tolerance).any()):
         raise InvalidInputError(
-            f"method {method!r} is not valid on this network: its attributions add up to {found.sum(dim=1)[0]:.4g}, "
-            f"not to {expected[0]:.4g}, so some operation has no rule that holds (one that mixes images, perhaps); choose "
+            f"method {method!r} is not valid on this network: its attributions add up to {found.sum(dim=1)[0]:.4g}, not "
+            f"{expected[0]:.4g}, so some operation has no rule that holds (one that mixes images, perhaps); choose "
             "another method"
         )
 
@@ -174,15 +174,8 @@ class _Rescaled(torch.autograd.Function):
         return torch.cat([passed, torch.zeros_like(passed)]), None
 
 
-class _RescaledPool(torch.autograd.Function):
+class _RescaledPool(_Rescaled):
     """A max pooling of inputs and their references, which follow them along the batch."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, module: MaxPool2d) -> Tensor:
-        ctx.module = module
-        ctx.save_for_backward(input)
-        output: Tensor = module(input)
-        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
