@@ -70,8 +70,8 @@ def check_total(method: str, attributions: Tensor, expected: Tensor) -> None:
     scale = found.abs().sum(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     if bool(((found.sum(dim=1) - expected.double()).abs() / scale > tolerance).any()):
         raise InvalidInputError(
-            f"method {method!r} is not valid on this network: its attributions add up to {found.sum(dim=1)[0]:.4g}, not "
-            f"{expected[0]:.4g}, so some operation has no rule that holds (one that mixes images, perhaps); choose "
+            f"method {method!r} is not valid on this network: its attributions add up to {found.sum(1)[0]:.4g}, not "
+            f"to {expected[0]:.4g}, so some operation has no rule that holds (one that mixes images, perhaps); choose "
             "another method"
         )
 
