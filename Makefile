@@ -34,7 +34,6 @@ demo: env
 
 figures: env
 	$(BIN)/python examples/figures.py
-	$(BIN)/spade-fast demo --out demo
 	$(BIN)/jupyter execute --inplace examples/walkthrough.ipynb
 
 simt: env

@@ -2,6 +2,7 @@
 
     python examples/figures.py [--out docs/figures]
 
+demo            the explanation of `make demo`
 figure1_left    what a class neuron wants to see, dense and in the traces of two photographs
 figure1_right   maps of a photograph with a patch of another class pasted in, for the class of the patch
 figure2         the procedure: views of a photograph, a layer's Hessian, its weights before and after, maps
@@ -148,9 +149,10 @@ def figure2(net: sf.LoadedModel) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/figures", help="folder")
-    parser.add_argument("--steps", type=int, default=512, help="of the visualizations")
+    parser.add_argument("--steps", type=int, default=384, help="of the visualizations")
     arguments = parser.parse_args()
     net = sf.load_model("efficientnet_lite0")
+    write(sf.explain(net, Image.fromarray(data.coffee())).figure(), arguments.out / "demo.jpg")
     write(figure2(net), arguments.out / "figure2.jpg")
     write(figure1_right(net), arguments.out / "figure1_right.jpg")
     write(figure1_left(net, arguments.steps), arguments.out / "figure1_left.jpg")

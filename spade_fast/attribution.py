@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def attribute(
         return answer(question, method, chosen)
 
 
-@contextmanager
+@contextlib.contextmanager
 def asked(
     module: nn.Module, inputs: Tensor, target: int, *, batch_size: int = 16, seed: int = 0, progress: bool = False
 ) -> Iterator[Question]:
@@ -95,7 +96,7 @@ def asked(
     with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
         point = like_weights(inputs, module).detach().clone().requires_grad_()
         outputs = check_outputs(module(point.clone()), 1)  # a network may begin in place
-        check_target(target, outputs.shape[1])
+        target = check_target(target, outputs.shape[1])
         if not outputs.requires_grad:
             raise InvalidInputError(
                 f"no gradient flows from the outputs of {type(module).__name__} to its inputs: its forward detaches "
@@ -138,8 +139,9 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
     InvalidInputError
         If there are none, or one is unknown.
     """
-    if isinstance(names, str):
-        raise InvalidInputError(f"methods must be a sequence of names: pass [{names!r}]")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        cure = f"pass [{names!r}]" if names in METHODS else "such as ['saliency', 'lrp']"
+        raise InvalidInputError(f"methods must be 'all' or a sequence of names, got {names!r}: {cure}")
     for name in names:
         find_method(name)
     if not names:
@@ -180,10 +182,20 @@ def check_outputs(outputs: Any, count: int) -> Tensor:
     return outputs
 
 
-def check_target(target: int, classes: int) -> None:
-    """Raise InvalidInputError unless `target` is one of the classes."""
-    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < classes:
-        raise InvalidInputError(f"target {target!r} is no class of this model: pass an index within 0..{classes - 1}")
+def check_target(target: int, classes: int) -> int:
+    """The target as a plain int, or InvalidInputError unless it is one of the classes.
+
+    Whole numbers of numpy and torch will do.
+    """
+    index = -1
+    if not isinstance(target, bool) and not (isinstance(target, Tensor) and target.dtype == torch.bool):
+        with contextlib.suppress(TypeError, ValueError):
+            index = operator.index(target)
+    if not 0 <= index < classes:
+        raise InvalidInputError(
+            f"target {target!r} is no class of this model: pass an index, a whole number within 0..{classes - 1}"
+        )
+    return index
 
 
 def like_weights(inputs: Tensor, module: nn.Module) -> Tensor:

@@ -212,6 +212,8 @@ def explain(
     if trace is not None and trace_settings:
         given = ", ".join(trace_settings)
         raise InvalidInputError(f"both trace= and settings for making one ({given}) are given: leave one of them out")
+    if trace is not None and not isinstance(trace, Trace):
+        raise InvalidInputError(f"trace is a {type(trace).__name__}: pass what spade_fast.trace returns")
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise InvalidInputError(f"top must be a positive whole number, got {top!r}")
     attribution.captum()  # first, since making a trace takes a while
@@ -227,8 +229,9 @@ def explain(
                 "not lie on the image: pass the image in the size that the network sees, or a spade_fast.Preprocess"
             )
         dense_scores = _scores(module, inputs)
-        explained = int(dense_scores.argmax()) if target is None else target
-        attribution.check_target(explained, len(dense_scores))
+        explained = attribution.check_target(
+            int(dense_scores.argmax()) if target is None else target, len(dense_scores)
+        )
         _check_validity(module, inputs, explained, methods)
         if trace is None:
             trace = tracer.trace(model, image, preprocess=preprocess, seed=seed, progress=progress, **trace_settings)

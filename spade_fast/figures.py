@@ -118,20 +118,27 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
     MissingDependencyError
         If matplotlib is not installed.
     """
-    labelled = (
-        list(explanations.items())
-        if isinstance(explanations, Mapping)
-        else [(explanation.target_name, explanation) for explanation in explanations]
-    )
+    from spade_fast.explanation import Explanation
+
+    if isinstance(explanations, Mapping):
+        labelled = [(str(label), explanation) for label, explanation in explanations.items()]
+    elif isinstance(explanations, Sequence):
+        labelled = [("", explanation) for explanation in explanations]
+    else:
+        raise InvalidInputError(f"gallery draws a list or mapping of explanations, got {explanations!r}")
     if not labelled:
         raise InvalidInputError("no explanation to draw")
-    methods = list(labelled[0][1].dense)
-    for label, explanation in labelled:
-        if list(explanation.dense) != methods:
+    first = labelled[0][1]
+    for _, explanation in labelled:
+        if not isinstance(explanation, Explanation):
+            kind = type(explanation).__name__
+            raise InvalidInputError(f"gallery draws what spade_fast.explain returns, got a {kind}")
+        if list(explanation.dense) != list(first.dense):
             raise InvalidInputError(
-                f"{label!r} was explained by {', '.join(explanation.dense)}, the first by {', '.join(methods)}: use "
-                "the same methods for all"
+                f"explanations are by different methods, {', '.join(first.dense)} and {', '.join(explanation.dense)}: "
+                "use the same for all"
             )
+    methods = list(first.dense)
     side = _SMALL_SIDE
     block = 2 * side + 2 * _GAP  # a photograph beside two rows of maps
     left = _MARGIN + side + _ROW_LABELS
@@ -145,7 +152,8 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
         photo.imshow(explanation.image.permute(1, 2, 0).clamp(0, 1).numpy())
         photo.set_axis_off()
         lines = [
-            (label, TEXT, "bold"),
+            *([(label, TEXT, "bold")] if label else []),
+            (explanation.target_name, TEXT, "normal" if label else "bold"),
             *(
                 (f"{name}: {100 * _probability(predictions, explanation.target):.0f} %", colour, "normal")
                 for name, predictions, colour in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,8 +69,11 @@ class Question:
         return prepare(self.module, self.inputs)
 
     def forward(self, batch: Tensor) -> Tensor:
-        """Outputs of a copy of the batch, since a network that begins in place would write on it."""
-        outputs: Tensor = self.module(batch.clone())
+        """Outputs of a copy of the batch, since a network that begins in place would write on it.
+
+        In the dtype of the inputs: captum makes float32 of others.
+        """
+        outputs: Tensor = self.module(batch.to(self.inputs.dtype, copy=True))
         return outputs
 
     def scores(self, batches: Iterator[Tensor], count: int, title: str) -> Tensor:
@@ -200,6 +204,7 @@ def _occlusion(question: Question) -> Tensor:
     channels, height, width = question.inputs.shape[1:]
     stride = max(1, max(height, width) // (2 * _OCCLUSION_WINDOWS))
     window = min(2 * stride, height, width)
+    windows = math.ceil((height - window) / stride + 1) * math.ceil((width - window) / stride + 1)
     method = captum().Occlusion(question.forward)
     with torch.no_grad(), _quiet_captum():
         return _tensor(
@@ -208,7 +213,7 @@ def _occlusion(question: Question) -> Tensor:
                 sliding_window_shapes=(channels, window, window),
                 strides=(channels, stride, stride),
                 target=question.target,
-                perturbations_per_eval=question.batch_size,
+                perturbations_per_eval=min(question.batch_size, windows),  # captum would make room for all of them
                 show_progress=question.progress,
             )
         )
@@ -232,7 +237,7 @@ def _lime(question: Question) -> Tensor:
                 target=question.target,
                 feature_mask=segments,
                 n_samples=_LIME_SAMPLES,
-                perturbations_per_eval=question.batch_size,
+                perturbations_per_eval=min(question.batch_size, _LIME_SAMPLES),
                 show_progress=question.progress,
             )
         )
@@ -301,8 +306,8 @@ def register_method(name: str, function: AttributionFunction, *, title: str | No
         A Python identifier that no other method has: maps are stored under it.
     function
         (model, inputs [1, c, h, w], target) to a map [h, w] or attributions [1, c, h, w], of which the absolute values
-        are summed over channels. It is called with the dense network and with the trace, in evaluation mode, and has to
-        leave them as they are.
+        are summed over channels. It is called with the dense network and with the trace, in evaluation mode, and may
+        not change their weights.
     title
         As it is written above a map. Default: the name.
 
@@ -315,15 +320,23 @@ def register_method(name: str, function: AttributionFunction, *, title: str | No
         raise InvalidInputError(f"a method's name must be a Python identifier, got {name!r}")
     if name in _METHODS:
         raise InvalidInputError(f"there is a method {name!r} already: choose another name")
+    if title is not None and not isinstance(title, str):
+        raise InvalidInputError(f"a method's title must be a text, got {title!r}")
     if not callable(function):
         raise InvalidInputError(f"a method must be a function (model, inputs, target) to a map, got {function!r}")
 
     def compute(question: Question) -> Tensor:
-        found = function(question.module, question.inputs, question.target)
-        wanted = tuple(question.inputs.shape)
+        # Copies, and random numbers of its own: the methods after it find everything as it was.
+        inputs, wanted = question.inputs.detach().clone().requires_grad_(), tuple(question.inputs.shape)
+        before = _versions(question.module)
+        with seeded(question.seed, inputs.device):
+            found = function(question.module, inputs, question.target)
+        if _versions(question.module) != before:
+            raise InvalidInputError(f"method {name!r} changes the model's weights or buffers: let it work on a copy")
         if isinstance(found, Tensor) and found.shape == wanted[2:]:
             found = found[None, None]
-        if not isinstance(found, Tensor) or found.dim() != 4 or len(found) != 1 or found.shape[2:] != wanted[2:]:
+        fits = isinstance(found, Tensor) and found.dim() == 4 and len(found) == 1 and found.shape[2:] == wanted[2:]
+        if not fits or found.is_complex():
             got = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise InvalidInputError(
                 f"method {name!r} gives {got}: it must give a map {list(wanted[2:])} or attributions {list(wanted)}"
@@ -331,6 +344,11 @@ def register_method(name: str, function: AttributionFunction, *, title: str | No
         return found
 
     _METHODS[name] = Method(title or name, compute)
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Which tensors a network holds, and how often each was written to."""
+    return [(id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers())]
 
 
 def unregister_method(name: str) -> None:

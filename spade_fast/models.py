@@ -176,6 +176,8 @@ def visible_module(model: nn.Module | LoadedModel) -> nn.Module:
         raise InvalidInputError(
             f"model is a {type(module).__name__}: scripted models hide their layers; pass the original nn.Module"
         )
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InvalidInputError(f"model is a {type(module).__name__}: pass the network that it wraps, model.module")
     if hasattr(module, "_orig_mod"):
         raise InvalidInputError("model is compiled, which hides its layers: pass the original, model._orig_mod")
     for name, submodule in module.named_modules():

@@ -19,7 +19,7 @@ class ClippedReLU(nn.ReLU):
         self.limit = limit
 
     def forward(self, input: Tensor) -> Tensor:
-        return input.clamp(0.0, self.limit)
+        return F.hardtanh(input, 0.0, self.limit)  # which has no slope at 0 either, as ReLU6, unlike clamp
 
     def extra_repr(self) -> str:
         return f"limit={self.limit:g}"
@@ -138,7 +138,7 @@ FACTORS = functions_named(
     "mul", "multiply", "imul", "__mul__", "__rmul__", "__imul__", "div", "divide", "truediv", "itruediv", "true_divide",
     "__truediv__", "__itruediv__", "neg",
 )  # fmt: skip
-_DIFFERENCES = functions_named("sub", "subtract", "isub", "__sub__", "__rsub__", "__isub__", "rsub")
+DIFFERENCES = functions_named("sub", "subtract", "isub", "__sub__", "__rsub__", "__isub__", "rsub")
 _WEIGHTED_FUNCTIONS = functions_named(
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "matmul",
     "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "mm", "scaled_dot_product_attention",
@@ -186,11 +186,11 @@ class Operation(NamedTuple):
                 return ("lrp",), f"{type(what).__name__} computes its weight, which LRP has to change"
             return _module_obstacle(what)
         name = getattr(what, "__name__", str(what)).strip("_")
-        if not traced and name in MODULE_OF_FUNCTION:
-            return (*RULED_METHODS, *GUIDED_METHODS), f"calls the function {name}: make it a module of its own"
         if what in SUMS or what in _LINEAR_FUNCTIONS:
             return None
-        if what in _DIFFERENCES:
+        if not traced and name in MODULE_OF_FUNCTION:
+            return (*RULED_METHODS, *GUIDED_METHODS), f"calls the function {name}: make it a module of its own"
+        if what in DIFFERENCES:
             return (("lrp",), "subtracts one activation from another") if several else None
         if what in FACTORS and (self.is_first_active or "div" not in name):
             return (RULED_METHODS, "multiplies or divides activations by each other") if several else None

@@ -145,7 +145,7 @@ def prepare(model: nn.Module | LoadedModel, inputs: Tensor | None = None) -> Pre
     """
     module = visible_module(model)
     tried = _inputs_to_try(model, module, inputs)
-    with evaluation_mode(module), torch.no_grad(), torch.inference_mode(False):
+    with evaluation_mode(module), torch.inference_mode(False), torch.no_grad():
         expected = [_run(module, batch) for batch in tried]
         try:
             prepared = _traced(module, tried[0])
@@ -179,6 +179,8 @@ def _inputs_to_try(model: nn.Module | LoadedModel, module: nn.Module, inputs: Te
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2 or not inputs.numel():
             got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
             raise InvalidInputError(f"inputs must be a non-empty batch of model inputs, a float tensor, got {got}")
+        if not inputs.isfinite().all():
+            raise InvalidInputError("inputs hold NaN or infinite values: look at the image and its preprocessing")
         shape = list(inputs.shape)
     else:
         size = _DEFAULT_SIZE
@@ -230,6 +232,8 @@ def _with_difference(prepared: Prepared, difference: float) -> Prepared:
 def twin(module: nn.Module) -> nn.Module:
     """The same modules anew, around the same parameters and buffers, for evaluation."""
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    for each in module.modules():  # activations that a network keeps for its own use cannot be copied
+        shared.update({id(tensor): tensor for tensor in _tensors(list(vars(each).values())) if not tensor.is_leaf})
     twin = copy.deepcopy(module, shared)
     for each in twin.modules():
         each.training = False
@@ -304,9 +308,10 @@ class _Rewriting:
         self._traced.add_submodule(str(node.target), made)
 
     def _function_call(self, node: fx.Node) -> None:
-        if not node.args and "input" in node.kwargs:
-            node.args = (node.kwargs["input"],)
-            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "input"}
+        for position, key in enumerate(("input", "other")):
+            if len(node.args) == position and key in node.kwargs:
+                node.args = (*node.args, node.kwargs[key])
+                node.kwargs = {name: value for name, value in node.kwargs.items() if name != key}
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name.endswith("_") and not name.endswith("__"):
             self._undo_in_place(node)
@@ -401,11 +406,13 @@ class _Observer(fx.Interpreter):
         super().__init__(traced)
         self.operations: list[Operation] = []
         self.spatial_map: fx.Node | None = None  # the last node that gives a map
+        self._size = torch.Size()  # of the inputs
         self._pooled: set[fx.Node] = set()  # what is made of pooled activations alone
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "placeholder":
+            self._size = result.shape
             n.meta[ACTIVE] = True
             return result
         flags: list[bool] = []
@@ -427,23 +434,29 @@ class _Observer(fx.Interpreter):
             pooled = _is_pooled(result) or self._pooled.issuperset(sources)
             if pooled:
                 self._pooled.add(n)
-            self.spatial_map = _next_map(self.spatial_map, n, pooled, result)
+            self.spatial_map = _next_map(self.spatial_map, n, pooled, result, self._size)
         return result
 
 
 def _holds_activations(result: Any) -> bool:
+    """Masks and indices too: what is made of them depends on the input as well."""
     if isinstance(result, Tensor):
-        return result.is_floating_point()
+        return True
     return isinstance(result, (tuple, list)) and any(map(_holds_activations, result))
 
 
 _Place = TypeVar("_Place")
 
 
-def _next_map(last: _Place | None, place: _Place, pooled: bool, result: Tensor) -> _Place | None:
-    """The last step that gives a map, after one more; tokens, which Grad-CAM knows nothing of, put an end to it."""
+def _next_map(last: _Place | None, place: _Place, pooled: bool, result: Tensor, inputs: torch.Size) -> _Place | None:
+    """The last step that gives a map, after one more.
+
+    Tokens and maps with channels last, which Grad-CAM knows nothing of, put an end to it.
+    """
     if result.dim() == 4 and not pooled:
-        return place
+        # A map is about as wide for its height as the input; with channels last it looks otherwise.
+        distortion = (result.shape[2] * inputs[-1]) / (result.shape[3] * inputs[-2])
+        return place if 0.5 < distortion < 2 else None
     return None if result.dim() == 3 else last
 
 
@@ -493,7 +506,7 @@ def _converted(module: nn.Module, batch: Tensor, untraceable: str) -> Prepared:
         if made is not None and name and type(made) is not type(each):
             shadow.set_submodule(name, made)
             changes[name] = f"{type(each).__name__} made {type(made).__name__}"
-    watch = _Watch(shadow)
+    watch = _Watch(shadow, batch.shape)
     with ExitStack() as hooks:
         watch.attach(hooks)
         parameters = {name: each.detach() for name, each in shadow.named_parameters()}
@@ -505,10 +518,11 @@ def _converted(module: nn.Module, batch: Tensor, untraceable: str) -> Prepared:
 class _Watch(TorchFunctionMode):
     """Notes what a network does, as it runs, with tensors that require a gradient: those that depend on its input."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, size: torch.Size) -> None:
         super().__init__()
         self.operations: list[Operation] = []
         self.spatial_map: str | None = None
+        self._size = size
         self._names = {each: name for name, each in module.named_modules()}
         self._stack: list[str] = []
         self._inside: nn.Module | None = None  # a module that is looked at as a whole
@@ -533,7 +547,7 @@ class _Watch(TorchFunctionMode):
         is_leaf, self._inside = self._inside is not None, None
         if isinstance(outputs, Tensor) and outputs.requires_grad and name:
             pooled = _is_pooled(outputs) or all(map(_is_pooled, _tensors(inputs)))
-            self.spatial_map = _next_map(self.spatial_map, name, pooled, outputs)
+            self.spatial_map = _next_map(self.spatial_map, name, pooled, outputs, self._size)
         if is_leaf:
             self._note(name, module, inputs, outputs)
 
@@ -547,7 +561,9 @@ class _Watch(TorchFunctionMode):
 
     def _note(self, layer: str, what: Any, arguments: tuple[Any, ...], result: Any) -> None:
         flags = [tensor.requires_grad for tensor in _tensors(arguments)]
-        if any(flags) and _holds_activations(result) and what not in CONSTANTS:
+        # Masks that only decide which way to go are not told from others here: sums of attributions are checked anyway.
+        is_mask = isinstance(result, Tensor) and not result.is_floating_point()
+        if any(flags) and _holds_activations(result) and not is_mask and what not in CONSTANTS:
             first = bool(arguments) and isinstance(arguments[0], Tensor) and arguments[0].requires_grad
             identity = any(result is argument for argument in arguments)
             self.operations.append(Operation(layer, what, sum(flags), first, identity, has_plain_weight=True))
@@ -561,6 +577,8 @@ def _is_leaf(module: nn.Module) -> bool:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
     elif isinstance(value, (tuple, list)):
         for each in value:
             yield from _tensors(each)

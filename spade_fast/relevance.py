@@ -85,8 +85,10 @@ def _with_rules(prepared: Prepared) -> fx.GraphModule:
             node.op, node.target = "call_function", _split_sum
         elif _function(node) in operations.MEANS:
             _replace(network, node, _Share(_Call(node)))
-        elif _function(node) in operations.FACTORS:
-            _replace(network, node, _Pass(_Call(node)))
+        elif _function(node) in operations.FACTORS or (
+            _function(node) in operations.DIFFERENCES and not _is_active(node.args[0])
+        ):
+            _replace(network, node, _Pass(_Call(node), list(map(_is_active, node.all_input_nodes)).index(True)))
     network.graph.lint()  # type: ignore[no-untyped-call]
     network.recompile()
     return network
@@ -159,15 +161,14 @@ class _Call(nn.Module):
 class _Pass(nn.Module):
     """Whatever comes back goes on to the one activation that comes in."""
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor], active: int = 0) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.active = function, active
 
     def forward(self, *inputs: Tensor) -> Tensor:
         with torch.no_grad():
             result = self.function(*inputs)
-        active = next(each for each in inputs if each.requires_grad)
-        passed: Tensor = _PassOn.apply(active, result)  # type: ignore[no-untyped-call]
+        passed: Tensor = _PassOn.apply(inputs[self.active], result)  # type: ignore[no-untyped-call]
         return passed
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, first_line
 from spade_fast.operations import ACTIVATIONS, MaxPool2d
 from spade_fast.preparation import Prepared, twin
 
@@ -55,12 +55,40 @@ def deep_lift(prepared: Prepared, inputs: Tensor, baseline: Tensor, target: int)
     prepared.report.require("deep_lift")
     network = _with_rule(prepared, lambda module: _Rescale(module) if _is_nonlinear(module) else None)
     both = torch.cat([inputs, baseline]).detach().requires_grad_()
+    with torch.no_grad():
+        alone = torch.cat([network(each)[:, target] for each in both.chunk(2)])
     with torch.enable_grad():
-        scores = network(both)[:, target]
+        scores = _together(network, both)[:, target]
+    check_apart(scores.detach(), alone)
+    with torch.enable_grad():
         (multipliers,) = torch.autograd.grad(scores[: len(inputs)].sum(), both)
     contributions = (inputs - baseline).detach() * multipliers[: len(inputs)]
     check_total("deep_lift", contributions, torch.sub(*scores.detach().chunk(2)))
     return contributions
+
+
+def _together(network: nn.Module, both: Tensor) -> Tensor:
+    try:
+        outputs: Tensor = network(both)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InvalidInputError(
+            "method 'deep_lift' runs input and baseline as one batch, on which this network fails "
+            f"({first_line(error)}): choose another method, or let the network take several images"
+        ) from error
+    return outputs
+
+
+def check_apart(together: Tensor, alone: Tensor) -> None:
+    """Raise InvalidInputError unless images of one batch get the scores that they get alone, but for rounding."""
+    scale = alone.abs().max().clamp_min(torch.finfo(alone.dtype).tiny)
+    tolerance = max(_LARGEST_GAP, 64 * torch.finfo(alone.dtype).eps)
+    if bool((together - alone).abs().max() > tolerance * scale):
+        raise InvalidInputError(
+            "method 'deep_lift' is not valid on this network: what it makes of an image depends on the others of the "
+            "batch; choose another method"
+        )
 
 
 def check_total(method: str, attributions: Tensor, expected: Tensor) -> None:
@@ -168,7 +196,9 @@ class _Rescaled(torch.autograd.Function):
         (values, references), (outputs, others) = both.chunk(2), result.detach().chunk(2)
         difference = values - references
         multiplier = torch.where(
-            difference.abs() < _SMALLEST_DIFFERENCE, slope.chunk(2)[0], (outputs - others) / difference
+            difference.abs() < max(_SMALLEST_DIFFERENCE, torch.finfo(both.dtype).tiny),
+            slope.chunk(2)[0],
+            (outputs - others) / difference,
         )
         passed = gradients[0].chunk(2)[0] * multiplier
         return torch.cat([passed, torch.zeros_like(passed)]), None

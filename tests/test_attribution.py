@@ -197,9 +197,22 @@ def test_unknown_method_names_the_nearest(network: Residual, inputs: Tensor) -> 
         find_method("zzz")
 
 
-@pytest.mark.parametrize("target", [-1, 4, True, 1.0, "2", None])
+def test_target_of_numpy_or_torch(network: Residual, inputs: Tensor) -> None:
+    expected = attribute(network, inputs, TARGET, "saliency")
+    for target in (np.int64(TARGET), torch.tensor(TARGET)):
+        assert torch.equal(attribute(network, inputs, target, "saliency"), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(network: Residual, inputs: Tensor, method: str, dtype: torch.dtype) -> None:
+    heat = attribute(network.to(dtype), inputs, TARGET, method)
+    assert heat.isfinite().all()
+
+
+@pytest.mark.parametrize("target", [-1, 4, True, 1.0, "2", None, torch.tensor(True), torch.tensor([1, 2])])
 def test_target_that_is_no_class(network: Residual, inputs: Tensor, target: object) -> None:
-    with pytest.raises(InvalidInputError, match=r"target .* is no class of this model: pass an index within 0\.\.3"):
+    with pytest.raises(InvalidInputError, match=r"target .* is no class of this model: pass an index, .* 0\.\.3"):
         attribute(network, inputs, target, "saliency")  # type: ignore[arg-type]
 
 

@@ -170,7 +170,7 @@ def test_hessian_dtype_reaches_the_trace(photo: Path, plan: Path, name: str) -> 
         (["--sparsity", "much"], r"--sparsity 'much' is neither .* nor a preset \(default, resnet50_lrp, resnet50_vis"),
         (["--sparsity", "80"], r"--sparsity must lie within 0 .* did you mean 0\.8\?"),
         (["--sparsity", "absent.json"], "cannot read the sparsity plan 'absent.json'"),
-        (["--target", 3], r"target 3 is no class of this model: pass an index within 0\.\.2"),
+        (["--target", 3], r"target 3 is no class of this model: pass an index, a whole number within 0\.\.2"),
         (["--backend", "fast"], "backend='fast' is unknown"),
         (["--hessian-dtype", "TF32"], "--hessian-dtype must be float32, float64, tf32 or bfloat16, got 'TF32'"),
         (["--num-augmentations", 0], "num_augmentations must be a whole number of at least 1"),

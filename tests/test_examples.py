@@ -52,7 +52,7 @@ def test_figures_are_made_by_one_command(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.argv", ["figures.py", "--out", str(tmp_path / "new"), "--steps", "2"])
     runpy.run_path(str(EXAMPLES / "figures.py"), run_name="__main__")
     made = sorted((tmp_path / "new").iterdir())
-    assert [path.name for path in made] == ["figure1_left.jpg", "figure1_right.jpg", "figure2.jpg"]
+    assert [path.name for path in made] == ["demo.jpg", "figure1_left.jpg", "figure1_right.jpg", "figure2.jpg"]
     for path in made:
         with Image.open(path) as picture:
             assert picture.width > 500

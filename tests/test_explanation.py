@@ -172,8 +172,11 @@ def test_model_is_left_as_it_was(
     [
         ({"methods": ["salency"]}, "no attribution method goes by the name 'salency'; nearest: 'saliency'"),
         ({"methods": "saliency"}, r"pass \['saliency'\]"),
+        ({"methods": "ALL"}, r"methods must be 'all' or a sequence of names, got 'ALL': such as \['saliency', 'lrp'\]"),
+        ({"methods": None}, "methods must be 'all' or a sequence of names, got None"),
+        ({"trace": "trace"}, "trace is a str: pass what spade_fast.trace returns"),
         ({"methods": []}, "no attribution method is asked for"),
-        ({"target": 3}, r"target 3 is no class of this model: pass an index within 0\.\.2"),
+        ({"target": 3}, r"target 3 is no class of this model: pass an index, a whole number within 0\.\.2"),
         ({"target": -1}, "target -1 is no class"),
         ({"top": 0}, "top must be a positive whole number, got 0"),
         ({"trace": Trace({}), "damping": 1}, r"both trace= and settings for making one \(damping\)"),
@@ -365,7 +368,7 @@ def test_gallery_holds_everything(explanation: Explanation, methods: int) -> Non
 
 def test_gallery_is_labelled_by_the_classes(explanation: Explanation) -> None:
     texts = [text.get_text() for text in figures.gallery([explanation, explanation]).texts]
-    assert texts[0] == texts[3] == explanation.target_name
+    assert texts[0] == texts[3] == figures.shortened(explanation.target_name, 20)
     assert texts[1] == f"dense: {100 * explanation.dense_predictions[0].probability:.0f} %"
 
 
@@ -373,8 +376,12 @@ def test_galleries_that_cannot_be_drawn(explanation: Explanation) -> None:
     with pytest.raises(InvalidInputError, match="no explanation to draw"):
         figures.gallery([])
     other = replace(explanation, dense={"saliency": torch.rand(16, 16)})
-    with pytest.raises(InvalidInputError, match="'b' was explained by saliency, the first by saliency, input_x_gradi"):
+    with pytest.raises(InvalidInputError, match="different methods, saliency, input_x_gradient, .* and saliency: use"):
         figures.gallery({"a": explanation, "b": other})
+    with pytest.raises(InvalidInputError, match="gallery draws a list or mapping of explanations, got Explanation"):
+        figures.gallery(explanation)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="gallery draws what spade_fast.explain returns, got a Trace"):
+        figures.gallery([explanation.trace])  # type: ignore[list-item]
 
 
 def test_caption_says_what_the_maps_are(explanation: Explanation) -> None:

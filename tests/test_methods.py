@@ -224,6 +224,80 @@ def test_a_branch_past_an_activation_keeps_its_share(inputs: Tensor) -> None:
     torch.testing.assert_close(ask(network, inputs, "guided_backprop"), expected)
 
 
+def whole(body: Callable[[nn.Module, Tensor], Tensor], **parameters: nn.Parameter) -> nn.Module:
+    """A convolution with a ReLU, then `body`, then global pooling and a classifier, in float64."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.branch, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 2)
+            for name, parameter in parameters.items():
+                self.register_parameter(name, parameter)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(body(self, torch.relu(self.conv(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Whole().double().eval()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda self, x: x + self.gain * torch.relu(self.branch(x)),
+        lambda self, x: torch.relu(self.branch(x)) * self.gain,
+        lambda self, x: self.gain * x,
+        lambda self, x: self.gain - x,
+        lambda _, x: 1 - x,
+        lambda self, x: torch.add(x, other=self.branch(x)),
+        lambda self, x: torch.add(input=x, other=torch.relu(self.branch(x)), alpha=-0.5),
+        lambda self, x: (-x / 2).sub(self.branch(x).neg() + self.gain),
+    ],
+)
+def test_sums_hold_whatever_stands_where(
+    inputs: Tensor, body: Callable[[nn.Module, Tensor], Tensor], trainable: bool
+) -> None:
+    gain = nn.Parameter(torch.randn(4, 1, 1, generator=torch.Generator().manual_seed(3)), requires_grad=trainable)
+    network = whole(body, gain=gain)
+    change = score(network, inputs) - score(network, torch.zeros_like(inputs))
+    assert ask(network, inputs, "deep_lift").sum().item() == pytest.approx(change, abs=1e-10)
+    if prepare(network, inputs).report.supports("lrp"):
+        relevance = ask(network, inputs, "lrp")
+        assert relevance.sum().item() == pytest.approx(score(network, inputs), abs=1e-5 * relevance.abs().sum().item())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda _, x: x * (x > 0.1),
+        lambda _, x: x * (x > 0.1).float(),
+        lambda _, x: (x * 10).long().double() / 10 + x,
+    ],
+)
+def test_masks_made_of_activations_are_refused(inputs: Tensor, body: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    with pytest.raises(InvalidInputError, match="'deep_lift' is not valid on this network: (gt|mul|long)"):
+        ask(whole(body), inputs, "deep_lift")
+
+
+def test_images_that_do_not_stay_apart_are_refused(inputs: Tensor) -> None:
+    network = whole(lambda _, x: x - 0.5 * x.mean(0, keepdim=True))
+    with pytest.raises(InvalidInputError, match="depends on the others of the batch"):
+        ask(network, inputs, "deep_lift")
+    single = whole(lambda _, x: x.view(1, 4, 10, 14))
+    with pytest.raises(InvalidInputError, match="one batch, on which this network fails"):
+        ask(single, inputs, "deep_lift")
+
+
+def test_relu6_has_no_slope_where_it_begins() -> None:
+    network = nn.Sequential(nn.ReLU6(), nn.Flatten(), nn.Linear(4, 2, bias=False))
+    inputs = torch.tensor([[[[0.0, 6.0, 3.0, -1.0]]]])
+    expected = network[2].weight[TARGET].detach() * torch.tensor([0.0, 0, 1, 0])
+    found = ask(prepare(network, inputs).module, inputs, "saliency")
+    torch.testing.assert_close(found.flatten(), expected)
+    assert ask(network, inputs, "guided_backprop").flatten()[[0, 1, 3]].tolist() == [0, 0, 0]
+
+
 def test_what_does_not_add_up_is_refused(inputs: Tensor) -> None:
     """Activations whose first dimension is not that of the images: the rule takes others for their references."""
 
@@ -439,13 +513,36 @@ def test_methods_that_cannot_be_registered(name: str, function: object, message:
     assert set(METHODS) == methods._BUILT_IN
 
 
-@pytest.mark.parametrize("found", [torch.zeros(3, 3), torch.zeros(2, 3, 12, 16), None, [[1.0]]])
+@pytest.mark.parametrize(
+    "found", [torch.zeros(3, 3), torch.zeros(2, 3, 12, 16), None, [[1.0]], torch.zeros(12, 16, dtype=torch.complex64)]
+)
 def test_maps_of_another_shape(
     network: Network, inputs: Tensor, registered: Callable[..., None], found: object
 ) -> None:
     registered("mine", lambda *_: found)
     with pytest.raises(InvalidInputError, match=r"method 'mine' gives a .*: it must give a map \[12, 16\] or attribut"):
         attribute(network, inputs, TARGET, "mine")
+
+
+def test_a_method_that_changes_things(network: Network, inputs: Tensor, registered: Callable[..., None]) -> None:
+    def darken(_: nn.Module, inputs: Tensor, __: int) -> Tensor:
+        inputs.data.mul_(0)
+        return inputs + torch.rand(inputs.shape)
+
+    def retrain(model: nn.Module, inputs: Tensor, _: int) -> Tensor:
+        with torch.no_grad():
+            model.fc.weight.add_(1)
+        return inputs
+
+    registered("darken", darken)
+    registered("retrain", retrain)
+    state = torch.get_rng_state()
+    question = Question(network, inputs.clone().requires_grad_(), TARGET)
+    METHODS["darken"].compute(question)
+    assert torch.equal(question.inputs, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(InvalidInputError, match="method 'retrain' changes the model's weights or buffers"):
+        METHODS["retrain"].compute(question)
 
 
 def test_built_in_methods_stay() -> None:

@@ -331,6 +331,37 @@ def test_the_last_map(body: Callable[[nn.Module, Tensor], Tensor], name: str) ->
     assert kept[0].dim() == 4
 
 
+def test_maps_with_channels_last_are_none() -> None:
+    report = prepared(small(lambda _, x: F.relu(x.permute(0, 2, 3, 1)).mean((1, 2))[..., None, None])).report
+    assert report.spatial_map is None
+    report = prepared(small(lambda _, x: F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))).report
+    assert report.spatial_map is not None
+
+
+def test_activations_and_computed_weights_that_a_network_keeps() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        self.seen = [F.relu(x)]
+        return F.relu(self.layer(self.seen[0]))
+
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
+    network = small(body, layer=layer)
+    network(inputs())
+    report = prepare(network, inputs()).report
+    assert report.untraceable is None
+    assert not report.supports("lrp")
+    assert report.supports("deep_lift")
+
+
+def test_preparing_takes_no_gradients() -> None:
+    modes: list[bool] = []
+    network = small(lambda _, x: F.relu(x))
+    network.conv.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    prepare(network, inputs())
+    assert modes
+    assert not any(modes)
+
+
 def test_tokens_are_no_map() -> None:
     report = prepared(small(lambda _, x: F.relu(x).flatten(2).mean(2)[:, :, None, None])).report
     assert report.spatial_map is None
@@ -347,6 +378,10 @@ def test_inputs_that_do_not_fit() -> None:
         prepare(network, torch.randn(2, 5, 8, 8))
     with pytest.raises(InvalidInputError, match=r"inputs must be a non-empty batch of model inputs, .* torch.int64"):
         prepare(network, torch.ones(2, 3, 8, 8).long())
+    with pytest.raises(InvalidInputError, match="inputs hold NaN or infinite values"):
+        prepare(network, torch.full((2, 3, 8, 8), torch.nan))
+    with pytest.raises(InvalidInputError, match="model is a DataParallel: pass the network that it wraps"):
+        prepare(nn.DataParallel(network), inputs())
     with pytest.raises(InvalidInputError, match="Small has no weights: it is on the meta device"):
         prepare(copy.deepcopy(network).to("meta"), inputs())
     with pytest.raises(InvalidInputError, match="model is a str"):
