@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from spade_fast import attribution, tracer
 from spade_fast.attribution import answer, asked, find_method
+from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import write_folder
 from spade_fast.images import image_tensor
@@ -156,6 +157,7 @@ class Explanation(ReadOnlyMappings):
         return write_folder(folder, contents)
 
 
+@without_autocast
 def explain(
     model: nn.Module | LoadedModel,
     image: Image.Image | Tensor,
@@ -245,7 +247,7 @@ def explain(
             warnings.warn(
                 f"the trace's map by {method!r} is zero everywhere: nothing of the image reaches the class any more; "
                 "prune less",
-                stacklevel=2,
+                stacklevel=3,  # behind the wrapper of `without_autocast`
             )
 
     def name(index: int) -> str:

@@ -178,13 +178,13 @@ def _grad_cam(question: Question) -> Tensor:
 def _score_cam(question: Question) -> Tensor:
     layer = _map_layer(question, "score_cam")
     kept: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _, __, output: kept.append(output.detach()))
+    handle = layer.register_forward_hook(lambda _, __, output: kept.append(output.detach().clone()))
     try:
         with torch.no_grad():
             question.prepared.module(question.inputs)
     finally:
         handle.remove()
-    maps = kept[0][0]  # [channels, h, w]
+    maps = kept[-1][0]  # [channels, h, w], of the last call
 
     def masked() -> Iterator[Tensor]:
         for chunk in torch.split(maps, question.batch_size):

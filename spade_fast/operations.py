@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spade_fast.errors import InvalidInputError, first_line
 
 
 class ClippedReLU(nn.ReLU):
@@ -39,6 +42,43 @@ class Elementwise(nn.Module):
 
 class MaxPool2d(nn.MaxPool2d):
     """Max pooling that DeepLIFT has a rule for, whatever the baseline and however windows overlap."""
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """The same modules anew, around the same parameters and buffers, for evaluation and without hooks.
+
+    Hooks that run before a module stay, since some compute its weight.
+
+    Raises
+    ------
+    InvalidInputError
+        If the module holds something that cannot be copied.
+    """
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    for each in module.modules():  # activations that a network keeps for its own use cannot be copied
+        shared.update({id(tensor): tensor for tensor in tensors_in(list(vars(each).values())) if not tensor.is_leaf})
+    try:
+        copied = copy.deepcopy(module, shared)
+    except (TypeError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"{type(module).__name__} cannot be copied ({first_line(error)}): keep such things outside of the module"
+        ) from error
+    for each in copied.modules():
+        each.training = False
+        for hooks in (each._forward_hooks, each._backward_hooks, each._backward_pre_hooks):
+            hooks.clear()
+    return copied
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Whatever tensors there are in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors_in(each)
 
 
 #: Methods that look inside the network.
@@ -84,8 +124,7 @@ def own_module(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.MaxPool2d) and kind is nn.MaxPool2d and not module.return_indices:
         return MaxPool2d(module.kernel_size, module.stride, module.padding, module.dilation, ceil_mode=module.ceil_mode)
     if kind in _KNOWN_ACTIVATIONS or kind in _OTHER_ACTIVATIONS:
-        own: Any = copy.copy(module)
-        own.training = False
+        own: Any = twin(module)
         if hasattr(own, "inplace"):
             own.inplace = False
         return own if kind in _KNOWN_ACTIVATIONS else Elementwise(own)
@@ -133,7 +172,10 @@ def functions_named(*names: str) -> frozenset[Any]:
 
 
 SUMS = functions_named("add", "iadd", "__add__", "__radd__", "__iadd__")
-MEANS = functions_named("mean", "sum")
+#: Sums and means of several places.
+AVERAGES = functions_named(
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "interpolate", "mean", "sum", "upsample"
+)
 FACTORS = functions_named(
     "mul", "multiply", "imul", "__mul__", "__rmul__", "__imul__", "div", "divide", "truediv", "itruediv", "true_divide",
     "__truediv__", "__itruediv__", "neg",
@@ -147,7 +189,7 @@ _STATISTICS = functions_named(
     "batch_norm", "group_norm", "instance_norm", "layer_norm", "local_response_norm", "log_softmax", "normalize",
     "norm", "rms_norm", "softmax", "std", "var",
 )  # fmt: skip
-_LINEAR_FUNCTIONS = MEANS | functions_named(
+_LINEAR_FUNCTIONS = AVERAGES | functions_named(
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "avg_pool1d", "avg_pool2d", "broadcast_to", "cat", "channel_shuffle",
     "chunk", "clone", "concat", "concatenate", "contiguous", "dropout", "expand", "flatten", "float", "flip",
     "__getitem__", "getitem", "interpolate", "movedim", "narrow", "pad", "permute", "pixel_shuffle", "pixel_unshuffle",
@@ -168,7 +210,8 @@ class Operation(NamedTuple):
     active: int  # how many of the tensors that come in depend on the input
     is_first_active: bool  # whether the first of its arguments does
     is_identity: bool  # whether what comes out is what came in
-    has_plain_weight: bool  # False for a layer that computes its weight from another
+    has_plain_weight: bool = True  # False for a layer that computes its weight from another
+    is_affine: bool = True  # False for a layer with weights that does something else beside
 
     def obstacle(self, traced: bool) -> tuple[tuple[str, ...], str] | None:
         """The methods that it makes invalid, and why; None if it stands in no method's way.
@@ -182,6 +225,8 @@ class Operation(NamedTuple):
         if self.is_identity:
             return None
         if isinstance(what, nn.Module):
+            if not self.is_affine:
+                return (*RULED_METHODS, *GUIDED_METHODS), f"{type(what).__name__} does more than apply its weight"
             if not self.has_plain_weight:
                 return ("lrp",), f"{type(what).__name__} computes its weight, which LRP has to change"
             return _module_obstacle(what)

@@ -7,10 +7,10 @@ a kind that the method does not know is passed over in silence, and the map is w
 
 from __future__ import annotations
 
-import copy
+import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -36,6 +36,8 @@ from spade_fast.operations import (
     Operation,
     functions_named,
     own_module,
+    tensors_in,
+    twin,
 )
 from spade_fast.preprocessing import Preprocess
 from spade_fast.readonly import ReadOnlyMappings
@@ -45,6 +47,8 @@ _TOLERANCE = 1e-4
 _DEFAULT_SIZE = 224
 #: What nodes of a prepared graph have in their `meta` if they give activations.
 ACTIVE = "spade_fast_active"
+#: And how many dimensions those have.
+DIMENSIONS = "spade_fast_dimensions"
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ def prepare(model: nn.Module | LoadedModel, inputs: Tensor | None = None) -> Pre
             if difference <= _TOLERANCE:
                 return _with_difference(prepared, difference)
             untraceable = f"the traced network's outputs differ by {difference:.1e} of the largest"
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             untraceable = first_line(error)
         prepared = _converted(module, tried[0], untraceable)
@@ -192,8 +198,9 @@ def _inputs_to_try(model: nn.Module | LoadedModel, module: nn.Module, inputs: Te
         first = next((each for each in module.modules() if isinstance(each, (nn.Conv2d, nn.Linear))), None)
         channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
         shape = [2, channels, size, size]
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return [batch.to(weight) for batch in (noise, inputs) if batch is not None]
+    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    with torch.inference_mode(False):
+        return [batch.to(weight, copy=True) for batch in (noise, inputs) if batch is not None]
 
 
 def _run(module: nn.Module, batch: Tensor) -> Tensor:
@@ -229,17 +236,6 @@ def _with_difference(prepared: Prepared, difference: float) -> Prepared:
     return replace(prepared, report=replace(prepared.report, largest_difference=difference))
 
 
-def twin(module: nn.Module) -> nn.Module:
-    """The same modules anew, around the same parameters and buffers, for evaluation."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    for each in module.modules():  # activations that a network keeps for its own use cannot be copied
-        shared.update({id(tensor): tensor for tensor in _tensors(list(vars(each).values())) if not tensor.is_leaf})
-    twin = copy.deepcopy(module, shared)
-    for each in twin.modules():
-        each.training = False
-    return twin
-
-
 # What torch.fx can trace
 
 
@@ -252,7 +248,13 @@ class _Tracer(fx.Tracer):
 
 def _traced(module: nn.Module, batch: Tensor) -> Prepared:
     shadow = twin(module)
-    traced = fx.GraphModule(shadow, _Tracer().trace(shadow), type(module).__name__)
+    # Whatever has a default keeps it.
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(shadow.forward).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    traced = fx.GraphModule(shadow, _Tracer().trace(shadow, defaults), type(module).__name__)
     changes = _Rewriting(traced, shadow).changes
     observer = _Observer(traced)
     observer.run(batch)
@@ -294,8 +296,10 @@ class _Rewriting:
     def _module_call(self, node: fx.Node) -> None:
         name = str(node.target)
         module = self._traced.get_submodule(name)
+        _name_arguments(node)
         if getattr(module, "inplace", False) is True:
             self._undo_in_place(node)
+            setattr(module, "inplace", False)  # noqa: B010 - modules declare none
         made = own_module(module)
         if made is None:
             return
@@ -308,16 +312,14 @@ class _Rewriting:
         self._traced.add_submodule(str(node.target), made)
 
     def _function_call(self, node: fx.Node) -> None:
-        for position, key in enumerate(("input", "other")):
-            if len(node.args) == position and key in node.kwargs:
-                node.args = (*node.args, node.kwargs[key])
-                node.kwargs = {name: value for name, value in node.kwargs.items() if name != key}
+        _name_arguments(node)
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name.endswith("_") and not name.endswith("__"):
             self._undo_in_place(node)
             name = name[:-1]
-            if isinstance(node.target, str) and hasattr(torch.Tensor, name):
-                node.target = name
+            owner: Any = torch.Tensor if isinstance(node.target, str) else torch
+            if hasattr(owner, name):
+                node.target = name if isinstance(node.target, str) else getattr(owner, name)
         made = self._module_for(node, name)
         if made is None:
             return
@@ -393,10 +395,20 @@ def _called(name: str) -> frozenset[Any]:
     return functions_named(name, f"{name}_") | {name, f"{name}_"}
 
 
+def _name_arguments(node: fx.Node) -> None:
+    """Give by position what was given by the names of the first arguments."""
+    for position, key in enumerate(("input", "other")):
+        if len(node.args) == position and key in node.kwargs:
+            node.args = (*node.args, node.kwargs[key])
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != key}
+
+
 def _bound(node: fx.Node, names: Sequence[str]) -> dict[str, Any] | None:
     """A call's arguments after the first, by name; None where one of them is computed."""
     given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
-    return None if any(isinstance(value, fx.Node) for value in given.values()) else given
+    computed: list[fx.Node] = []
+    fx.map_arg(given, computed.append)
+    return None if computed else given
 
 
 class _Observer(fx.Interpreter):
@@ -410,32 +422,48 @@ class _Observer(fx.Interpreter):
         self._pooled: set[fx.Node] = set()  # what is made of pooled activations alone
 
     def run_node(self, n: fx.Node) -> Any:
+        arguments: tuple[Any, ...] = () if n.op == "placeholder" else self.fetch_args_kwargs_from_env(n)[0]
+        stamps = _stamps(arguments)
         result = super().run_node(n)
         if n.op == "placeholder":
-            self._size = result.shape
-            n.meta[ACTIVE] = True
+            if not self._size:
+                self._size = result.shape
+                n.meta[ACTIVE] = True
             return result
         flags: list[bool] = []
         fx.map_arg((n.args, n.kwargs), lambda node: flags.append(ACTIVE in node.meta))
-        what: Any = self.fetch_attr(str(n.target)) if n.op == "call_module" else n.target
+        is_module = n.op == "call_module"
+        what: Any = self.fetch_attr(str(n.target)) if is_module else n.target
         what = getattr(torch.Tensor, what) if n.op == "call_method" else what
         if n.op == "output" or not any(flags) or not _holds_activations(result) or what in CONSTANTS:
             return result
         n.meta[ACTIVE] = True
-        arguments, _ = self.fetch_args_kwargs_from_env(n)
-        is_module = n.op == "call_module"
         layer = str(n.target) if is_module else _joined(_owner(n), n.name)
         first = bool(n.args) and isinstance(n.args[0], fx.Node) and ACTIVE in n.args[0].meta
-        identity = any(result is argument for argument in arguments)
-        plain = not is_module or _has_plain_weight(what, arguments[0])
-        self.operations.append(Operation(layer, what, sum(flags), first, identity, plain))
+        facts = _weight_facts(what, arguments[0]) if is_module and arguments else {}
+        self.operations.append(Operation(layer, what, sum(flags), first, _is_unchanged(result, stamps), **facts))
         if isinstance(result, Tensor):
+            n.meta[DIMENSIONS] = result.dim()
             sources = [node for node in n.all_input_nodes if ACTIVE in node.meta]
             pooled = _is_pooled(result) or self._pooled.issuperset(sources)
             if pooled:
                 self._pooled.add(n)
             self.spatial_map = _next_map(self.spatial_map, n, pooled, result, self._size)
         return result
+
+
+def _stamps(arguments: Any) -> dict[int, int]:
+    """Tensors by identity, and how often each was written to."""
+    return {id(tensor): _version(tensor) for tensor in tensors_in(arguments)}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those of inference mode count nothing
+
+
+def _is_unchanged(result: Any, stamps: Mapping[int, int]) -> bool:
+    """Whether what came out is what went in, and was not written to on the way."""
+    return isinstance(result, Tensor) and stamps.get(id(result)) == _version(result)
 
 
 def _holds_activations(result: Any) -> bool:
@@ -464,30 +492,53 @@ def _is_pooled(tensor: Tensor) -> bool:
     return tensor.dim() == 2 or (tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] == 1)
 
 
-def _has_plain_weight(module: nn.Module, batch: Any) -> bool:
-    """Whether a layer's outputs follow its weight itself: changing that must change what it multiplies with."""
+def _weight_facts(module: nn.Module, batch: Any) -> dict[str, bool]:
+    """Whether a layer applies its weight as it is, and does nothing else, as :class:`Operation` has it.
+
+    Kinds of other libraries are asked by what they do: twice the weight, twice the input and the input's negative must
+    have the effect that they have on a linear map.
+    """
     if not isinstance(module, WEIGHTED) or not isinstance(batch, Tensor):
-        return True
+        return {}
     weight = module._parameters.get("weight")
     if weight is None:
-        return False  # computed by a parametrization
+        return {"has_plain_weight": False}  # computed by a parametrization
     if type(module) in WEIGHTED and not module._forward_pre_hooks:
-        return True
-    outputs = [
-        torch.func.functional_call(module, {"weight": factor * weight}, (batch[:1],)).double() for factor in (0, 1, 2)
-    ]
-    once, twice = outputs[1] - outputs[0], outputs[2] - outputs[0]
-    return bool((twice - 2 * once).abs().max() <= _TOLERANCE * once.abs().max())  # False for NaN
+        return {}
+    forward: Any = type(module).forward  # not the module itself, whose hooks would take part
+    one = batch[:1].detach()
+
+    def outputs(inputs: Tensor, factor: float = 1.0) -> Tensor:
+        module._parameters["weight"] = nn.Parameter(factor * weight, requires_grad=False)
+        try:
+            result: Tensor = forward(module, inputs).double()
+            return result
+        finally:
+            module._parameters["weight"] = weight
+
+    def is_zero(difference: Tensor) -> bool:
+        return bool(difference.abs().max() <= _TOLERANCE * once.abs().max())  # False for NaN
+
+    with torch.no_grad():
+        offset = outputs(torch.zeros_like(one))
+        once = outputs(one) - offset
+        affine = is_zero(outputs(2 * one) - offset - 2 * once) and is_zero(outputs(-one) - offset + once)
+        plain = is_zero(outputs(one, 2.0) - outputs(one, 0.0) - 2 * (outputs(one) - outputs(one, 0.0)))
+    return {"has_plain_weight": plain, "is_affine": affine}
 
 
 def _name_spatial_map(traced: fx.GraphModule, node: fx.Node | None) -> str | None:
     """The module whose output is the last map: one is put behind a function that gives it."""
     if node is None or node.op == "call_module":
         return None if node is None else str(node.target)
+    taken = {name for name, _ in traced.named_modules()}
     name = _joined(_owner(node), node.name)
+    while name in taken:
+        name += "_map"
     traced.add_submodule(name, nn.Identity())
     with traced.graph.inserting_after(node):
         behind = traced.graph.call_module(name, (node,))
+    behind.meta = dict(node.meta)
     node.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
     return name
 
@@ -511,7 +562,7 @@ def _converted(module: nn.Module, batch: Tensor, untraceable: str) -> Prepared:
         watch.attach(hooks)
         parameters = {name: each.detach() for name, each in shadow.named_parameters()}
         with torch.enable_grad(), watch:
-            torch.func.functional_call(shadow, parameters, (batch.clone().requires_grad_(),))
+            torch.func.functional_call(shadow, parameters, (batch.clone().requires_grad_().clone(),))
     return Prepared(shadow, _report(changes, watch.operations, watch.spatial_map, untraceable))
 
 
@@ -524,64 +575,61 @@ class _Watch(TorchFunctionMode):
         self.spatial_map: str | None = None
         self._size = size
         self._names = {each: name for name, each in module.named_modules()}
-        self._stack: list[str] = []
+        self._stack: list[tuple[str, dict[int, int]]] = []  # names, and what went in
         self._inside: nn.Module | None = None  # a module that is looked at as a whole
 
     def attach(self, hooks: ExitStack) -> None:
         for module in self._names:
             for handle in (
-                module.register_forward_pre_hook(self._enter),
-                module.register_forward_hook(self._leave, always_call=True),
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
             ):
                 hooks.callback(handle.remove)
 
-    def _enter(self, module: nn.Module, _: tuple[Any, ...]) -> None:
-        self._stack.append(self._names[module])
+    def _enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._stack.append((self._names[module], _stamps((arguments, keywords))))
         if self._inside is None and _is_leaf(module):
             self._inside = module
 
-    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
-        name = self._stack.pop()
+    def _leave(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], outputs: Any) -> None:
+        name, stamps = self._stack.pop()
         if self._inside is not None and module is not self._inside:
             return
         is_leaf, self._inside = self._inside is not None, None
+        given = (*arguments, *keywords.values())
         if isinstance(outputs, Tensor) and outputs.requires_grad and name:
-            pooled = _is_pooled(outputs) or all(map(_is_pooled, _tensors(inputs)))
+            pooled = _is_pooled(outputs) or all(map(_is_pooled, tensors_in(given)))
             self.spatial_map = _next_map(self.spatial_map, name, pooled, outputs, self._size)
         if is_leaf:
-            self._note(name, module, inputs, outputs)
+            self._inside = module  # what is tried out with it is no step of the network
+            facts = _weight_facts(module, given[0] if given else None)
+            self._inside = None
+            self._note(name, module, given, outputs, stamps, **facts)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        stamps = _stamps(given) if self._inside is None else {}
         result = func(*args, **(kwargs or {}))
         if self._inside is None:
             name = getattr(func, "__name__", str(func))
-            place = _joined(self._stack[-1] if self._stack else "", name)
-            self._note(place, func, (*args, *(kwargs or {}).values()), result)
+            place = _joined(self._stack[-1][0] if self._stack else "", name)
+            self._note(place, func, given, given[0] if func is torch.Tensor.__setitem__ else result, stamps)
         return result
 
-    def _note(self, layer: str, what: Any, arguments: tuple[Any, ...], result: Any) -> None:
-        flags = [tensor.requires_grad for tensor in _tensors(arguments)]
-        # Masks that only decide which way to go are not told from others here: sums of attributions are checked anyway.
-        is_mask = isinstance(result, Tensor) and not result.is_floating_point()
-        if any(flags) and _holds_activations(result) and not is_mask and what not in CONSTANTS:
-            first = bool(arguments) and isinstance(arguments[0], Tensor) and arguments[0].requires_grad
-            identity = any(result is argument for argument in arguments)
-            self.operations.append(Operation(layer, what, sum(flags), first, identity, has_plain_weight=True))
+    def _note(
+        self, layer: str, what: Any, given: tuple[Any, ...], result: Any, stamps: Mapping[int, int], **facts: bool
+    ) -> None:
+        flags = [tensor.requires_grad for tensor in tensors_in(given)]
+        # One number, not a mask, may only decide which way to go: sums of attributions are checked anyway.
+        decides = isinstance(result, Tensor) and not result.is_floating_point() and result.numel() == 1
+        if any(flags) and _holds_activations(result) and not decides and what not in CONSTANTS:
+            first = bool(given) and isinstance(given[0], Tensor) and given[0].requires_grad
+            self.operations.append(Operation(layer, what, sum(flags), first, _is_unchanged(result, stamps), **facts))
 
 
 def _is_leaf(module: nn.Module) -> bool:
     defined_by_torch = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
     return defined_by_torch or isinstance(module, (*WEIGHTED, ClippedReLU, Elementwise, MaxPool2d))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _tensors(each)
 
 
 def _report(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+_turn = threading.RLock()
+
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the generators of Python, numpy and torch, the last on CPU and `device`; afterwards they are as they were.
 
-    For libraries that draw from them all: torch-lucent and captum from numpy's, others from torch's.
+    One thread at a time, since all share the generators. For libraries that draw from any of them: torch-lucent and
+    captum from numpy's, others from torch's.
     """
+    _turn.acquire()
     # Legacy by numpy's standards, yet the generator that `np.random.choice` draws from.
     python, legacy, torchs = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
     # Not torch.manual_seed, which would seed all other GPUs too.
@@ -34,3 +39,4 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         torch.default_generator.set_state(torchs)
         if gpu is not None and gpus is not None:
             gpu.set_state(gpus)
+        _turn.release()

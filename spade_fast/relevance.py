@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +15,12 @@ from spade_fast.errors import require
 from spade_fast.preparation import Prepared
 from spade_fast.rules import check_total
 
-# Weight of an even division beside z+, which counts only for outputs without contributions.
-_EVEN_SHARE = 1e-6
 # What keeps denominators from zero, with their sign: no larger, since relevance leaks through it.
 _STABILIZER = 1e-12
+# Of a layer's outputs: those below this share of the largest owe nothing to what came in, but to the bias alone.
+_NEGLIGIBLE = 1e-9
+# Of relevance's sum from the score, as a share of it: rounding in float32 takes a thousandth where scores are tiny.
+_LARGEST_LEAK = 1e-2
 
 
 def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
@@ -27,10 +28,10 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
 
     The rules are those of the composite "EpsilonPlusFlat" (Kohlbrenner et al. 2020), with biases left out of all
     denominators, so that none absorbs relevance: flat for the first layer with weights, z+ for other convolutions,
-    epsilon for linear layers. An output of a convolution that owes its value to the bias alone, as is common in
-    depthwise layers, divides its relevance evenly instead of losing it. Batch norms are folded into the layers before
-    them; those that follow none, activations and factors pass relevance on; sums of branches and average pooling divide
-    it by contribution; max pooling gives it to the largest.
+    epsilon for linear layers. An output that owes its value to the bias alone, as is common in depthwise layers,
+    divides its relevance evenly instead of losing it. Batch norms are folded into the layers before them; those that
+    follow none, activations and factors pass relevance on; sums of branches and averages divide it by contribution; max
+    pooling gives it to the largest.
 
     Parameters
     ----------
@@ -55,19 +56,21 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
     """
     prepared.report.require("lrp")
     network = _with_rules(prepared)
-    point = inputs.detach().clone().requires_grad_()
-    with torch.enable_grad(), _composite(network).context(network):
-        outputs = network(point)
+    with torch.inference_mode(False), torch.no_grad():
+        expected = prepared.module(inputs.clone())[:, target]
+    with torch.inference_mode(False), torch.enable_grad(), _composite(network).context(network):
+        point = inputs.detach().clone().requires_grad_()
+        outputs = network(point.clone())
         seed = torch.zeros_like(outputs)
         seed[:, target] = outputs.detach()[:, target]
         (found,) = torch.autograd.grad(outputs, point, seed)
-    check_total("lrp", found, outputs.detach()[:, target])
+    check_total("lrp", found, expected, _LARGEST_LEAK)
     return found
 
 
 def _with_rules(prepared: Prepared) -> fx.GraphModule:
     """A copy of the network that passes relevance where it would pass a gradient, but for layers with weights."""
-    network = preparation.twin(prepared.module)
+    network = operations.twin(prepared.module)
     assert isinstance(network, fx.GraphModule)  # or the report would have refused
     _separate_calls(network)
     for node in list(network.graph.nodes):
@@ -81,17 +84,20 @@ def _with_rules(prepared: Prepared) -> fx.GraphModule:
                 _replace(network, node, _Pass(module))
             elif isinstance(module, operations.AVERAGE_POOLING):
                 _replace(network, node, _Share(module))
-        elif _function(node) in operations.SUMS and len(node.args) == 2 and all(map(_is_active, node.args)):
+        elif _function(node) in operations.SUMS and all(map(_is_active, node.args)):
             node.op, node.target = "call_function", _split_sum
-        elif _function(node) in operations.MEANS:
-            _replace(network, node, _Share(_Call(node)))
-        elif _function(node) in operations.FACTORS or (
-            _function(node) in operations.DIFFERENCES and not _is_active(node.args[0])
-        ):
-            _replace(network, node, _Pass(_Call(node), list(map(_is_active, node.all_input_nodes)).index(True)))
+        elif _function(node) in operations.AVERAGES:
+            _replace(network, node, _Share(_Call(node), _active_source(node)))
+        elif _function(node) in operations.SUMS | operations.DIFFERENCES | operations.FACTORS:
+            _replace(network, node, _Pass(_Call(node), _active_source(node)))
     network.graph.lint()  # type: ignore[no-untyped-call]
     network.recompile()
     return network
+
+
+def _active_source(node: fx.Node) -> int:
+    """Which of the nodes that a node uses is the activation."""
+    return [_is_active(source) for source in node.all_input_nodes].index(True)
 
 
 def _function(node: fx.Node) -> Any:
@@ -111,7 +117,8 @@ def _separate_calls(network: fx.GraphModule) -> None:
             calls[name] += 1
             if calls[name] > 1:
                 node.target = f"{name}_call_{calls[name]}"
-                network.add_submodule(node.target, copy.copy(network.get_submodule(name)))
+                # With hooks of its own, through which zennit applies its rules.
+                network.add_submodule(node.target, operations.twin(network.get_submodule(name)))
 
 
 def _fold(network: fx.GraphModule, node: fx.Node, norm: Any) -> bool:
@@ -124,7 +131,11 @@ def _fold(network: fx.GraphModule, node: fx.Node, norm: Any) -> bool:
         return False
     fused: nn.Module
     if isinstance(layer, nn.Linear):
+        if source.meta.get(preparation.DIMENSIONS) != 2:  # the norm is over another dimension than the layer's outputs
+            return False
         fused = fuse_linear_bn_eval(layer, norm)
+    elif layer.transposed and layer.groups > 1:
+        return False
     else:
         is_transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
         fused = fuse_conv_bn_eval(layer, norm, is_transposed)
@@ -165,7 +176,7 @@ class _Pass(nn.Module):
         super().__init__()
         self.function, self.active = function, active
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         with torch.no_grad():
             result = self.function(*inputs)
         passed: Tensor = _PassOn.apply(inputs[self.active], result)  # type: ignore[no-untyped-call]
@@ -173,14 +184,17 @@ class _Pass(nn.Module):
 
 
 class _Share(nn.Module):
-    """Whatever comes back is divided among the inputs by what each contributed."""
+    """Whatever comes back is divided among the places of an activation by what each contributed."""
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor], active: int = 0) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.active = function, active
 
-    def forward(self, input: Tensor) -> Tensor:
-        shared: Tensor = _ShareOut.apply(input, self.function)  # type: ignore[no-untyped-call]
+    def forward(self, *inputs: Any) -> Tensor:
+        def of_active(value: Tensor) -> Tensor:
+            return self.function(*inputs[: self.active], value, *inputs[self.active + 1 :])
+
+        shared: Tensor = _ShareOut.apply(inputs[self.active], of_active)  # type: ignore[no-untyped-call]
         return shared
 
 
@@ -208,8 +222,14 @@ class _ShareOut(torch.autograd.Function):
         with torch.enable_grad():
             point = saved.detach().requires_grad_()
             result = ctx.function(point)
-            (share,) = torch.autograd.grad(result, point, found[0] / _stabilized(result.detach()))
-        return saved * share, None
+            dead = _is_negligible(result.detach())
+            divided = found[0].masked_fill(dead, 0) / _stabilized(result.detach())
+            (share,) = torch.autograd.grad(result, point, divided, retain_graph=True)
+            # What is due to nothing goes to all places alike, in the shares in which they are summed.
+            (even,) = torch.autograd.grad(result, point, torch.ones_like(result), retain_graph=True)
+            total = ctx.function(even.detach()) if bool(dead.any()) else result.detach()
+            (rest,) = torch.autograd.grad(result, point, torch.where(dead, found[0] / _stabilized(total), 0))
+        return saved * share + even * rest, None
 
 
 class _SplitSum(torch.autograd.Function):
@@ -221,13 +241,19 @@ class _SplitSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, Tensor, None]:
         left, right = ctx.saved_tensors
-        share = found[0] / _stabilized(left + right)
-        return (left * share).sum_to_size(left.shape), (right * share).sum_to_size(right.shape), None
+        total = left + right
+        dead = _is_negligible(total)
+        share, half = found[0].masked_fill(dead, 0) / _stabilized(total), torch.where(dead, found[0] / 2, 0)
+        return (left * share + half).sum_to_size(left.shape), (right * share + half).sum_to_size(right.shape), None
 
 
 def _split_sum(left: Tensor, right: Tensor, *, alpha: float = 1) -> Tensor:
     total: Tensor = _SplitSum.apply(left, right, alpha)  # type: ignore[no-untyped-call]
     return total
+
+
+def _is_negligible(outputs: Tensor) -> Tensor:
+    return outputs.abs() <= _NEGLIGIBLE * outputs.abs().max()
 
 
 def _stabilized(denominator: Tensor) -> Tensor:
@@ -248,21 +274,37 @@ def _composite(network: fx.GraphModule) -> Any:
     zero = {"zero_params": ["bias"]}
     linear = [name for name in others if isinstance(layers[name], nn.Linear)]
     convolutions = [name for name in others if name not in linear]
+    ones = core.ParamMod(lambda parameter, _: torch.ones_like(parameter), **zero)
+
+    def divide(found: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        """By contribution, the last of the outputs apart; where there is none, evenly, by the last."""
+        *contributions, places = outputs
+        total = torch.stack(contributions).sum(dim=0)
+        dead = _is_negligible(total)
+        shares = found.masked_fill(dead, 0) / _stabilized(total)
+        return [shares] * len(contributions) + [torch.where(dead, found / _stabilized(places), 0)]
+
+    def collect(inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+        return torch.stack(list(map(torch.mul, inputs, gradients))).sum(dim=0)
+
     z_plus = core.BasicHook(
         input_modifiers=[lambda x: x.clamp(min=0), lambda x: x.clamp(max=0), torch.ones_like],
-        param_modifiers=[
-            rules.ClampMod(min=0.0, **zero),
-            rules.ClampMod(max=0.0, **zero),
-            core.ParamMod(lambda parameter, _: torch.ones_like(parameter), **zero),
-        ],
-        output_modifiers=[lambda output: output, lambda output: output, lambda output: _EVEN_SHARE * output],
-        gradient_mapper=lambda found, outputs: [found / _stabilized(torch.stack(outputs).sum(dim=0))] * 3,
-        reducer=lambda inputs, gradients: sum(map(torch.mul, inputs, gradients)),
+        param_modifiers=[rules.ClampMod(min=0.0, **zero), rules.ClampMod(max=0.0, **zero), ones],
+        output_modifiers=[lambda output: output] * 3,
+        gradient_mapper=divide,
+        reducer=collect,
+    )
+    epsilon = core.BasicHook(
+        input_modifiers=[lambda x: x, torch.ones_like],
+        param_modifiers=[rules.NoMod(**zero), ones],
+        output_modifiers=[lambda output: output] * 2,
+        gradient_mapper=divide,
+        reducer=collect,
     )
     return composites.NameMapComposite(
         [
             (first, rules.Flat(stabilizer=_STABILIZER, **zero)),
             (convolutions, z_plus),
-            (linear, rules.Epsilon(epsilon=_STABILIZER, **zero)),
+            (linear, epsilon),
         ]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,39 @@ def test_random_methods_have_a_seed(network: Residual, inputs: Tensor, method: s
     assert torch.equal(torch.get_rng_state(), states[2])
     assert torch.equal(attribute(network, inputs, TARGET, method, seed=3), first)
     assert not torch.equal(attribute(network, inputs, TARGET, method, seed=4), first)
+
+
+def test_random_methods_in_several_threads(network: Residual, inputs: Tensor) -> None:
+    state = torch.get_rng_state()
+    expected = [attribute(network, inputs, TARGET, "gradient_shap", seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: attribute(network, inputs, TARGET, "gradient_shap", seed=seed), range(4)))
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", [2, 3])
+def test_network_is_left_as_it_was_after_an_interruption(
+    network: Residual, inputs: Tensor, method: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    forward, calls = F.conv2d, []
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > call:  # the first two are those of a first look at the outputs
+            raise KeyboardInterrupt
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(F, "conv2d", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(network, inputs, TARGET, method)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    for module in network.modules():
+        assert module.training
+        assert not any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,14 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == len(before)
 
 
+def test_autocast_changes_nothing(loaded: LoadedModel, photo: Image.Image, explanation: Explanation) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explain(loaded, photo, **QUICK)
+    for method, heat in explanation.spade.items():
+        assert torch.equal(found.spade[method], heat)
+        assert torch.equal(found.dense[method], explanation.dense[method])
+
+
 def test_all_methods(loaded: LoadedModel, photo: Image.Image) -> None:
     explanation = explain(loaded, photo, methods="all", **QUICK)
     assert list(explanation.dense) == list(explanation.spade) == list(METHODS)

@@ -95,10 +95,10 @@ NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_lite0", "cifar
 
 
 def network_named(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
     if name == "efficientnet_lite0":
         pytest.importorskip("timm")
         return load_model(name).module, torch.randn(1, 3, 64, 64)
-    torch.manual_seed(0)
     if name == "cifar_resnet20":
         return cifar.CifarResNet(3).eval(), torch.randn(1, 3, 32, 32)
     models = pytest.importorskip("torchvision.models")

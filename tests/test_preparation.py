@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -292,6 +293,93 @@ def test_factors_constants_and_shapes_stand_in_no_ones_way() -> None:
     report = prepared(small(body)).report
     assert all(report.supports(method) for method in ("deep_lift", "lrp", "guided_backprop"))
     report.require("saliency")
+
+
+class ConvReLU(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("first", [lambda _, x: x, branching])
+def test_layers_that_do_more_than_to_apply_their_weight(
+    bias: bool, first: Callable[[nn.Module, Tensor], Tensor]
+) -> None:
+    network = small(
+        lambda self, x: self.relu(self.layer(first(self, x))), relu=nn.ReLU(), layer=ConvReLU(4, 4, 1, bias=bias)
+    )
+    report = prepared(network).report
+    for method in ("deep_lift", "guided_backprop"):
+        assert report.obstacles[method]["layer"] == "ConvReLU does more than apply its weight"
+
+
+@pytest.mark.parametrize("function", [lambda x: x.relu_(), lambda x: F.relu(x, inplace=True), torch.relu_, torch.exp_])
+def test_functions_that_work_in_place_are_seen(function: Callable[[Tensor], Tensor]) -> None:
+    found = prepared(small(lambda self, x: function(branching(self, x) + 0), relu=nn.ReLU()))
+    assert not found.report.supports("deep_lift")
+    assert not found.report.supports("guided_backprop")
+    if function is not torch.exp_:
+        assert prepared(small(lambda _, x: function(x + 0))).report.supports("deep_lift")
+    else:
+        assert not prepared(small(lambda _, x: function(x + 0))).report.supports("deep_lift")
+
+
+def test_what_is_set_in_place_is_seen() -> None:
+    def body(self: nn.Module, x: Tensor) -> Tensor:
+        x = branching(self, x) + 0
+        x[x < 0.1] = 0
+        return x
+
+    report = prepared(small(body, relu=nn.ReLU())).report
+    assert any("setitem" in layer for layer in report.obstacles["deep_lift"])
+
+
+def test_modules_called_by_keyword_are_seen() -> None:
+    for first in (branching, lambda _, x: x):
+        body = lambda self, x: self.norm(input=first(self, x))  # noqa: E731, B023
+        report = prepared(small(body, relu=nn.ReLU(), norm=nn.GroupNorm(2, 4))).report
+        assert "norm" in report.obstacles["deep_lift"]
+
+
+def test_arguments_with_defaults_keep_them() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, features: bool = False, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
+            x = F.relu(self.conv(x)) * scale
+            if features:
+                return x
+            return self.fc((x if mask is None else x * mask).mean((2, 3)))
+
+    report = prepared(Network().eval()).report
+    assert all(map(report.supports, INSIDE_METHODS))
+
+
+def test_the_last_map_takes_no_ones_place() -> None:
+    network = small(lambda self, x: x + self.add(x), add=nn.Conv2d(4, 4, 1))
+    report = prepared(network).report
+    assert report.untraceable is None
+    assert report.supports("lrp")
+
+
+def test_hooks_are_left_to_the_original() -> None:
+    seen: list[float] = []
+    network = small(lambda self, x: self.block(x), block=nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    network.block.register_forward_hook(lambda _, __, output: seen.append(float(output.sum())))
+    found = prepare(network, inputs())
+    assert found.report.untraceable is None
+    count = len(seen)
+    found.module(inputs())
+    assert len(seen) == count
+
+
+def test_what_cannot_be_copied_is_refused() -> None:
+    network = small(lambda _, x: F.relu(x))
+    network.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(InvalidInputError, match="Small cannot be copied .*: keep such things outside"):
+        prepare(network, inputs())
 
 
 def test_layers_that_standardise_their_weights_are_found_by_what_they_do() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spade_fast.attribution import attribute
 from spade_fast.errors import InvalidInputError
 from spade_fast.preparation import prepare
 from spade_fast.relevance import relevance
@@ -44,27 +48,20 @@ def test_epsilon_and_flat_by_hand() -> None:
 def test_z_plus_by_hand() -> None:
     """Positive contributions alone count, whatever their signs come from; without any, relevance is divided evenly."""
     network = nn.Sequential(
-        nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)
+        nn.Conv2d(2, 2, 1, groups=2, bias=False), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2)
     ).double()
     with torch.no_grad():
-        network[0].weight.copy_(torch.eye(2)[..., None, None])
-        network[1].weight.copy_(torch.tensor([[3.0, -1], [-2, -2]])[..., None, None])
+        network[0].weight.copy_(
+            torch.tensor([1.0, -1]).view(2, 1, 1, 1)
+        )  # flat: each input keeps its channel's relevance
+        network[1].weight.copy_(torch.tensor([[3.0, -1], [-2, 2]])[..., None, None])
         network[1].bias.copy_(torch.tensor([0.5, 9]))
         network[4].weight.copy_(torch.tensor([[0.0, 0], [1, 1]]))
         network[4].bias.zero_()
-    prepared = prepare(network, torch.ones(1, 2, 1, 1).double())
     inputs = torch.tensor([2.0, 1]).view(1, 2, 1, 1).double()
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(kept.append)
-
-    network[0].register_forward_hook(keep)
-    # Outputs 5.5 and 3, each with that relevance: the first is due to input 0, the second to nothing but its bias.
-    relevance(prepare(network, inputs), inputs, TARGET)
-    torch.testing.assert_close(kept[-1].flatten(), torch.tensor([5.5 + 1.5, 1.5]).double(), rtol=1e-5, atol=0)
-    assert prepared.report.supports("lrp")
+    # Activations 2 and -1 give 6 + 1 + 0.5, due to both, and -4 - 2 + 9, due to nothing but the bias.
+    expected = torch.tensor([7.5 * 6 / 7 + 3 / 2, 7.5 / 7 + 3 / 2]).double()
+    torch.testing.assert_close(found(network, inputs).flatten(), expected, rtol=1e-5, atol=0)
 
 
 def test_branches_and_pooling_by_hand() -> None:
@@ -158,6 +155,86 @@ def test_a_layer_called_twice_has_a_rule_for_each_call() -> None:
     torch.manual_seed(0)
     network = Twice().double()
     assert conserved(network, torch.randn(1, 3, 8, 8).double()) < 1e-4
+
+
+class Body(nn.Module):
+    """A convolution, then `body`, then global pooling and a classifier."""
+
+    def __init__(self, body: Callable[[nn.Module, Tensor], Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.fc, self.body = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2), body
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(self, self.conv(x)).mean((2, 3)))
+
+
+def made(body: Callable[[nn.Module, Tensor], Tensor], **modules: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return Body(body, **modules).double().eval()
+
+
+def test_calls_of_one_layer_keep_apart() -> None:
+    """Conservation cannot see whether the rule of one call works on what went through the other."""
+    inputs = torch.randn(1, 3, 8, 8).double()
+    again, act = nn.Conv2d(4, 4, 3, padding=1), nn.LeakyReLU(0.1)
+    once = made(lambda self, x: self.act(self.a(self.act(self.a(x)))), a=again, act=act)
+    twice = made(
+        lambda self, x: self.act2(self.b(self.act(self.a(x)))),
+        a=again,
+        b=copy.deepcopy(again),
+        act=act,
+        act2=copy.deepcopy(act),
+    )
+    torch.testing.assert_close(found(once, inputs), found(twice, inputs))
+    for method in ("score_cam", "grad_cam"):
+        torch.testing.assert_close(attribute(once, inputs, TARGET, method), attribute(twice, inputs, TARGET, method))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.avg_pool2d(x, 8),
+        lambda x: F.avg_pool2d(x, x.size(3)),
+        lambda x: F.avg_pool2d(x, (x.size(2), x.size(3))),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: x.mean((2, 3), keepdim=True),
+        lambda x: F.adaptive_avg_pool1d(x.flatten(2), 1)[..., None],
+        lambda x: (x.sum(x.dim() - 1, keepdim=True) / x.size(3)).mean(2, keepdim=True),
+    ],
+)
+def test_averages_are_divided_by_contribution_however_they_are_written(pool: Callable[[Tensor], Tensor]) -> None:
+    inputs = torch.randn(1, 3, 8, 8).double()
+    expected = found(made(lambda self, x: self.pool(F.relu(x)), pool=nn.AvgPool2d(8)), inputs)
+    torch.testing.assert_close(found(made(lambda _, x: pool(F.relu(x))), inputs), expected)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        made(lambda _, x: torch.add(torch.ones(4, 1, 1).double(), x, alpha=3)),
+        made(lambda _, x: F.relu(x) * 0 + 1),
+        made(lambda self, x: F.avg_pool2d(F.relu(x) * 0, 2) + self.branch(x)[..., ::2, ::2], branch=nn.Conv2d(4, 4, 1)),
+        made(
+            lambda self, x: self.norm(self.linear(x.flatten(2))).view(1, 4, 2, 2),
+            linear=nn.Linear(64, 4),
+            norm=nn.BatchNorm1d(4),
+        ),
+        made(
+            lambda self, x: self.norm(self.up(F.relu(x))),
+            up=nn.ConvTranspose2d(4, 4, 2, groups=2),
+            norm=nn.BatchNorm2d(4),
+        ),
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU(), nn.Linear(5, 2)).double(),
+    ],
+)
+def test_relevance_is_conserved_in_odd_places(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    assert conserved(network, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5)).double()) < 1e-4
 
 
 def test_networks_without_rules_are_refused_by_layer() -> None:
