@@ -74,6 +74,11 @@ class Question:
         In the dtype of the inputs: captum makes float32 of others.
         """
         outputs: Tensor = self.module(batch.to(self.inputs.dtype, copy=True))
+        if outputs.dim() != 2 or len(outputs) != len(batch):
+            raise InvalidInputError(
+                f"{type(self.module).__name__} gives scores {list(outputs.shape)} for a batch of {len(batch)} images: it "
+                "must take any number of images, or be asked with batch_size=1"
+            )
         return outputs
 
     def scores(self, batches: Iterator[Tensor], count: int, title: str) -> Tensor:

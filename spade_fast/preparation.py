@@ -109,8 +109,8 @@ class Prepared:
     Attributes
     ----------
     module
-        The network: own modules, under the names of the original's, around the original's parameters and buffers.
-        Traces of the original apply to it.
+        The network: own modules around the original's parameters and buffers, layers under their names. Traces of the
+        original apply to it. Batch norms that the original calls by function have a module below theirs.
     report
         What was done and what is valid.
     """
@@ -365,7 +365,7 @@ class _Rewriting:
         made: nn.Module = kind(len(mean), eps=given.get("eps", 1e-5), affine=False)
         made.running_mean, made.running_var = mean, variance
         for name, value in (("weight", weight), ("bias", bias)):
-            made.register_parameter(name, value if value is None else nn.Parameter(value.detach(), requires_grad=False))
+            made.register_parameter(name, _as_parameter(value))
         made.training = False
         return made
 
@@ -388,6 +388,10 @@ class _Rewriting:
             free = f"{name}_{count}"
         self._names.add(free)
         return free
+
+
+def _as_parameter(value: Tensor | None) -> nn.Parameter | None:
+    return value if value is None or isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
 
 def _called(name: str) -> frozenset[Any]:

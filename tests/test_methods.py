@@ -362,7 +362,7 @@ def test_guided_backprop_by_hand(network: Network, inputs: Tensor) -> None:
     torch.testing.assert_close(ask(network, inputs, "guided_backprop"), guided_by_hand(network, inputs))
 
 
-def grad_cam_by_hand(network: Network, inputs: Tensor) -> Tensor:
+def grad_cam_by_hand(network: Network, inputs: Tensor, target: int = TARGET) -> Tensor:
     kept: list[Tensor] = []
     handle = network.pool.register_forward_hook(lambda _, __, output: kept.append(output))
     network(inputs)
@@ -370,7 +370,7 @@ def grad_cam_by_hand(network: Network, inputs: Tensor) -> Tensor:
     x = kept[0]
     x = network.relu(x + network.bn2(network.conv2(x)))
     last = F.max_pool2d(F.relu(x + network.act(network.depthwise(x)) * 0.5), 2).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(network.fc(last.mean((2, 3)))[0, TARGET], last)
+    (gradient,) = torch.autograd.grad(network.fc(last.mean((2, 3)))[0, target], last)
     coarse = (gradient.mean((2, 3), keepdim=True) * last).sum(dim=1, keepdim=True).clamp(min=0)
     return F.interpolate(coarse.detach(), inputs.shape[2:], mode="bilinear")
 
@@ -378,6 +378,10 @@ def grad_cam_by_hand(network: Network, inputs: Tensor) -> Tensor:
 def test_grad_cam_by_hand(network: Network, inputs: Tensor) -> None:
     expected = grad_cam_by_hand(network, inputs)
     torch.testing.assert_close(ask(network, inputs, "grad_cam"), expected)
+    others = [grad_cam_by_hand(network, inputs, target) for target in range(4)]
+    assert min(other.min() for other in others) == 0  # where the class is spoken against
+    for target, other in enumerate(others):
+        torch.testing.assert_close(ask(network, inputs, "grad_cam", target), other)
     guided = ask(network, inputs, "guided_backprop")
     torch.testing.assert_close(ask(network, inputs, "guided_grad_cam"), guided * expected)
 
@@ -445,6 +449,28 @@ def test_occlusion_by_hand() -> None:
     count = F.conv_transpose2d(torch.ones_like(fall), torch.ones(1, 1, 2, 2))
     found = ask(network, torch.ones(1, 3, 4, 4), "occlusion")
     torch.testing.assert_close(found, (total / count).expand(1, 3, 4, 4))
+
+
+def test_occlusion_moves_by_a_twenty_eighth_of_the_image() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(56 * 40, 2))
+    seen: list[Tensor] = []
+    network.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments[0]))
+    ask(network, torch.rand(1, 1, 56, 40) + 1, "occlusion")
+    hidden = torch.stack([image for image in seen if (image == 0).any()])
+    assert len(hidden) == 27 * 19
+    assert (hidden == 0).sum((1, 2, 3)).unique().tolist() == [16]
+
+
+def test_a_network_of_one_answer_says_so() -> None:
+    class One(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1)).mean(0, keepdim=True)
+
+    with pytest.raises(
+        InvalidInputError, match=r"One gives scores \[1, 2\] for a batch of 16 images: it must take any"
+    ):
+        attribute(One(12, 2), torch.rand(1, 3, 2, 2), TARGET, "integrated_gradients")
+    attribute(One(12, 2), torch.rand(1, 3, 2, 2), TARGET, "integrated_gradients", batch_size=1)
 
 
 def test_lime_finds_what_each_superpixel_adds() -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import is_fx_tracing
 
 import spade_fast as sf
+from spade_fast import preparation
 from spade_fast.errors import InvalidInputError
 from spade_fast.operations import INSIDE_METHODS, ClippedReLU, Elementwise, MaxPool2d
 from spade_fast.preparation import Prepared, prepare
@@ -373,6 +375,29 @@ def test_hooks_are_left_to_the_original() -> None:
     count = len(seen)
     found.module(inputs())
     assert len(seen) == count
+
+
+def test_outputs_are_compared_on_noise_and_on_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[list[Tensor]] = []
+    real = preparation._largest_difference
+
+    def watched(module: nn.Module, tried: list[Tensor], expected: list[Tensor]) -> float:
+        compared.append(tried)
+        return real(module, tried, expected)
+
+    monkeypatch.setattr(preparation, "_largest_difference", watched)
+    prepare(small(lambda _, x: F.relu(x)), inputs())
+    noise, given = compared[0]
+    assert torch.equal(given, inputs())
+    assert noise.shape == given.shape
+    assert noise.std() == pytest.approx(1, abs=0.1)
+    assert not torch.equal(noise, given)
+
+
+def test_a_traced_network_that_gives_other_outputs_is_not_used() -> None:
+    found = prepare(small(lambda _, x: F.relu(x) * (1.001 if is_fx_tracing() else 1.0)), inputs())
+    assert not isinstance(found.module, fx.GraphModule)
+    assert "outputs differ by" in (found.report.untraceable or "")
 
 
 def test_what_cannot_be_copied_is_refused() -> None:
