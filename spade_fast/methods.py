@@ -76,8 +76,8 @@ class Question:
         outputs: Tensor = self.module(batch.to(self.inputs.dtype, copy=True))
         if outputs.dim() != 2 or len(outputs) != len(batch):
             raise InvalidInputError(
-                f"{type(self.module).__name__} gives scores {list(outputs.shape)} for a batch of {len(batch)} images: it "
-                "must take any number of images, or be asked with batch_size=1"
+                f"{type(self.module).__name__} gives scores {list(outputs.shape)} for a batch of {len(batch)} images: "
+                "it must take any number of images, or be asked with batch_size=1"
             )
         return outputs
 
