@@ -174,22 +174,14 @@ def _guided_grad_cam(question: Question) -> Tensor:
 
 
 def _grad_cam(question: Question) -> Tensor:
-    layer = _map_layer(question, "grad_cam")
-    method = captum().LayerGradCam(question.prepared.module, layer)
-    coarse = _tensor(method.attribute(question.inputs, question.target, relu_attributions=True))
-    return _enlarged(coarse, question)
+    maps, score = _last_maps(question, "grad_cam")
+    (gradients,) = torch.autograd.grad(score, maps)
+    coarse = (gradients.mean(dim=(2, 3), keepdim=True) * maps.detach()).sum(dim=1, keepdim=True)
+    return _enlarged(coarse.clamp(min=0), question)
 
 
 def _score_cam(question: Question) -> Tensor:
-    layer = _map_layer(question, "score_cam")
-    kept: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _, __, output: kept.append(output.detach().clone()))
-    try:
-        with torch.no_grad():
-            question.prepared.module(question.inputs)
-    finally:
-        handle.remove()
-    maps = kept[-1][0]  # [channels, h, w], of the last call
+    maps = _last_maps(question, "score_cam")[0].detach()[0]  # [channels, h, w]
 
     def masked() -> Iterator[Tensor]:
         for chunk in torch.split(maps, question.batch_size):
@@ -391,11 +383,24 @@ def _quiet_captum() -> Iterator[None]:
         yield
 
 
-def _map_layer(question: Question, method: str) -> nn.Module:
+def _last_maps(question: Question, method: str) -> tuple[Tensor, Tensor]:
+    """The last maps [1, channels, h, w] that the network makes of its input, and the class score that follows."""
     report = question.prepared.report
     report.require(method)
     assert report.spatial_map is not None  # or the report would have refused
-    return question.prepared.module.get_submodule(report.spatial_map)
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        kept.append(output)
+        return output.clone()  # what follows may work in place
+
+    handle = question.prepared.module.get_submodule(report.spatial_map).register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            score = question.prepared.module(question.inputs.clone())[0, question.target]
+    finally:
+        handle.remove()
+    return kept[-1], score
 
 
 def _enlarged(maps: Tensor, question: Question) -> Tensor:

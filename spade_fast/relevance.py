@@ -64,7 +64,7 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
         seed = torch.zeros_like(outputs)
         seed[:, target] = outputs.detach()[:, target]
         (found,) = torch.autograd.grad(outputs, point, seed)
-    check_total("lrp", found, expected, _LARGEST_LEAK)
+    check_total("lrp", found, expected, expected, _LARGEST_LEAK)
     return found
 
 

@@ -64,7 +64,7 @@ def deep_lift(prepared: Prepared, inputs: Tensor, baseline: Tensor, target: int)
         _check_apart(scores.detach(), alone)
         (multipliers,) = torch.autograd.grad(scores[: len(inputs)].sum(), both)
     contributions = (inputs - baseline).detach() * multipliers[: len(inputs)]
-    check_total("deep_lift", contributions, torch.sub(*alone.chunk(2)), _LARGEST_GAP)
+    check_total("deep_lift", contributions, torch.sub(*alone.chunk(2)), alone, _LARGEST_GAP)
     return contributions
 
 
@@ -92,13 +92,14 @@ def _check_apart(together: Tensor, alone: Tensor) -> None:
         )
 
 
-def check_total(method: str, attributions: Tensor, expected: Tensor, tolerance: float) -> None:
+def check_total(method: str, attributions: Tensor, expected: Tensor, scores: Tensor, tolerance: float) -> None:
     """Raise InvalidInputError unless attributions [n, ...] add up to what they must [n].
 
-    They may miss it by a share of it, and by the rounding of their sum.
+    They may miss it by a share of it, and by the rounding of their sum and of the scores [...] that it is made of.
     """
     found = attributions.double().flatten(1)
-    rounding = _ROUNDING * torch.finfo(attributions.dtype).eps * found.abs().sum(dim=1)
+    magnitude = found.abs().sum(dim=1) + scores.double().abs().max()
+    rounding = _ROUNDING * torch.finfo(attributions.dtype).eps * magnitude
     if bool(((found.sum(dim=1) - expected.double()).abs() > tolerance * expected.double().abs() + rounding).any()):
         raise InvalidInputError(
             f"method {method!r} is not valid on this network: its attributions add up to {found.sum(1)[0]:.4g}, not to "
