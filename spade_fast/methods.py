@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -203,7 +201,7 @@ def _occlusion(question: Question) -> Tensor:
     window = min(2 * stride, height, width)
     windows = math.ceil((height - window) / stride + 1) * math.ceil((width - window) / stride + 1)
     method = captum().Occlusion(question.forward)
-    with torch.no_grad(), _quiet_captum():
+    with torch.no_grad():
         return _tensor(
             method.attribute(
                 question.inputs,
@@ -227,7 +225,7 @@ def _lime(question: Question) -> Tensor:
         return (-(distance**2) / (2 * _LIME_KERNEL_WIDTH**2)).exp()
 
     method = captum().Lime(question.forward, linear.SkLearnRidge(alpha=1.0), similarity_func=closeness)
-    with torch.no_grad(), seeded(question.seed, question.inputs.device), _quiet_captum():
+    with torch.no_grad(), seeded(question.seed, question.inputs.device):
         return _tensor(
             method.attribute(
                 question.inputs,
@@ -373,14 +371,6 @@ def captum() -> Any:
         If it is not installed.
     """
     return require("captum.attr", "interpret")
-
-
-@contextmanager
-def _quiet_captum() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting (forward|backward)", UserWarning)
-        warnings.filterwarnings("ignore", "Internal batch size|.*divisible", UserWarning)
-        yield
 
 
 def _last_maps(question: Question, method: str) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,7 @@ def _fold(network: fx.GraphModule, node: fx.Node, norm: Any) -> bool:
     return True
 
 
-def _replace(network: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:
+def _replace(network: fx.GraphModule, node: fx.Node, module: _Rule) -> None:
     name = f"_{node.name}_rule"
     network.add_submodule(name, module)
     node.op, node.target = "call_module", name
@@ -169,12 +169,16 @@ class _Call(nn.Module):
         return result
 
 
-class _Pass(nn.Module):
-    """Whatever comes back goes on to the one activation that comes in."""
+class _Rule(nn.Module):
+    """A function of several inputs, one of which is an activation, with a rule for relevance."""
 
     def __init__(self, function: Callable[..., Tensor], active: int = 0) -> None:
         super().__init__()
         self.function, self.active = function, active
+
+
+class _Pass(_Rule):
+    """Whatever comes back goes on to the one activation that comes in."""
 
     def forward(self, *inputs: Any) -> Tensor:
         with torch.no_grad():
@@ -183,12 +187,8 @@ class _Pass(nn.Module):
         return passed
 
 
-class _Share(nn.Module):
+class _Share(_Rule):
     """Whatever comes back is divided among the places of an activation by what each contributed."""
-
-    def __init__(self, function: Callable[..., Tensor], active: int = 0) -> None:
-        super().__init__()
-        self.function, self.active = function, active
 
     def forward(self, *inputs: Any) -> Tensor:
         def of_active(value: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ def _composite(network: fx.GraphModule) -> Any:
     core = require("zennit.core", "interpret")
     layers: dict[str, nn.Module] = {}  # in the order of their calls, unlike the modules themselves
     for node in network.graph.nodes:
-        if node.op == "call_module" and node.meta.get(preparation.ACTIVE):
+        if node.op == "call_module" and _is_active(node):
             module = network.get_submodule(str(node.target))
             if isinstance(module, operations.WEIGHTED):
                 layers[str(node.target)] = module

@@ -134,22 +134,22 @@ def _with_rule(prepared: Prepared, rule: Callable[[nn.Module], nn.Module | None]
     return network
 
 
-class _Rescale(nn.Module):
+class _Ruled(nn.Module):
+    """An activation whose gradient has a rule of its own."""
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
+
+class _Rescale(_Ruled):
     def forward(self, input: Tensor) -> Tensor:
         function = _RescaledPool if isinstance(self.module, MaxPool2d) else _Rescaled
         output: Tensor = function.apply(input, self.module)  # type: ignore[no-untyped-call]
         return output
 
 
-class _Guided(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
+class _Guided(_Ruled):
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = _Clamped.apply(self.module(input))  # type: ignore[no-untyped-call]
         return output
