@@ -43,6 +43,19 @@ calls_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="calls CUDA itself
 Geometry = ops.Geometry
 
 
+@pytest.fixture(autouse=True)
+def cuda_still_works() -> Iterator[None]:
+    """After an illegal access no call of CUDA succeeds in this process: it ends, and pytest-xdist starts another."""
+    yield
+    if DEVICE.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+            pytest.exit(f"CUDA is broken: {error}", returncode=1)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
