@@ -6,6 +6,7 @@ DEBUG=1 builds without optimisation, TORCH_CUDA_ARCH_LIST chooses the GPU archit
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -43,6 +44,16 @@ def decide_cuda(has_sources: bool) -> tuple[Path | None, str]:
     return (None, obstacle) if obstacle else (toolkit, str(toolkit))
 
 
+def check_library(extension: Path) -> None:
+    """Refuse an extension with a libstdc++ of its own: what it throws, torch cannot catch."""
+    if sys.platform == "linux" and b"libstdc++.so" not in extension.read_bytes():
+        extension.unlink()
+        raise SystemExit(
+            "spade_fast: the compiler linked libstdc++ statically, so errors would crash the interpreter: install its "
+            "shared library for the linker, or set LDFLAGS='-Wl,--no-as-needed -l:libstdc++.so.6'"
+        )
+
+
 def main() -> None:
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
@@ -61,6 +72,11 @@ def main() -> None:
 
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    class CheckedBuild(BuildExtension):
+        def build_extension(self, extension):
+            super().build_extension(extension)
+            check_library(Path(self.get_ext_fullpath(extension.name)))
+
     flags = ["-O0", "-g", "-UNDEBUG"] if debug else ["-O3", "-DNDEBUG"]
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("SPADE_FAST_TORCH_VERSION", torch.__version__)]
     extension = (CUDAExtension if toolkit else CppExtension)(
@@ -71,7 +87,7 @@ def main() -> None:
         py_limited_api=True,  # with the stable ABI of torch 2.11: one build serves all later Pythons and torches
     )
     wheel = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension}, options=wheel)
+    setup(ext_modules=[extension], cmdclass={"build_ext": CheckedBuild}, options=wheel)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ python=$work/venv/bin/python
 with_cuda=FORCE_CUDA=1
 [ "$device" = cpu ] && with_cuda=SPADE_FAST_WITH_CUDA=0
 if ! run build "$(until_percent 40)" env $with_cuda "$python" -m pip install -v --no-build-isolation --no-deps --no-index -e .; then
-  run build-in-place "$(until_percent 40)" env $with_cuda "$python" setup.py build_ext --inplace
+  run build-in-place "$(until_percent 40)" env $with_cuda "$python" setup.py egg_info build_ext --inplace
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi
 
@@ -92,7 +92,7 @@ fi
 pytest=(-m pytest -q -p no:cacheprovider -o junit_family=xunit1)
 # What breaks CUDA breaks it for its process: with several, the others' tests go on, and a new one takes its place.
 workers=()
-[ -z "$(missing xdist)" ] && workers=(-n 4)
+[ -z "$(missing xdist)" ] && workers=(-n 8 -p no:benchmark)
 
 # tests NAME LIMIT ARGUMENTS...: a part made of tests.
 tests() {
@@ -116,9 +116,9 @@ absent=$(missing pytest hypothesis)
 if [ -n "$absent" ]; then
   for name in tests operators $tools; do record "$name" - 0 "no $absent"; done
 else
-  tests tests "$(until_percent 50)" "${workers[@]}" tests/test_cuda.py
+  OMP_NUM_THREADS=2 tests tests "$(until_percent 50)" "${workers[@]}" tests/test_cuda.py
   # The others do not mind each other's company.
-  tests operators "$(until_percent 70)" tests/test_ops.py tests/test_augmentation.py &
+  tests operators "$(until_percent 78)" tests/test_ops.py tests/test_augmentation.py &
   sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
   if [ "$device" = cpu ]; then
     for tool in $tools; do record "$tool" - 0 "the device is the CPU"; done
@@ -128,7 +128,7 @@ else
     # The option has had three names.
     help=$("$sanitizer" --help)
     for filter in --kernel-name --kernel-regex --filter; do [[ $help == *"$filter "* ]] && break; done
-    for tool in $tools; do sanitize "$tool" "$(until_percent 70)" & done
+    for tool in $tools; do sanitize "$tool" "$(until_percent 78)" & done
   fi
   wait
 fi

@@ -140,7 +140,8 @@ def factor_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     -------
     factor, error
         Lower triangular M [G, d, d]; float64 [G], the backward error along the vector of ones in units of
-        d * eps * ||H||, infinite where there is no factor.
+        d * eps * ||H||, infinite where there is no factor, or only one with an M_ii^2 that is rounding noise: at most
+        10 * sqrt(d) * eps times the damped H_ii.
     """
     factor, error = torch.ops.spade_fast.factor_hessian(hessian, damping)
     return factor, error

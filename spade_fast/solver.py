@@ -134,13 +134,17 @@ def solve(
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer to prune: arguments of :func:`solve`, and the layer's name for messages."""
+    """One layer to prune: arguments of :func:`solve`, and the layer's name for messages.
+
+    With `symmetric` the Hessian is known to be so to the last bit, as those of the native operators are.
+    """
 
     weight: Tensor
     hessian: Tensor
     sparsity: float
     block_size: int = 1
     name: str | None = None
+    symmetric: bool = False
 
 
 @without_autocast
@@ -219,10 +223,11 @@ def _check(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _prepare_all(problems: Sequence[Problem], grouped: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, _Grouped]:
     weights, hessians = zip(*grouped.values(), strict=True)
+    zero = hessians[0].new_zeros(())
     facts = _fetch(
-        [largest_entry(weight) for weight in weights],
-        [largest_entry(hessian) for hessian in hessians],
-        [_largest_asymmetry(hessian) for hessian in hessians],
+        _largest_entries(weights),
+        _largest_entries(hessians),
+        [zero if problems[i].symmetric else _largest_asymmetry(hessian) for i, (_, hessian) in grouped.items()],
         [(hessian.diagonal(dim1=1, dim2=2) == 0).any() for hessian in hessians],
     )
     prepared = {}
@@ -313,7 +318,7 @@ def _finish_all(
         masks.append(mask.view(weight.shape))
         losses.append(loss)
     solutions = {}
-    facts = _fetch([largest_entry(weight) for weight in weights], losses)
+    facts = _fetch(_largest_entries(weights), losses)
     for i, weight, mask, (largest, final_loss) in zip(pruned, weights, masks, facts, strict=True):
         with _naming(problems[i]):
             if not math.isfinite(largest) or not math.isfinite(final_loss):
@@ -428,42 +433,41 @@ def lower_factors(hessians: list[Tensor], damping: float) -> list[Tensor | None]
     Of a layer None where there is none, or where its backward error is beyond what LAPACK's own tests accept.
     """
     factors, errors = ops.factor_hessians(hessians, damping)
-    pairs = zip(factors, hessians, strict=True)
-    facts = _fetch(
-        [error.amax() for error in errors],
-        [_smallest_pivot(factor.diagonal(dim1=1, dim2=2), hessian, damping) for factor, hessian in pairs],
-    )
-    return [
-        factor if error <= _LAPACK_TEST_RATIO and pivot > _PIVOT_TO_NOISE else None
-        for factor, (error, pivot) in zip(factors, facts, strict=True)
-    ]
+    # On a GPU the host waits once.
+    of_layers = torch.split(torch.cat(errors).cpu(), [len(error) for error in errors])
+    accepted = [all(error <= _LAPACK_TEST_RATIO for error in of_groups.tolist()) for of_groups in of_layers]
+    return [factor if good else None for factor, good in zip(factors, accepted, strict=True)]
 
 
 def _reference_factors(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for hessian in hessians:
         upper = reference.factor(_add_damping(hessian, damping))
-        pivots = None if upper is None else 1 / upper.diagonal(dim1=1, dim2=2)
-        good = pivots is not None and bool(_smallest_pivot(pivots, hessian, damping) > _PIVOT_TO_NOISE)
-        found.append(upper if good else None)
+        found.append(None if upper is None or _has_noise_for_pivot(upper, hessian, damping) else upper)
     return found
 
 
-def _smallest_pivot(pivots: Tensor, hessian: Tensor, damping: float) -> Tensor:
-    """The smallest M_ii^2 in units of the rounding in the subtractions H_ii - ... that it is the result of.
+def _has_noise_for_pivot(upper: Tensor, hessian: Tensor, damping: float) -> bool:
+    """Whether a pivot is hardly more than the rounding of the subtractions H_ii - ... that it is the result of.
 
-    A backward stable factor may still have pivots of pure rounding noise, and OBS divides by them.
+    A backward stable factor may have such, and OBS divides by them. The native operator looks for them itself.
     """
-    columns, eps = hessian.shape[1], torch.finfo(hessian.dtype).eps
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    damped = torch.add(diagonal, diagonal.mean(dim=1, keepdim=True), alpha=damping)
-    return (pivots**2 / damped).amin() / (math.sqrt(columns) * eps)
+    diagonal = _add_damping(hessian, damping).diagonal(dim1=1, dim2=2)
+    smallest = (upper.diagonal(dim1=1, dim2=2) ** -2 / diagonal).amin().item()
+    return not smallest > _PIVOT_TO_NOISE * math.sqrt(hessian.shape[1]) * torch.finfo(hessian.dtype).eps
 
 
 def largest_entry(values: Tensor) -> Tensor:
     """The largest magnitude, NaN if any entry is: much quicker than ``abs().amax()``, and than ``isfinite().all()``."""
     low, high = values.aminmax()
     return torch.maximum(high, -low)
+
+
+def _largest_entries(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """:func:`largest_entry` of each: on a GPU of all in a few launches, which cost more than what they do."""
+    if values[0].device.type == "cpu":
+        return [largest_entry(each) for each in values]
+    return torch._foreach_norm(list(values), math.inf)
 
 
 def _largest_asymmetry(hessian: Tensor) -> Tensor:

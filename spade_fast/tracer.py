@@ -294,6 +294,8 @@ def _observe(tracing: _Tracing, image: Picture | Sequence[Picture]) -> _Observed
     if not images:
         raise InvalidInputError("no image to trace: the sequence is empty")
     count = len(images) * -(-tracing.num_augmentations // tracing.batch_size)
+    # On a GPU the bias that takes the place of a batch norm costs a pass over the map, as the batch norm does.
+    worth_folding = count > 1 and tracing.device.type == "cpu"
     with kept_heap(), _memory_errors(tracing.device):
         # The second attempt is for models that call other layers for other views.
         for attempt in ("fold", "plain"):
@@ -303,7 +305,7 @@ def _observe(tracing: _Tracing, image: Picture | Sequence[Picture]) -> _Observed
                     tracing,
                     batches,
                     views=len(images) * tracing.num_augmentations,
-                    fold=attempt == "fold" and count > 1,
+                    fold=attempt == "fold" and worth_folding,
                 )
                 break
             except FoldingMismatch:
@@ -335,7 +337,7 @@ def _solve(tracing: _Tracing, observed: Sequence[_Observed]) -> list[Trace]:
                 block = tracing.block_size or mask_block_size(
                     weight, target if tracing.rules["mask_rule"] == "exact_count" else 0.0
                 )
-                problems.append(Problem(weight, hessian, target, block, name))
+                problems.append(Problem(weight, hessian, target, block, name, symmetric=tracing.backend == "native"))
             solved = solve_layers(problems, backend=tracing.backend, **tracing.rules)
             for (i, name), solution in zip(keys, solved, strict=True):
                 solutions[i][name] = solution

@@ -332,6 +332,16 @@ def test_no_factor_is_told_for_each_group(dtype):
             assert_close(factor[group : group + 1], exact, 1e4 * hessian.shape[1] * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pivot_of_rounding_noise_is_no_pivot(dtype):
+    noise = 10 * 150**0.5 * torch.finfo(dtype).eps
+    hessian = torch.eye(150, dtype=torch.float64).repeat(3, 1, 1)
+    for i, pivot in ((1, 0.8 * noise), (2, 1.2 * noise)):
+        hessian[i, 0, 1] = hessian[i, 1, 0] = (1 - pivot) ** 0.5
+    _, error = ops.factor_hessian(hessian.to(DEVICE, dtype), 0.0)
+    assert error.isfinite().tolist() == [True, False, True]
+
+
 def test_backward_error_of_a_factor_is_in_units_of_d_eps_norm():
     hessian = torch.eye(8, device=DEVICE)[None]
     hessian[0, 2, 5] = 0.5  # above the diagonal, so missing from the factor

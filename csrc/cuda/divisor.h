@@ -2,11 +2,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SPADE_FAST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SPADE_FAST_HOST_DEVICE inline
-#endif
+#include "../host_device.h"
 
 namespace spade_fast::cuda {
 

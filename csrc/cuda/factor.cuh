@@ -15,6 +15,7 @@
 
 #include <cmath>
 
+#include "../pivot_noise.h"
 #include "device.cuh"
 #include "factor.h"
 #include "reduce.cuh"
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kFactorThreads)
 
 // Of each strip of columns the largest |(M^T M - H - damping I) 1| and row sum of |H + damping I|: worst [strips, 2].
 // Rows of a symmetric matrix are as good as columns. A block of threads owns kFactorBlock columns, a thread every
-// so-many-th row.
+// so-many-th row. Beside both, the smallest M_ii^2 / H_ii.
 template <class T>
 __global__ void __launch_bounds__(kFactorThreads) factor_error(const FactorMatrix<T>* matrices, const int32_t* first,
                                                                int count, const T* damping, const T* images, T* worst) {
@@ -236,12 +237,25 @@ __global__ void __launch_bounds__(kFactorThreads) factor_error(const FactorMatri
       if (row >= column) residual += matrix.factor[row * matrix.size + column] * image[row];
     }
   }
+  T pivot = kLargest<T>;
+  if (lane == 0 && column < matrix.size) {
+    const T root = matrix.factor[column * (matrix.size + 1)];
+    pivot = root * root / (matrix.hessian[column * (matrix.size + 1)] + damping[index]);
+  }
   T* sums = shared_memory<T>();  // [kLanes, 2, kFactorBlock]
+  T* pivots = sums + 2 * kFactorThreads;
   sums[(lane * 2) * kFactorBlock + place] = residual;
   sums[(lane * 2 + 1) * kFactorBlock + place] = norm;
+  if (lane == 0) pivots[place] = pivot;
   __syncthreads();
-  if (threadIdx.x > 1) return;
+  if (threadIdx.x > 2) return;
   const int which = threadIdx.x;
+  if (which == 2) {
+    T smallest = kLargest<T>;
+    for (int c = 0; c < kFactorBlock; ++c) smallest = min(smallest, pivots[c]);
+    worst[int64_t{blockIdx.x} * 3 + 2] = smallest;
+    return;
+  }
   T largest = 0;
   for (int c = 0; c < kFactorBlock; ++c) {
     T total = 0;
@@ -249,23 +263,26 @@ __global__ void __launch_bounds__(kFactorThreads) factor_error(const FactorMatri
     if (total < 0) total = -total;
     largest = larger(largest, total);
   }
-  worst[int64_t{blockIdx.x} * 2 + which] = largest;
+  worst[int64_t{blockIdx.x} * 3 + which] = largest;
 }
 
-// The backward error in units of size * eps * ||H||, infinite where there is no factor. A thread owns a matrix.
+// The backward error in units of size * eps * ||H||, infinite where there is no factor, or one with a pivot of noise. A
+// thread owns a matrix.
 template <class T>
 __global__ void __launch_bounds__(kFactorThreads) factor_finish(const FactorMatrix<T>* matrices, const int32_t* first,
                                                                 int count, const int32_t* failed, const T* worst) {
   const int index = blockIdx.x * kFactorThreads + threadIdx.x;
   if (index >= count) return;
-  T residual = 0, norm = 0;
+  T residual = 0, norm = 0, pivot = kLargest<T>;
   for (int strip = first[index]; strip < first[index + 1]; ++strip) {
-    residual = larger(residual, worst[int64_t{strip} * 2]);
-    norm = larger(norm, worst[int64_t{strip} * 2 + 1]);
+    residual = larger(residual, worst[int64_t{strip} * 3]);
+    norm = larger(norm, worst[int64_t{strip} * 3 + 1]);
+    pivot = min(pivot, worst[int64_t{strip} * 3 + 2]);
   }
   const double unit = static_cast<double>(matrices[index].size) * kEpsilon<T>;
   const double error = static_cast<double>(residual) / (unit * static_cast<double>(norm));
-  const bool found = !failed[index] && error <= kLargest<double>;
+  const bool stands_out = static_cast<double>(pivot) > least_pivot(matrices[index].size, kEpsilon<T>);
+  const bool found = !failed[index] && error <= kLargest<double> && stands_out;
   *matrices[index].error = found ? error : HUGE_VAL;
 }
 
@@ -288,8 +305,8 @@ void run_factor(const FactorWorkspace<T>& work, const FactorPlan& plan, double d
   }
   launch(factor_image<T>, dim3(all.blocks), kFactorThreads, 0, stream, work.matrices, work.strips, all.items,
          work.images);
-  launch(factor_error<T>, dim3(all.blocks), kFactorThreads, 2 * kFactorThreads * sizeof(T), stream, work.matrices,
-         work.strips, all.items, work.damping, work.images, work.worst);
+  launch(factor_error<T>, dim3(all.blocks), kFactorThreads, (2 * kFactorThreads + kFactorBlock) * sizeof(T), stream,
+         work.matrices, work.strips, all.items, work.damping, work.images, work.worst);
   launch(factor_finish<T>, dim3((all.items + kFactorThreads - 1) / kFactorThreads), kFactorThreads, 0, stream,
          work.matrices, work.strips, all.items, work.failed, work.worst);
 }

@@ -40,7 +40,7 @@ struct FactorWorkspace {
   T* damping;                              // [matrices]
   int32_t* failed;                         // [matrices], zero at first
   T* images;                               // [strips, kFactorBlock]
-  T* worst;                                // [strips, 2]
+  T* worst;                                // [strips, 3]
 };
 
 // Implemented in factor.cu: queues everything on the CUDA stream.

@@ -39,7 +39,7 @@ void factor_all(const OnDevice& device, const std::vector<Tensor>& hessians, dou
   const int64_t strips = plan.strips.grids[0].blocks;
   const Tensor table = device.upload(matrices, like), strip_table = device.upload(plan.strips.first, like);
   const Tensor row_table = device.upload(plan.rows.first, like), update_table = device.upload(plan.updates.first, like);
-  const Tensor numbers = torch::stable::new_empty(like, {count + strips * (kFactorBlock + 2)}, kScalarType<T>);
+  const Tensor numbers = torch::stable::new_empty(like, {count + strips * (kFactorBlock + 3)}, kScalarType<T>);
   const Tensor failed = torch::stable::new_zeros(like, {count}, ScalarType::Int);
   T* own = numbers.mutable_data_ptr<T>();
   const FactorWorkspace<T> workspace{static_cast<const FactorMatrix<T>*>(table.const_data_ptr()),

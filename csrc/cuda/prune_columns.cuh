@@ -268,20 +268,25 @@ __global__ void __launch_bounds__(BlockTile<T>::kThreads)
   Tile result;
   for (int64_t begin = panel; begin < panel_end; begin += kBlock) {
     const int depth = static_cast<int>(min(panel_end - begin, int64_t{kBlock}));
+    const int filled = (depth + kDepth - 1) / kDepth * kDepth;  // with zeros from `depth` on
     for (int i = threadIdx.x; i < kBlock * kBlock; i += Tile::kThreads) {
       // Eight numbers of each of four rows of M: four whole sectors are read, and all banks are written.
       const int within = i % kWarp, group_of_eight = i / kWarp;
       const int k = group_of_eight % (kBlock / 8) * 8 + within % 8, m = group_of_eight / (kBlock / 8) * 4 + within / 8;
-      cp_async<sizeof(T)>(left + k * Tile::kStride + m, factor + (column0 + m) * problem.columns + begin + k,
-                          k < depth && column0 + m < problem.columns);
+      if (k < filled) {
+        cp_async<sizeof(T)>(left + k * Tile::kStride + m, factor + (column0 + m) * problem.columns + begin + k,
+                            k < depth && column0 + m < problem.columns);
+      }
       const int d = i / kBlock, n = i % kBlock;
-      cp_async<sizeof(T)>(right + d * Tile::kStride + n, delta + (begin + d) * problem.rows + row0 + n,
-                          d < depth && row0 + n < problem.rows);
+      if (d < filled) {
+        cp_async<sizeof(T)>(right + d * Tile::kStride + n, delta + (begin + d) * problem.rows + row0 + n,
+                            d < depth && row0 + n < problem.rows);
+      }
     }
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    multiply_block(result, left, right);
+    multiply_block(result, left, right, depth);
     __syncthreads();
   }
   T* sums = problem.sums + int64_t{group} * problem.columns * problem.rows;

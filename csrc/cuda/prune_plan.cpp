@@ -14,13 +14,20 @@ int64_t panels_of(const PruneProblem<T>& problem) {
   return ceil_div(problem.columns, problem.panel_columns);
 }
 
+// Narrower for tall layers: inside a panel a row's sum goes over all columns before, and the layer with the longest panel
+// holds up a step of all. A matter of the layer alone, so that those beside it change no bit.
+int64_t columns_wanted(int64_t rows) {
+  return rows <= 512 ? kPanelColumns : rows <= 1024 ? kPanelColumns / 2 : kPanelColumns / 4;
+}
+
 template <class T>
 void fill_in(PruneProblem<T>& problem) {
   const int64_t rows = int64_t{problem.groups} * problem.rows, last = problem.columns % problem.block_size;
   const auto count = [&](int64_t width) {
     return static_cast<int32_t>(count_to_prune(width * rows, problem.sparsity, problem.published_count != 0));
   };
-  problem.panel_columns = std::max(problem.block_size, kPanelColumns / problem.block_size * problem.block_size);
+  problem.panel_columns =
+      static_cast<int32_t>(std::max<int64_t>(1, columns_wanted(rows) / problem.block_size) * problem.block_size);
   problem.count = count(problem.block_size);
   problem.last_count = last > 0 ? count(last) : 0;
 }

@@ -157,11 +157,11 @@ template <class T>
 constexpr size_t kBlockTileBytes = size_t{2} * kBlock * BlockTile<T>::kStride * sizeof(T);
 static_assert(kBlock % kDepth == 0, "a block is multiplied in whole stages");
 
-// a^T b for the kBlock positions in shared memory, a and b [kBlock, kStride].
+// a^T b for `depth` positions in shared memory, a and b [kBlock, kStride], rounded up to whole stages.
 template <class T>
-__device__ __forceinline__ void multiply_block(BlockTile<T>& result, const T* a, const T* b) {
+__device__ __forceinline__ void multiply_block(BlockTile<T>& result, const T* a, const T* b, int depth = kBlock) {
 #pragma unroll 1
-  for (int k = 0; k < kBlock; k += kDepth) {
+  for (int k = 0; k < depth; k += kDepth) {
     result.multiply(a + k * BlockTile<T>::kStride, b + k * BlockTile<T>::kStride);
   }
 }

@@ -67,7 +67,7 @@ void factor(std::vector<FactorMatrix<T>> matrices, double damping) {
   const FactorPlan plan(matrices);
   const int64_t strips = plan.strips.grids[0].blocks;
   std::vector<T> dampings = unwritten<T>(matrices.size()), images = unwritten<T>(strips * kFactorBlock);
-  std::vector<T> worst = unwritten<T>(strips * 2);
+  std::vector<T> worst = unwritten<T>(strips * 3);
   std::vector<int32_t> failed(matrices.size());
   run_factor<T>({matrices.data(), plan.strips.first.data(), plan.rows.first.data(), plan.updates.first.data(),
                  dampings.data(), failed.data(), images.data(), worst.data()},
