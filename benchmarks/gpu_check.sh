@@ -33,7 +33,7 @@ record() { printf '%s\t%s\t%s\t%s\n' "$@" >>"$work/parts.tsv"; }
 run() {
   local name=$1 limit=$2 start=$SECONDS code
   shift 2
-  timeout -k 10 "$limit" "$@" >"$work/$name.log" 2>&1
+  timeout -s INT -k 10 "$limit" "$@" >"$work/$name.log" 2>&1  # interrupted, pytest still writes its reports
   code=$?
   record "$name" "$code" $((SECONDS - start)) ""
   printf '%s: exit code %s after %s s\n' "$name" "$code" $((SECONDS - start))
@@ -116,7 +116,8 @@ absent=$(missing pytest hypothesis)
 if [ -n "$absent" ]; then
   for name in tests operators $tools; do record "$name" - 0 "no $absent"; done
 else
-  OMP_NUM_THREADS=2 tests tests "$(until_percent 50)" "${workers[@]}" tests/test_cuda.py
+  export OMP_NUM_THREADS=2  # processes side by side with all cores' threads each would mostly wait for each other
+  tests tests "$(until_percent 50)" "${workers[@]}" tests/test_cuda.py
   # The others do not mind each other's company.
   tests operators "$(until_percent 78)" tests/test_ops.py tests/test_augmentation.py &
   sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
@@ -131,6 +132,7 @@ else
     for tool in $tools; do sanitize "$tool" "$(until_percent 78)" & done
   fi
   wait
+  unset OMP_NUM_THREADS
 fi
 
 absent=$(missing pytest pytest_benchmark timm torchvision skimage)

@@ -53,4 +53,9 @@ def test_files_that_it_names_exist(page):
     links = re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8"))
     assert links or page.name == "experiments.md"
     for link in links:
-        assert (page.parent / link).exists(), link
+        path, _, section = link.partition("#")
+        target = page.parent / path
+        assert target.exists(), link
+        if section:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in {heading.lower().replace(" ", "-") for heading in headings}, link
