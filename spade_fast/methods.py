@@ -126,12 +126,18 @@ def _input_x_gradient(question: Question) -> Tensor:
 
 
 def _integrated_gradients(question: Question) -> Tensor:
-    method = captum().IntegratedGradients(question.forward)
-    return _tensor(
-        method.attribute(
+    bar = tqdm(total=_IG_STEPS, desc="Integrated gradients", disable=not question.progress, leave=False)
+
+    def forward(batch: Tensor) -> Tensor:
+        bar.update(len(batch))
+        return question.forward(batch)
+
+    with bar:
+        method = captum().IntegratedGradients(forward)
+        found = method.attribute(
             question.inputs, target=question.target, n_steps=_IG_STEPS, internal_batch_size=question.batch_size
         )
-    )
+    return _tensor(found)
 
 
 def _gradient_shap(question: Question) -> Tensor:
@@ -219,12 +225,7 @@ def _lime(question: Question) -> Tensor:
     require("sklearn", "interpret")
     segments = _segments(question.inputs)
 
-    def closeness(_: Tensor, __: Tensor, kept: Tensor, **___: Any) -> Tensor:
-        # Ribeiro et al. 2016: an exponential kernel of the cosine distance between what is kept and all.
-        distance = 1 - kept.float().mean().sqrt()
-        return (-(distance**2) / (2 * _LIME_KERNEL_WIDTH**2)).exp()
-
-    method = captum().Lime(question.forward, linear.SkLearnRidge(alpha=1.0), similarity_func=closeness)
+    method = captum().Lime(question.forward, linear.SkLearnRidge(alpha=1.0), similarity_func=_closeness)
     with torch.no_grad(), seeded(question.seed, question.inputs.device):
         return _tensor(
             method.attribute(
@@ -236,6 +237,12 @@ def _lime(question: Question) -> Tensor:
                 show_progress=question.progress,
             )
         )
+
+
+def _closeness(_: Tensor, __: Tensor, kept: Tensor, **___: Any) -> Tensor:
+    """How much a choice of superpixels counts: a kernel of its cosine distance from all (Ribeiro et al. 2016)."""
+    distance = 1 - kept.float().mean().sqrt()
+    return (-(distance**2) / (2 * _LIME_KERNEL_WIDTH**2)).exp()
 
 
 def _segments(inputs: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def twin(module: nn.Module) -> nn.Module:
         shared.update({id(tensor): tensor for tensor in tensors_in(list(vars(each).values())) if not tensor.is_leaf})
     try:
         copied = copy.deepcopy(module, shared)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, pickle.PickleError) as error:
         raise InvalidInputError(
             f"{type(module).__name__} cannot be copied ({first_line(error)}): keep such things outside of the module"
         ) from error

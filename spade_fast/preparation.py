@@ -45,6 +45,15 @@ from spade_fast.readonly import ReadOnlyMappings
 # Largest difference of outputs, as a share of their largest, that the order of additions explains in float32.
 _TOLERANCE = 1e-4
 _DEFAULT_SIZE = 224
+# Steps of a gradient that activations and choices give.
+_BENDING = frozenset(
+    f"{name}Backward"
+    for name in (
+        "Abs", "Celu", "Clamp", "ClampMax", "ClampMin", "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
+        "LeakyRelu", "Maximum", "Minimum", "Mish", "Prelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh", "Threshold",
+        "Where",
+    )
+)  # fmt: skip
 #: What nodes of a prepared graph have in their `meta` if they give activations.
 ACTIVE = "spade_fast_active"
 #: And how many dimensions those have.
@@ -566,8 +575,9 @@ def _converted(module: nn.Module, batch: Tensor, untraceable: str) -> Prepared:
         watch.attach(hooks)
         parameters = {name: each.detach() for name, each in shadow.named_parameters()}
         with torch.enable_grad(), watch:
-            torch.func.functional_call(shadow, parameters, (batch.clone().requires_grad_().clone(),))
-    return Prepared(shadow, _report(changes, watch.operations, watch.spatial_map, untraceable))
+            outputs = torch.func.functional_call(shadow, parameters, (batch.clone().requires_grad_().clone(),))
+    hidden = watch.hidden_activation(outputs)
+    return Prepared(shadow, _report(changes, watch.operations, watch.spatial_map, untraceable, hidden))
 
 
 class _Watch(TorchFunctionMode):
@@ -581,6 +591,7 @@ class _Watch(TorchFunctionMode):
         self._names = {each: name for name, each in module.named_modules()}
         self._stack: list[tuple[str, dict[int, int]]] = []  # names, and what went in
         self._inside: nn.Module | None = None  # a module that is looked at as a whole
+        self._steps: set[Any] = set()  # of the gradient, that give what was noted
 
     def attach(self, hooks: ExitStack) -> None:
         for module in self._names:
@@ -629,6 +640,24 @@ class _Watch(TorchFunctionMode):
         if any(flags) and _holds_activations(result) and not decides and what not in CONSTANTS:
             first = bool(given) and isinstance(given[0], Tensor) and given[0].requires_grad
             self.operations.append(Operation(layer, what, sum(flags), first, _is_unchanged(result, stamps), **facts))
+            self._steps.update(tensor.grad_fn for tensor in tensors_in(result))
+
+    def hidden_activation(self, outputs: Tensor) -> str | None:
+        """A step of the outputs' gradient that may be an activation and was not noted: what it is called."""
+        waiting, known = [outputs.grad_fn], {None, outputs.grad_fn}
+        while waiting:
+            step: Any = waiting.pop()
+            if step is None:
+                continue
+            name = type(step).__name__
+            # Those that torch does not name are whole scripted functions.
+            is_opaque = isinstance(step, torch.autograd.function.BackwardCFunction) or name == "CppFunction"
+            if step not in self._steps and (is_opaque or name.rstrip("0123456789") in _BENDING):
+                return str(step.name()).rpartition("::")[2]
+            following = {after for after, _ in step.next_functions} - known
+            known |= following
+            waiting += following
+        return None
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -637,7 +666,11 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _report(
-    changes: Mapping[str, str], operations: Sequence[Operation], spatial_map: str | None, untraceable: str | None
+    changes: Mapping[str, str],
+    operations: Sequence[Operation],
+    spatial_map: str | None,
+    untraceable: str | None,
+    hidden: str | None = None,
 ) -> Report:
     obstacles: dict[str, dict[str, str]] = {method: {} for method in INSIDE_METHODS}
     traced = untraceable is None
@@ -648,6 +681,10 @@ def _report(
     if not any(isinstance(operation.what, nn.ReLU) for operation in operations):
         for method in GUIDED_METHODS:
             obstacles[method].setdefault("the network", "it has no ReLU whose gradient could be guided")
+    if hidden is not None:
+        reason = f"it has an activation that cannot be seen ({hidden}), scripted or with a gradient of its own"
+        for method in GUIDED_METHODS:
+            obstacles[method].setdefault("the network", reason)
     if untraceable is not None:
         obstacles["lrp"] = {"the network": f"torch.fx cannot trace it ({untraceable})"}
     if spatial_map is None:

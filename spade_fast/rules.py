@@ -61,11 +61,49 @@ def deep_lift(prepared: Prepared, inputs: Tensor, baseline: Tensor, target: int)
     with torch.inference_mode(False), torch.enable_grad():
         both = torch.cat([inputs, baseline]).detach().clone().requires_grad_()
         scores = _together(network, both.clone())[:, target]  # a network may begin in place
-        _check_apart(scores.detach(), alone)
-        (multipliers,) = torch.autograd.grad(scores[: len(inputs)].sum(), both)
-    contributions = (inputs - baseline).detach() * multipliers[: len(inputs)]
-    check_total("deep_lift", contributions, torch.sub(*alone.chunk(2)), alone, _LARGEST_GAP)
+        try:
+            _check_apart(scores.detach(), alone)
+            (multipliers,) = torch.autograd.grad(scores[: len(inputs)].sum(), both)
+            contributions = (inputs - baseline).detach() * multipliers[: len(inputs)]
+            check_total("deep_lift", contributions, torch.sub(*alone.chunk(2)), alone, _LARGEST_GAP)
+        except torch.OutOfMemoryError:
+            raise
+        except (InvalidInputError, RuntimeError) as error:  # of a rule that finds no reference where it looks for it
+            layer = _first_mixed(prepared.module, inputs, baseline)
+            if layer is None:
+                raise
+            raise InvalidInputError(
+                f"method 'deep_lift' is not valid on this network: {layer}: what it gets of an image depends on the "
+                "others of the batch, or does not have the images along its first dimension; choose another method"
+            ) from error
     return contributions
+
+
+def _first_mixed(network: nn.Module, inputs: Tensor, baseline: Tensor) -> str | None:
+    """The first layer that gets of both images together something else than of each alone, but for rounding."""
+    alone, others, together = (
+        _layer_inputs(network, batch) for batch in (inputs, baseline, torch.cat([inputs, baseline]))
+    )
+    for (layer, one), (_, other), (_, both) in zip(alone, others, together, strict=False):
+        if one.is_floating_point() and _differs(both, torch.cat([one, other])):
+            return layer
+    return None
+
+
+def _layer_inputs(network: nn.Module, batch: Tensor) -> list[tuple[str, Tensor]]:
+    """What goes into each layer first, in the order of their calls."""
+    copied = twin(network)
+    found: list[tuple[str, Tensor]] = []
+    for name, module in copied.named_modules():
+        if not any(module.children()):
+
+            def note(_: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
+                found.extend((name, each.clone()) for each in given[:1] if isinstance(each, Tensor) and each.dim())
+
+            module.register_forward_pre_hook(note)
+    with torch.no_grad():
+        copied(batch.clone())
+    return found
 
 
 def _together(network: nn.Module, both: Tensor) -> Tensor:
@@ -83,13 +121,18 @@ def _together(network: nn.Module, both: Tensor) -> Tensor:
 
 def _check_apart(together: Tensor, alone: Tensor) -> None:
     """Raise InvalidInputError unless images of one batch get the scores that they get alone, but for rounding."""
-    scale = alone.abs().max().clamp_min(torch.finfo(alone.dtype).tiny)
-    tolerance = max(_LARGEST_GAP, _ROUNDING * torch.finfo(alone.dtype).eps)
-    if bool((together - alone).abs().max() > tolerance * scale):
+    if _differs(together, alone):
         raise InvalidInputError(
             "method 'deep_lift' is not valid on this network: what it makes of an image depends on the others of the "
             "batch; choose another method"
         )
+
+
+def _differs(found: Tensor, expected: Tensor) -> bool:
+    """Whether there is more between them than rounding."""
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    tolerance = max(_LARGEST_GAP, _ROUNDING * torch.finfo(expected.dtype).eps)
+    return found.shape != expected.shape or bool((found - expected).abs().max() > tolerance * scale)
 
 
 def check_total(method: str, attributions: Tensor, expected: Tensor, scores: Tensor, tolerance: float) -> None:

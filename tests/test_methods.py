@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_fast import methods
-from spade_fast.attribution import attribute
+from spade_fast.attribution import asked, attribute
 from spade_fast.errors import InvalidInputError
 from spade_fast.methods import METHODS, Question, register_method
 from spade_fast.models import load_model
 from spade_fast.preparation import prepare
-from spade_fast.rules import deep_lift
+from spade_fast.rules import check_total, deep_lift
 
 pytest.importorskip("captum")
 
@@ -152,6 +153,14 @@ def test_gradient_shap_of_a_linear_network_is_its_noisy_input_times_the_weight(i
     assert deviation.abs().max().item() < 5
 
 
+def test_gradient_shap_counts_each_sample_once() -> None:
+    inputs = torch.full((1, 3, 4, 4), 0.5)  # of no spread, so without noise
+    network = nn.Sequential(nn.Flatten(), nn.Linear(inputs.numel(), 2))
+    weight = network[1].weight[TARGET].detach().view_as(inputs)
+    with asked(network, inputs, TARGET, batch_size=24) as question:  # 64 = 24 + 24 + 16
+        torch.testing.assert_close(METHODS["gradient_shap"].compute(question), inputs * weight)
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Sigmoid()])
 def test_deep_lift_is_the_rescale_rule_for_every_activation(activation: nn.Module) -> None:
     torch.manual_seed(0)
@@ -281,7 +290,11 @@ def test_masks_made_of_activations_are_refused(inputs: Tensor, body: Callable[[n
 
 
 def test_images_that_do_not_stay_apart_are_refused(inputs: Tensor) -> None:
-    network = whole(lambda _, x: x - 0.5 * x.mean(0, keepdim=True))
+    network = whole(lambda self, x: self.branch(x - 0.5 * x.mean(0, keepdim=True)))
+    with pytest.raises(InvalidInputError, match="network: branch: what it gets of an image depends on the others of"):
+        ask(network, inputs, "deep_lift")
+    network = whole(lambda _, x: x / 2)
+    network.fc.register_forward_pre_hook(lambda _, given: (given[0] - given[0].mean(0),))
     with pytest.raises(InvalidInputError, match="depends on the others of the batch"):
         ask(network, inputs, "deep_lift")
     single = whole(lambda _, x: x.view(1, 4, 10, 14))
@@ -298,14 +311,15 @@ def test_relu6_has_no_slope_where_it_begins() -> None:
     assert ask(network, inputs, "guided_backprop").flatten()[[0, 1, 3]].tolist() == [0, 0, 0]
 
 
-def test_what_does_not_add_up_is_refused(inputs: Tensor) -> None:
-    """Activations whose first dimension is not that of the images: the rule takes others for their references."""
+@pytest.mark.parametrize("channels", [4, 5])
+def test_images_that_are_not_along_the_first_dimension_are_refused(inputs: Tensor, channels: int) -> None:
+    """The rule would take other channels for their references."""
 
     class Turned(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-            self.fc = nn.Linear(4, 2)
+            self.conv = nn.Conv2d(3, channels, 3)
+            self.fc = nn.Linear(channels, 2)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(torch.relu(self.conv(x).transpose(0, 1)).transpose(0, 1).mean((2, 3)))
@@ -313,8 +327,20 @@ def test_what_does_not_add_up_is_refused(inputs: Tensor) -> None:
     torch.manual_seed(0)
     network = Turned().double().eval()
     assert prepare(network, inputs).report.supports("deep_lift")
-    with pytest.raises(InvalidInputError, match="method 'deep_lift' is not valid .* attributions add up to .*, not to"):
+    with pytest.raises(
+        InvalidInputError, match="'deep_lift' is not valid .*: relu: .* not have the images along its fir"
+    ):
         ask(network, inputs, "deep_lift")
+
+
+@pytest.mark.parametrize(("total", "is_refused"), [(6.0, False), (6.0005, False), (6.001, True)])
+def test_sums_are_checked(total: float, is_refused: bool) -> None:
+    attributions, score = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([total])
+    if is_refused:
+        with pytest.raises(InvalidInputError, match=r"'own' is not valid .* attributions add up to 6, not to 6\.001"):
+            check_total("own", attributions, score, score, 1e-4)
+    else:
+        check_total("own", attributions, score, score, 1e-4)
 
 
 @pytest.mark.parametrize("method", ["deep_lift", "guided_backprop"])
@@ -486,6 +512,12 @@ def test_lime_finds_what_each_superpixel_adds() -> None:
     found = ask(network, inputs, "lime")[0, 0]
     ridge = torch.stack([found[segments == index].mean() for index in segments.unique()])
     assert torch.corrcoef(torch.stack([ridge, expected]))[0, 1] > 0.995
+
+
+@pytest.mark.parametrize(("share", "weight"), [(1.0, 1.0), (0.25, math.exp(-2)), (0.0, math.exp(-8))])
+def test_choices_of_superpixels_count_by_their_distance_from_all(share: float, weight: float) -> None:
+    kept = (torch.arange(64) < 64 * share)[None]
+    assert methods._closeness(kept, kept, kept).item() == pytest.approx(weight)
 
 
 # How attributions become a map

@@ -148,6 +148,17 @@ def test_batch_norm_by_function_becomes_a_module() -> None:
     assert found.report.supports("lrp")
 
 
+def test_batch_norm_by_function_of_the_batchs_own_statistics_stays_a_function() -> None:
+    class Live(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(F.batch_norm(x, self.running_mean, self.running_var, training=True, momentum=0.0))
+
+    report = prepared(small(lambda self, x: self.norm(x), norm=Live(4))).report
+    assert report.obstacles["deep_lift"] == {
+        "norm.batch_norm": "normalises activations by their own statistics (batch_norm)"
+    }
+
+
 # Around the original's weights
 
 
@@ -225,6 +236,66 @@ def test_functions_of_an_untraceable_network_are_named() -> None:
     assert set(found.report.obstacles["guided_backprop"]) == {"gate", "relu"}
 
 
+class _PositivePart(torch.autograd.Function):
+    """A ReLU with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        return 0.5 * (input + (input * input).sqrt())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (ctx.saved_tensors[0] > 0)
+
+
+@torch.jit.script
+def _scripted_relu(input: Tensor) -> Tensor:
+    return torch.relu(input)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize(
+    ("activation", "hidden"),
+    [
+        (_scripted_relu, r"(ReluBackward0|DifferentiableGraphBackward)"),
+        (_PositivePart.apply, "_PositivePartBackward"),
+        (nn.Sequential(nn.ReLU(), nn.ReLU6()), None),
+    ],
+    ids=["scripted", "own gradient", "modules"],
+)
+def test_activations_that_cannot_be_seen(
+    activation: Callable[[Tensor], Tensor], hidden: str | None, calls: int
+) -> None:
+    visible = isinstance(activation, nn.Module)
+
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu, self.last = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Linear(4, 2)
+            if visible:
+                self.modules_of_it = activation
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.relu(self.first(x))
+            if x.sum() > 1e9:
+                return x.mean((2, 3))
+            return self.last((self.modules_of_it if visible else activation)(x - 0.5).mean((2, 3)))
+
+    module, inputs = Untraceable().eval(), torch.randn(2, 3, 8, 8, requires_grad=True)
+    for _ in range(calls):  # scripted functions are rewritten after a few calls
+        module(inputs)
+    report = prepare(module, inputs.detach()).report
+    assert report.untraceable is not None
+    for method in ("guided_backprop", "guided_grad_cam"):
+        if hidden is None:
+            assert report.supports(method)
+        else:
+            with pytest.raises(InvalidInputError, match=rf"the network: it has an activation.*\({hidden}\)"):
+                report.require(method)
+
+
 def test_a_network_that_needs_to_work_in_place_is_refused() -> None:
     def body(self: nn.Module, x: Tensor) -> Tensor:
         branching(self, x)
@@ -248,6 +319,7 @@ def test_a_network_that_needs_to_work_in_place_is_refused() -> None:
         (lambda _, x: F.relu(x).softmax(1), {}, "ruled", "softmax", "normalises activations by their own statistics"),
         (lambda _, x: F.relu(x) @ x.mT, {}, "ruled", "matmul", "multiplies activations with each other"),
         (lambda _, x: F.relu(x) @ torch.ones(8, 8), {}, "lrp", "matmul", "calls the function matmul: make it a mod"),
+        (lambda _, x: 1 / (F.relu(x) + 1), {}, "all", "truediv", "truediv is no operation that these methods have"),
         (lambda _, x: F.relu(x) - x, {}, "lrp", "sub", "subtracts one activation from another"),
         (lambda _, x: F.relu(x).exp(), {}, "all", "exp", "exp is no operation that these methods have a rule for"),
         (lambda self, x: self.pool(F.relu(x)), {"pool": nn.LPPool2d(2, 2)}, "all", "pool", "LPPool2d is no module"),
@@ -400,9 +472,10 @@ def test_a_traced_network_that_gives_other_outputs_is_not_used() -> None:
     assert "outputs differ by" in (found.report.untraceable or "")
 
 
-def test_what_cannot_be_copied_is_refused() -> None:
+@pytest.mark.parametrize("held", [threading.Lock(), _scripted_relu], ids=["lock", "scripted function"])
+def test_what_cannot_be_copied_is_refused(held: Any) -> None:
     network = small(lambda _, x: F.relu(x))
-    network.lock = threading.Lock()  # type: ignore[assignment]
+    network.held = held
     with pytest.raises(InvalidInputError, match="Small cannot be copied .*: keep such things outside"):
         prepare(network, inputs())
 

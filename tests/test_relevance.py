@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spade_fast.attribution import attribute
 from spade_fast.errors import InvalidInputError
 from spade_fast.preparation import prepare
-from spade_fast.relevance import relevance
+from spade_fast.relevance import _stabilized, relevance
 
 pytest.importorskip("zennit")
 models = pytest.importorskip("torchvision.models")
@@ -227,6 +227,11 @@ def test_averages_are_divided_by_contribution_however_they_are_written(pool: Cal
             norm=nn.BatchNorm2d(4),
         ),
         nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.ReLU(), nn.Linear(5, 2)).double(),
+        made(lambda self, x: self.norm(y := self.branch(x)) + y, branch=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4)),
+        made(lambda _, x: x.mean((2, 3), keepdim=True) * torch.ones(4, 3, 5).double()),
+        made(lambda _, x: torch.ones(4, 3, 5).double() + x.mean((2, 3), keepdim=True)),
+        made(lambda _, x: F.relu(x) + x.mean((2, 3), keepdim=True)),
+        made(lambda _, x: x.mean((2, 3), keepdim=True) + F.relu(x)),
     ],
 )
 def test_relevance_is_conserved_in_odd_places(network: nn.Module) -> None:
@@ -235,6 +240,11 @@ def test_relevance_is_conserved_in_odd_places(network: nn.Module) -> None:
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     assert conserved(network, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5)).double()) < 1e-4
+
+
+def test_denominators_are_kept_from_zero_with_their_sign() -> None:
+    kept = _stabilized(torch.tensor([-1e-12, 0, 1e-12], dtype=torch.float64))
+    torch.testing.assert_close(kept, torch.tensor([-2e-12, 1e-12, 2e-12]).double(), rtol=1e-6, atol=0)
 
 
 def test_networks_without_rules_are_refused_by_layer() -> None:
