@@ -11,6 +11,7 @@
 from importlib.metadata import version
 
 from spade_fast import presets, reference
+from spade_fast.attribution import attribute
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_checkpoint
 from spade_fast.errors import InvalidInputError, MissingDependencyError, SpadeError
@@ -46,6 +47,7 @@ __all__ = [
     "SparsityPlan",
     "Trace",
     "Visualization",
+    "attribute",
     "explain",
     "gallery",
     "hessian",

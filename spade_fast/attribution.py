@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from spade_fast.autocast import without_autocast
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, SpadeError, first_line
 from spade_fast.methods import METHODS, Method, Question, captum
-from spade_fast.models import evaluation_mode
+from spade_fast.models import LoadedModel, bare_module, evaluation_mode
+from spade_fast.rules import differs
 
 __all__ = [
     "METHODS",
@@ -32,7 +33,7 @@ __all__ = [
 
 @without_autocast
 def attribute(
-    module: nn.Module,
+    module: nn.Module | LoadedModel,
     inputs: Tensor,
     target: int,
     method: str,
@@ -49,7 +50,8 @@ def attribute(
     Parameters
     ----------
     module
-        The network: [n, c, h, w] to [n, classes], each image on its own.
+        The network: [n, c, h, w] to [n, classes], each image on its own; or what :func:`spade_fast.load_model`
+        returned.
     inputs
         Model inputs [1, c, h, w], already normalised. They are brought to device and dtype of the weights.
     target
@@ -84,10 +86,21 @@ def attribute(
 
 @contextlib.contextmanager
 def asked(
-    module: nn.Module, inputs: Tensor, target: int, *, batch_size: int = 16, seed: int = 0, progress: bool = False
+    module: nn.Module | LoadedModel,
+    inputs: Tensor,
+    target: int,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Iterator[Question]:
     """The question of a network's answer to one image, as it is now, for as many methods as there are."""
+    module = bare_module(module)
     check_inputs(inputs)
+    if any(parameter.is_inference() for parameter in module.parameters()):
+        raise InvalidInputError(
+            f"{type(module).__name__} was made in inference mode, so no gradient can pass it: make or load it outside"
+        )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidInputError(f"batch_size must be a positive whole number, got {batch_size!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -95,19 +108,55 @@ def asked(
     # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
     with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
         point = like_weights(inputs, module).detach().clone().requires_grad_()
-        outputs = check_outputs(module(point.clone()), 1)  # a network may begin in place
+        outputs = check_outputs(_outputs(module, point), 1)
         target = check_target(target, outputs.shape[1])
         if not outputs.requires_grad:
             raise InvalidInputError(
                 f"no gradient flows from the outputs of {type(module).__name__} to its inputs: its forward detaches "
                 "them or runs under no_grad, which gradient methods cannot see through"
             )
+        if batch_size > 1:
+            _check_apart(module, point.detach(), outputs.detach())
         yield Question(module, point, target, batch_size, seed, progress)
+
+
+def _outputs(module: nn.Module, point: Tensor) -> Any:
+    try:
+        return module(point.clone())  # a network may begin in place
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InvalidInputError(
+            f"{type(module).__name__} does not run on inputs {point.dtype} {list(point.shape)} ({first_line(error)})"
+        ) from error
+
+
+def _check_apart(module: nn.Module, point: Tensor, outputs: Tensor) -> None:
+    """Refuse a network that answers otherwise in company: methods ask it about several inputs at a time."""
+    with torch.no_grad():
+        try:
+            together = module(torch.cat([point, torch.zeros_like(point)]))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # some take single images: methods that need more say so themselves
+            return
+    if isinstance(together, Tensor) and len(together) == 2 and differs(together[:1], outputs):
+        raise InvalidInputError(
+            f"what {type(module).__name__} makes of an image depends on the others of its batch (batch norms without "
+            "running statistics, for one): pass batch_size=1, or let it treat each image on its own"
+        )
 
 
 def answer(question: Question, name: str, method: Method) -> Tensor:
     """A method's map, float32 [h, w] on the CPU."""
-    result = method.reduce(method.compute(question).detach().cpu().double()).float()
+    try:
+        result = method.reduce(method.compute(question).detach().cpu().double()).float()
+    except (SpadeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InvalidInputError(
+            f"method {name!r} fails on {type(question.module).__name__} ({first_line(error)})"
+        ) from error
     if not result.isfinite().all():
         raise InvalidInputError(
             f"method {name!r} gives NaN or infinite values for target {question.target} of "
@@ -142,6 +191,7 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Iterable):
         cure = f"pass [{names!r}]" if names in METHODS else "such as ['saliency', 'lrp']"
         raise InvalidInputError(f"methods must be 'all' or a sequence of names, got {names!r}: {cure}")
+    names = tuple(names)
     for name in names:
         find_method(name)
     if not names:
@@ -157,7 +207,15 @@ def check_inputs(inputs: Any) -> Tensor:
     InvalidInputError
         Otherwise, with what was found.
     """
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() != 4 or len(inputs) != 1:
+    if (
+        not isinstance(inputs, Tensor)
+        or inputs.layout != torch.strided
+        or inputs.is_meta
+        or not inputs.is_floating_point()
+        or inputs.dim() != 4
+        or len(inputs) != 1
+        or not inputs.numel()
+    ):
         got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
         raise InvalidInputError(f"model inputs must be one image, a float tensor [1, c, h, w], got {got}")
     if not inputs.isfinite().all():

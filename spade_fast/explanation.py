@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import pickle
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +74,8 @@ class Explanation(ReadOnlyMappings):
         Maps by method, float32 [h, w], at least 0: see :func:`spade_fast.attribution.attribute`.
     dense_predictions, spade_predictions
         The most probable classes of either network, the first one first.
+    dense_probability, spade_probability
+        Of the target, by either network, 0..1.
     trace
         What SPADE left of the network.
     settings
@@ -87,6 +91,8 @@ class Explanation(ReadOnlyMappings):
     spade: Mapping[str, Tensor]
     dense_predictions: tuple[Prediction, ...]
     spade_predictions: tuple[Prediction, ...]
+    dense_probability: float
+    spade_probability: float
     trace: Trace
     settings: Mapping[str, Any] = field(default_factory=dict)
     layer_order: tuple[str, ...] = ()
@@ -100,7 +106,11 @@ class Explanation(ReadOnlyMappings):
     def report(self) -> dict[str, Any]:
         """Everything but the maps, as plain JSON values."""
         return {
-            "target": {"index": self.target, "name": self.target_name},
+            "target": {
+                "index": self.target,
+                "name": self.target_name,
+                "probability": {"dense": self.dense_probability, "spade": self.spade_probability},
+            },
             "predictions": {
                 "dense": [asdict(prediction) for prediction in self.dense_predictions],
                 "spade": [asdict(prediction) for prediction in self.spade_predictions],
@@ -224,7 +234,9 @@ def explain(
 
     # Parameters made in inference mode, as those of an applied trace would be, could not take part in a gradient.
     with torch.inference_mode(False):
-        inputs = attribution.check_inputs(preprocess(view[None].to(attribution.like_weights(view, module).device)))
+        view = view.to(attribution.like_weights(view, module).device)
+        # Copies: the preprocessing and the network may work in place.
+        inputs = attribution.check_inputs(preprocess(view[None].clone()))
         if inputs.shape[2:] != view.shape[1:]:
             raise InvalidInputError(
                 f"preprocess turns {list(view.shape[1:])} pixels into {list(inputs.shape[2:])} inputs, so maps would "
@@ -239,9 +251,9 @@ def explain(
             trace = tracer.trace(model, image, preprocess=preprocess, seed=seed, progress=progress, **trace_settings)
         with tqdm(total=2 * len(methods), desc="attribution", disable=not progress, leave=False) as bar:
             dense = _maps(module, inputs, explained, methods, seed, bar)
-            with trace.applied(module):
-                spade_scores = _scores(module, inputs)
-                spade = _maps(module, inputs, explained, methods, seed, bar)
+            with _sparse(module, trace) as sparse:
+                spade_scores = _scores(sparse, inputs)
+                spade = _maps(sparse, inputs, explained, methods, seed, bar)
     for method, found in spade.items():
         if not found.any() and dense[method].any():
             warnings.warn(
@@ -261,18 +273,21 @@ def explain(
     known = {*trace.layers, *trace.dense}
     order = [layer for layer, _ in module.named_modules() if layer in known]
     return Explanation(
-        image=view.detach().cpu(),
+        image=view.detach().cpu().clone(),
         target=explained,
         target_name=name(explained),
         dense=dense,
         spade=spade,
         dense_predictions=predictions(dense_scores),
         spade_predictions=predictions(spade_scores),
+        dense_probability=dense_scores.softmax(dim=0)[explained].item(),
+        spade_probability=spade_scores.softmax(dim=0)[explained].item(),
         trace=trace,
         settings={
             "model": model.name if isinstance(model, LoadedModel) else type(module).__name__,
             "weights": model.source if isinstance(model, LoadedModel) else None,
             "methods": list(methods),
+            "seed": seed,
             "target_is": "the answer of the dense network" if target is None else "as asked for",
             "image_size": list(view.shape[1:]),
             "preprocess": preprocess.to_dict() if isinstance(preprocess, Preprocess) else None,
@@ -284,10 +299,22 @@ def explain(
 def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
     """Class scores of one image, float64 [classes] on the CPU, finite."""
     with evaluation_mode(module), torch.no_grad():
-        outputs = attribution.check_outputs(module(attribution.like_weights(inputs, module)), 1)
+        outputs = attribution.check_outputs(module(attribution.like_weights(inputs, module).clone()), 1)
     if not outputs.isfinite().all():
         raise InvalidInputError(f"{type(module).__name__} answers this image with NaN or infinite class scores")
     return outputs[0].cpu().double()
+
+
+@contextlib.contextmanager
+def _sparse(module: nn.Module, trace: Trace) -> Iterator[nn.Module]:
+    """The network with a trace's weights: a copy, so that other threads have theirs, unless it cannot be copied."""
+    try:
+        sparse = trace.pruned_copy(module)
+    except (TypeError, RuntimeError, pickle.PickleError):
+        with trace.applied(module):
+            yield module
+        return
+    yield sparse
 
 
 def _check_validity(module: nn.Module, inputs: Tensor, target: int, methods: Sequence[str]) -> None:

@@ -125,7 +125,9 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
     elif isinstance(explanations, Sequence):
         labelled = [("", explanation) for explanation in explanations]
     else:
-        raise InvalidInputError(f"gallery draws a list or mapping of explanations, got {explanations!r}")
+        raise InvalidInputError(
+            f"gallery draws a list or mapping of explanations, got {type(explanations).__name__}: pass [it]"
+        )
     if not labelled:
         raise InvalidInputError("no explanation to draw")
     first = labelled[0][1]
@@ -155,10 +157,10 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
             *([(label, TEXT, "bold")] if label else []),
             (explanation.target_name, TEXT, "normal" if label else "bold"),
             *(
-                (f"{name}: {100 * _probability(predictions, explanation.target):.0f} %", colour, "normal")
-                for name, predictions, colour in (
-                    ("dense", explanation.dense_predictions, DENSE),
-                    ("SPADE", explanation.spade_predictions, SPADE),
+                (f"{name}: {100 * probability:.0f} %", colour, "normal")
+                for name, probability, colour in (
+                    ("dense", explanation.dense_probability, DENSE),
+                    ("SPADE", explanation.spade_probability, SPADE),
                 )
             ),
         ]
@@ -171,11 +173,6 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
     _draw_scale(page, top=_TITLE + 0.2, height=2 * side + _GAP)
     _draw_caption(page, methods)
     return page.figure
-
-
-def _probability(predictions: Sequence[Prediction], target: int) -> float:
-    """Of the class that is explained; 0 where it is not among the most probable."""
-    return next((prediction.probability for prediction in predictions if prediction.index == target), 0.0)
 
 
 def _draw_caption(page: Page, methods: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spade_fast.errors import InvalidInputError, require
+from spade_fast.models import put_back
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.randomness import seeded
 from spade_fast.relevance import relevance
@@ -174,7 +175,9 @@ def _guided_backprop(question: Question) -> Tensor:
 
 def _guided_grad_cam(question: Question) -> Tensor:
     question.prepared.report.require("guided_grad_cam")
-    return _guided_backprop(question) * _grad_cam(question)
+    # Products of small numbers, which half precision would make zero.
+    wide = torch.promote_types(question.inputs.dtype, torch.float32)
+    return _guided_backprop(question).to(wide) * _grad_cam(question).to(wide)
 
 
 def _grad_cam(question: Question) -> Tensor:
@@ -308,8 +311,8 @@ def register_method(name: str, function: AttributionFunction, *, title: str | No
         A Python identifier that no other method has: maps are stored under it.
     function
         (model, inputs [1, c, h, w], target) to a map [h, w] or attributions [1, c, h, w], of which the absolute values
-        are summed over channels. It is called with the dense network and with the trace, in evaluation mode, and may
-        not change their weights.
+        are summed over channels. It is called with the dense network and with a copy that has the trace's weights, in
+        evaluation mode, and may not change their weights; whatever else it does to them is undone.
     title
         As it is written above a map. Default: the name.
 
@@ -330,15 +333,16 @@ def register_method(name: str, function: AttributionFunction, *, title: str | No
     def compute(question: Question) -> Tensor:
         # Copies, and random numbers of its own: the methods after it find everything as it was.
         inputs, wanted = question.inputs.detach().clone().requires_grad_(), tuple(question.inputs.shape)
-        before = _versions(question.module)
-        with seeded(question.seed, inputs.device):
+        with put_back(question.module) as changed, seeded(question.seed, inputs.device):
             found = function(question.module, inputs, question.target)
-        if _versions(question.module) != before:
-            raise InvalidInputError(f"method {name!r} changes the model's weights or buffers: let it work on a copy")
+        if changed:
+            raise InvalidInputError(
+                f"method {name!r} changes {changed[0]!r} of the model, which was put back: let it work on a copy"
+            )
         if isinstance(found, Tensor) and found.shape == wanted[2:]:
             found = found[None, None]
         fits = isinstance(found, Tensor) and found.dim() == 4 and len(found) == 1 and found.shape[2:] == wanted[2:]
-        if not fits or found.is_complex():
+        if not fits or found.is_complex() or found.layout != torch.strided or found.is_meta:
             got = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise InvalidInputError(
                 f"method {name!r} gives {got}: it must give a map {list(wanted[2:])} or attributions {list(wanted)}"
@@ -346,11 +350,6 @@ def register_method(name: str, function: AttributionFunction, *, title: str | No
         return found
 
     _METHODS[name] = Method(title or name, compute)
-
-
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Which tensors a network holds, and how often each was written to."""
-    return [(id(tensor), tensor._version) for tensor in (*module.parameters(), *module.buffers())]
 
 
 def unregister_method(name: str) -> None:
@@ -397,7 +396,7 @@ def _last_maps(question: Question, method: str) -> tuple[Tensor, Tensor]:
             score = question.prepared.module(question.inputs.clone())[0, question.target]
     finally:
         handle.remove()
-    return kept[-1], score
+    return kept[report.spatial_call], score
 
 
 def _enlarged(maps: Tensor, question: Question) -> Tensor:

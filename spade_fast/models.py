@@ -181,6 +181,8 @@ def visible_module(model: nn.Module | LoadedModel) -> nn.Module:
     if hasattr(module, "_orig_mod"):
         raise InvalidInputError("model is compiled, which hides its layers: pass the original, model._orig_mod")
     for name, submodule in module.named_modules():
+        if isinstance(submodule, torch.jit.ScriptModule):
+            raise InvalidInputError(f"module {name!r} is scripted, which hides its layers: use it as it was before")
         if _is_compiled(submodule):
             which = f"module {name!r}" if name else "model"
             raise InvalidInputError(
@@ -225,16 +227,75 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
                     _evaluated.pop(submodule, None)
 
     try:
-        for submodule in submodules:
+        for submodule in submodules:  # all before any is changed: what torch.compile() makes sets the flag of another
             with _evaluated_lock:
                 _evaluated.setdefault(submodule, (submodule.training, set()))[1].add(this)
-                submodule.training = False
+        for submodule in submodules:
+            submodule.training = False
         yield
     finally:
         try:
             restore()
         finally:  # again, should Ctrl-C have cut it short
             restore()
+
+
+@contextlib.contextmanager
+def put_back(module: nn.Module) -> Iterator[list[str]]:
+    """Whatever is done to the network inside is undone on leaving: to its modules, hooks, flags, tensors and gradients.
+
+    Yields
+    ------
+    list[str]
+        On leaving, the parameters and buffers that had other values or were others, by name.
+    """
+    changed: list[str] = []
+    tensors = [(name, _Kept(each)) for name, each in (*module.named_parameters(), *module.named_buffers())]
+    members = [
+        (vars(each), {name: dict(value) if isinstance(value, dict) else value for name, value in vars(each).items()})
+        for each in module.modules()
+    ]
+    try:
+        yield changed
+    finally:
+        now = dict((*module.named_parameters(), *module.named_buffers()))
+        for own, saved in members:
+            for name, value in saved.items():
+                if isinstance(value, dict):
+                    own[name].clear()
+                    own[name].update(value)
+                else:
+                    own[name] = value
+        changed += [name for name, kept in tensors if kept.put_back() or now.get(name) is not kept.tensor]
+
+
+class _Kept:
+    """A tensor, its values, flag and gradient as they are now."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._storage, self._values = tensor, tensor.detach(), tensor.detach().clone()
+        self._requires_grad = tensor.requires_grad
+        self._grad = _Kept(tensor.grad) if tensor.is_leaf and tensor.grad is not None else None
+
+    def put_back(self) -> bool:
+        """Whether its values or dtype had changed."""
+        tensor, storage, values = self.tensor, self._storage, self._values
+        moved = tensor.dtype != storage.dtype or tensor.data_ptr() != storage.data_ptr()
+        is_other = (storage != values) & ((storage == storage) | (values == values))  # NaN was NaN
+        with torch.no_grad():
+            changed = tensor.dtype != storage.dtype or bool(is_other.any())
+            if tensor.is_leaf:
+                tensor.grad = None
+            if moved:
+                tensor.data = storage
+            if changed:
+                storage.copy_(values)
+            if tensor.is_leaf:
+                tensor.requires_grad_(self._requires_grad)
+            if self._grad is not None:
+                self._grad.put_back()
+                tensor.grad = self._grad.tensor
+        return changed
 
 
 # Networks by library

@@ -203,6 +203,17 @@ CONSTANTS = functions_named(
 )
 
 
+#: What takes maps [n, channels, h, w] and gives maps, whatever else those could be.
+MAP_MODULES = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample,
+)  # fmt: skip
+MAP_FUNCTIONS = functions_named(
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "conv2d", "conv_transpose2d",
+    "interpolate", "max_pool2d", "pixel_shuffle", "pixel_unshuffle",
+)  # fmt: skip
+
+
 class Operation(NamedTuple):
     """One step of a network that depends on its input."""
 
@@ -213,6 +224,8 @@ class Operation(NamedTuple):
     is_identity: bool  # whether what comes out is what came in
     has_plain_weight: bool = True  # False for a layer that computes its weight from another
     is_affine: bool = True  # False for a layer with weights that does something else beside
+    has_hook: bool = False  # whether something runs before the layer
+    is_float: bool = True  # False for masks, indices and whole numbers
 
     def obstacle(self, traced: bool) -> tuple[tuple[str, ...], str] | None:
         """The methods that it makes invalid, and why; None if it stands in no method's way.
@@ -226,12 +239,17 @@ class Operation(NamedTuple):
         if self.is_identity:
             return None
         if isinstance(what, nn.Module):
+            if self.has_hook:
+                reason = f"a hook that runs before this {type(what).__name__} may change what goes into it"
+                return (*RULED_METHODS, *GUIDED_METHODS), reason
             if not self.is_affine:
                 return (*RULED_METHODS, *GUIDED_METHODS), f"{type(what).__name__} does more than apply its weight"
             if not self.has_plain_weight:
                 return ("lrp",), f"{type(what).__name__} computes its weight, which LRP has to change"
             return _module_obstacle(what)
         name = getattr(what, "__name__", str(what)).strip("_")
+        if not self.is_float:
+            return (*RULED_METHODS, *GUIDED_METHODS), f"{name} makes masks or whole numbers, which have no gradient"
         if what in SUMS or what in _LINEAR_FUNCTIONS:
             return None
         if not traced and name in MODULE_OF_FUNCTION:
@@ -244,6 +262,11 @@ class Operation(NamedTuple):
             if several:
                 return RULED_METHODS, f"multiplies activations with each other ({name})"
             return ("lrp",), f"calls the function {name}: make it a module of its own"
+        if name == "batch_norm":
+            return (
+                RULED_METHODS,
+                "calls the function batch_norm, perhaps with the batch's own statistics: make it a module",
+            )
         if what in _STATISTICS:
             return RULED_METHODS, f"normalises activations by their own statistics ({name})"
         return (*RULED_METHODS, *GUIDED_METHODS), f"{name} is no operation that these methods have a rule for"

@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, first_line
@@ -27,7 +28,9 @@ from spade_fast.operations import (
     CONSTANTS,
     GUIDED_METHODS,
     INSIDE_METHODS,
+    MAP_FUNCTIONS,
     MAP_METHODS,
+    MAP_MODULES,
     MODULE_OF_FUNCTION,
     WEIGHTED,
     ClippedReLU,
@@ -49,8 +52,10 @@ _DEFAULT_SIZE = 224
 _BENDING = frozenset(
     f"{name}Backward"
     for name in (
-        "Abs", "Celu", "Clamp", "ClampMax", "ClampMin", "Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh",
-        "LeakyRelu", "Maximum", "Minimum", "Mish", "Prelu", "Relu", "Sigmoid", "Silu", "Softplus", "Tanh", "Threshold",
+        "Abs", "Amax", "Amin", "Celu", "Clamp", "ClampMax", "ClampMin", "Elu", "Erf", "Exp", "Expm1", "Gelu",
+        "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Log", "Log1P", "LogSigmoid", "LogSoftmax",
+        "Max", "Maximum", "Min", "Minimum", "Mish", "Pow", "PreluKernel", "Reciprocal", "Relu", "Rsqrt",
+        "RreluWithNoise", "Sigmoid", "Silu", "Softmax", "Softplus", "Softshrink", "Sqrt", "Tanh", "Threshold",
         "Where",
     )
 )  # fmt: skip
@@ -72,7 +77,10 @@ class Report(ReadOnlyMappings):
         By method, of those that look inside the network: the layers that make it invalid, and why. Empty where it is
         valid. Methods that are not listed see inputs, outputs and gradients only, and are always valid.
     spatial_map
-        The last layer whose output is a map, for Grad-CAM and its kin; None where there is none.
+        The last layer whose output is a map, for Grad-CAM and its kin; None where there is none. Where torch.fx cannot
+        trace the network, the last module, though a function may make another map of what it gives.
+    spatial_call
+        Which of that layer's calls gives the map, from 0.
     untraceable
         Why the network could not be traced by torch.fx, in which case functions stayed functions; None if it was.
     largest_difference
@@ -82,6 +90,7 @@ class Report(ReadOnlyMappings):
     changes: Mapping[str, str]
     obstacles: Mapping[str, Mapping[str, str]]
     spatial_map: str | None
+    spatial_call: int
     untraceable: str | None
     largest_difference: float
 
@@ -94,7 +103,7 @@ class Report(ReadOnlyMappings):
         found = self.obstacles.get(method)
         if found:
             layer, reason = next(iter(found.items()))
-            more = f" (and {len(found) - 1} more such layers)" if len(found) > 1 else ""
+            more = f" (the first of {len(found)} such layers)" if len(found) > 1 else ""
             raise InvalidInputError(
                 f"method {method!r} is not valid on this network: {layer}: {reason}{more}; choose another method"
             )
@@ -163,9 +172,12 @@ def prepare(model: nn.Module | LoadedModel, inputs: Tensor | None = None) -> Pre
         try:
             prepared = _traced(module, tried[0])
             difference = _largest_difference(prepared.module, tried, expected)
-            if difference <= _TOLERANCE:
+            if difference > _TOLERANCE:
+                untraceable = f"the traced network's outputs differ by {difference:.1e} of the largest"
+            elif all(_have_one_gradient(module, prepared.module, batch) for batch in tried):
                 return _with_difference(prepared, difference)
-            untraceable = f"the traced network's outputs differ by {difference:.1e} of the largest"
+            else:
+                untraceable = "an operation has a gradient of its own, or none, which the traced network has lost"
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -178,9 +190,15 @@ def prepare(model: nn.Module | LoadedModel, inputs: Tensor | None = None) -> Pre
                 "(F.dropout without training=self.training, for one): there is no answer to explain"
             )
     if difference > _TOLERANCE:
+        hooked = [name or "the network" for name, each in module.named_modules() if each._forward_hooks]
+        cure = (
+            f"remove the forward hooks (of {hooked[0]}, for one), which it is prepared without"
+            if hooked
+            else "leave inplace=True out where a tensor that it changes is used again"
+        )
         raise InvalidInputError(
             f"{type(module).__name__} cannot be prepared: with nothing done in place its outputs differ by "
-            f"{difference:.1e} of the largest; leave inplace=True out where a tensor that it changes is used again"
+            f"{difference:.1e} of the largest; {cure}"
         )
     return _with_difference(prepared, difference)
 
@@ -191,7 +209,8 @@ def _inputs_to_try(model: nn.Module | LoadedModel, module: nn.Module, inputs: Te
     if weight.is_meta:
         raise InvalidInputError(f"{type(module).__name__} has no weights: it is on the meta device")
     if inputs is not None:
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2 or not inputs.numel():
+        is_dense = isinstance(inputs, Tensor) and inputs.layout == torch.strided and not inputs.is_meta
+        if not is_dense or not inputs.is_floating_point() or inputs.dim() < 2 or not inputs.numel():
             got = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
             raise InvalidInputError(f"inputs must be a non-empty batch of model inputs, a float tensor, got {got}")
         if not inputs.isfinite().all():
@@ -225,6 +244,8 @@ def _run(module: nn.Module, batch: Tensor) -> Tensor:
             f"{type(module).__name__} gives a {type(outputs).__name__}: wrap it in a module that returns the class "
             "scores alone"
         )
+    if not outputs.isfinite().all():
+        raise InvalidInputError(f"{type(module).__name__} gives NaN or infinite outputs: look for them in its weights")
     return outputs
 
 
@@ -239,6 +260,28 @@ def _largest_difference(module: nn.Module, tried: list[Tensor], expected: list[T
         share = (difference.max() / right.abs().max().clamp_min(torch.finfo(right.dtype).tiny)).item()
         shares.append(share if share == share else float("inf"))
     return max(shares)
+
+
+def _have_one_gradient(module: nn.Module, other: nn.Module, batch: Tensor) -> bool:
+    """Whether two networks of equal outputs have equal gradients too, at the first image, if the first has one."""
+    gradients: list[Tensor] = []
+    for each in (twin(module), other):  # without hooks, which may not expect gradients
+        with torch.enable_grad():
+            point = batch[:1].clone().requires_grad_()
+            try:
+                outputs = each(point.clone())
+                gradient = None
+                if outputs.requires_grad:
+                    weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1)).to(outputs)
+                    (gradient,) = torch.autograd.grad((outputs * weights).sum(), point, allow_unused=True)
+                gradients.append(torch.zeros_like(point) if gradient is None else gradient)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                return not gradients  # if the network itself fails, whoever needs its gradient will say so
+    expected, found = gradients
+    difference = torch.where((found == expected) | (found.isnan() & expected.isnan()), 0, (found - expected).abs())
+    return bool(difference.max() <= _TOLERANCE * expected.nan_to_num(0).abs().max())
 
 
 def _with_difference(prepared: Prepared, difference: float) -> Prepared:
@@ -271,7 +314,7 @@ def _traced(module: nn.Module, batch: Tensor) -> Prepared:
     traced.delete_all_unused_submodules()
     traced.graph.lint()  # type: ignore[no-untyped-call]
     traced.recompile()
-    return Prepared(traced, _report(changes, observer.operations, spatial_map, None))
+    return Prepared(traced, _report(changes, observer.operations, (spatial_map, 0), None))
 
 
 def _owner(node: fx.Node) -> str:
@@ -431,16 +474,18 @@ class _Observer(fx.Interpreter):
         super().__init__(traced)
         self.operations: list[Operation] = []
         self.spatial_map: fx.Node | None = None  # the last node that gives a map
-        self._size = torch.Size()  # of the inputs
+        self._channels = _Channels()
         self._pooled: set[fx.Node] = set()  # what is made of pooled activations alone
+        self._has_input = False
 
     def run_node(self, n: fx.Node) -> Any:
         arguments: tuple[Any, ...] = () if n.op == "placeholder" else self.fetch_args_kwargs_from_env(n)[0]
         stamps = _stamps(arguments)
         result = super().run_node(n)
         if n.op == "placeholder":
-            if not self._size:
-                self._size = result.shape
+            if not self._has_input:
+                self._has_input = True
+                self._channels.of_input(result)
                 n.meta[ACTIVE] = True
             return result
         flags: list[bool] = []
@@ -453,7 +498,9 @@ class _Observer(fx.Interpreter):
         n.meta[ACTIVE] = True
         layer = str(n.target) if is_module else _joined(_owner(n), n.name)
         first = bool(n.args) and isinstance(n.args[0], fx.Node) and ACTIVE in n.args[0].meta
-        facts = _weight_facts(what, arguments[0]) if is_module and arguments else {}
+        facts = _weight_facts(what, arguments[0], _has_hook(what)) if is_module and arguments else {}
+        facts["is_float"] = not isinstance(result, Tensor) or result.is_floating_point()
+        what = torch.floor if n.kwargs.get("rounding_mode") else what
         self.operations.append(Operation(layer, what, sum(flags), first, _is_unchanged(result, stamps), **facts))
         if isinstance(result, Tensor):
             n.meta[DIMENSIONS] = result.dim()
@@ -461,7 +508,11 @@ class _Observer(fx.Interpreter):
             pooled = _is_pooled(result) or self._pooled.issuperset(sources)
             if pooled:
                 self._pooled.add(n)
-            self.spatial_map = _next_map(self.spatial_map, n, pooled, result, self._size)
+            self._channels.note(what, arguments, result)
+            if self._channels.is_map(result) and not pooled:
+                self.spatial_map = n
+            elif result.dim() in (3, 4) and result.is_floating_point() and not pooled:
+                self.spatial_map = None
         return result
 
 
@@ -486,37 +537,70 @@ def _holds_activations(result: Any) -> bool:
     return isinstance(result, (tuple, list)) and any(map(_holds_activations, result))
 
 
-_Place = TypeVar("_Place")
+class _Channels:
+    """Which dimension of activations [n, ., ., .] the channels are, to tell maps [n, channels, h, w] from others.
 
-
-def _next_map(last: _Place | None, place: _Place, pooled: bool, result: Tensor, inputs: torch.Size) -> _Place | None:
-    """The last step that gives a map, after one more.
-
-    Tokens and maps with channels last, which Grad-CAM knows nothing of, put an end to it.
+    Tokens and maps with channels last, which Grad-CAM knows nothing of, put an end to maps.
     """
-    if result.dim() == 4 and not pooled:
-        # A map is about as wide for its height as the input; with channels last it looks otherwise.
-        distortion = (result.shape[2] * inputs[-1]) / (result.shape[3] * inputs[-2])
-        return place if 0.5 < distortion < 2 else None
-    return None if result.dim() == 3 else last
+
+    def __init__(self) -> None:
+        self._of: Any = WeakTensorKeyDictionary()
+
+    def of_input(self, inputs: Tensor) -> None:
+        if inputs.dim() == 4:
+            self._of[inputs] = 1
+
+    def note(self, what: Any, given: Any, result: Tensor) -> None:
+        """What a step makes of the activations that are given to it."""
+        if result.dim() != 4 or not result.is_floating_point():
+            return
+        if isinstance(what, MAP_MODULES) or what in MAP_FUNCTIONS:
+            self._of[result] = 1
+            return
+        for source in tensors_in(given):
+            place = self._of.get(source)
+            if place is not None:
+                found = _same_dimension(source, place, result)
+                if found is not None:
+                    self._of[result] = found
+                    return
+
+    def is_map(self, result: Tensor) -> bool:
+        return result.dim() == 4 and self._of.get(result) == 1
+
+
+def _same_dimension(source: Tensor, place: int, result: Tensor) -> int | None:
+    """Where a dimension [n, ., ., .] of a tensor is in what was made of it."""
+    if result.untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+        return place  # computed, number by number or along a dimension
+    dimensions = list(zip(result.shape, result.stride(), strict=True))
+    wanted = (source.shape[place], source.stride(place))
+    return dimensions.index(wanted) if wanted in dimensions else None  # None where it was reshaped
 
 
 def _is_pooled(tensor: Tensor) -> bool:
     return tensor.dim() == 2 or (tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] == 1)
 
 
-def _weight_facts(module: nn.Module, batch: Any) -> dict[str, bool]:
+def _has_hook(module: Any) -> bool:
+    """Whether something runs before a layer that may change what goes into it, other than to compute its weight."""
+    return bool(module._forward_pre_hooks) and not ("weight" in vars(module) and "weight" not in module._parameters)
+
+
+def _weight_facts(module: nn.Module, batch: Any, has_hook: bool) -> dict[str, bool]:
     """Whether a layer applies its weight as it is, and does nothing else, as :class:`Operation` has it.
 
     Kinds of other libraries are asked by what they do: twice the weight, twice the input and the input's negative must
     have the effect that they have on a linear map.
     """
+    if has_hook:
+        return {"has_hook": True}
     if not isinstance(module, WEIGHTED) or not isinstance(batch, Tensor):
         return {}
     weight = module._parameters.get("weight")
     if weight is None:
         return {"has_plain_weight": False}  # computed by a parametrization
-    if type(module) in WEIGHTED and not module._forward_pre_hooks:
+    if type(module) in WEIGHTED:
         return {}
     forward: Any = type(module).forward  # not the module itself, whose hooks would take part
     one = batch[:1].detach()
@@ -536,14 +620,16 @@ def _weight_facts(module: nn.Module, batch: Any) -> dict[str, bool]:
         offset = outputs(torch.zeros_like(one))
         once = outputs(one) - offset
         affine = is_zero(outputs(2 * one) - offset - 2 * once) and is_zero(outputs(-one) - offset + once)
-        plain = is_zero(outputs(one, 2.0) - outputs(one, 0.0) - 2 * (outputs(one) - outputs(one, 0.0)))
+        plain = is_zero(outputs(one, 0.0) - offset) and is_zero(outputs(one, 2.0) - offset - 2 * once)
     return {"has_plain_weight": plain, "is_affine": affine}
 
 
 def _name_spatial_map(traced: fx.GraphModule, node: fx.Node | None) -> str | None:
-    """The module whose output is the last map: one is put behind a function that gives it."""
-    if node is None or node.op == "call_module":
-        return None if node is None else str(node.target)
+    """The module whose output is the last map: one is put behind a function that gives it, or one call of several."""
+    if node is None:
+        return None
+    if node.op == "call_module" and sum(other.target == node.target for other in traced.graph.nodes) == 1:
+        return str(node.target)
     taken = {name for name, _ in traced.named_modules()}
     name = _joined(_owner(node), node.name)
     while name in taken:
@@ -570,28 +656,45 @@ def _converted(module: nn.Module, batch: Tensor, untraceable: str) -> Prepared:
         if made is not None and name and type(made) is not type(each):
             shadow.set_submodule(name, made)
             changes[name] = f"{type(each).__name__} made {type(made).__name__}"
-    watch = _Watch(shadow, batch.shape)
+    watch = _Watch(shadow)
     with ExitStack() as hooks:
         watch.attach(hooks)
         parameters = {name: each.detach() for name, each in shadow.named_parameters()}
-        with torch.enable_grad(), watch:
-            outputs = torch.func.functional_call(shadow, parameters, (batch.clone().requires_grad_().clone(),))
+        with torch.enable_grad():
+            outputs = watch.run(shadow, parameters, batch.clone().requires_grad_().clone())
     hidden = watch.hidden_activation(outputs)
-    return Prepared(shadow, _report(changes, watch.operations, watch.spatial_map, untraceable, hidden))
+    return Prepared(shadow, _report(changes, watch.operations, watch.spatial_map(outputs), untraceable, hidden))
 
 
 class _Watch(TorchFunctionMode):
     """Notes what a network does, as it runs, with tensors that require a gradient: those that depend on its input."""
 
-    def __init__(self, module: nn.Module, size: torch.Size) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.operations: list[Operation] = []
-        self.spatial_map: str | None = None
-        self._size = size
-        self._names = {each: name for name, each in module.named_modules()}
+        self._channels = _Channels()
+        # Modules that give maps, None for an end to them; which call; and the step of the gradient.
+        self._maps: list[tuple[str | None, int, Any]] = []
+        self._calls: Counter[nn.Module] = Counter()
+        self._names: dict[nn.Module, str] = {each: name for name, each in module.named_modules()}
+        self._hooked = {each for each in self._names if _has_hook(each)}
         self._stack: list[tuple[str, dict[int, int]]] = []  # names, and what went in
         self._inside: nn.Module | None = None  # a module that is looked at as a whole
         self._steps: set[Any] = set()  # of the gradient, that give what was noted
+
+    def run(self, module: nn.Module, parameters: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        self._channels.of_input(inputs)
+        try:
+            with self:
+                outputs: Tensor = torch.func.functional_call(module, parameters, (inputs,))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise InvalidInputError(
+                f"{type(module).__name__} does not run where a gradient is to be taken ({first_line(error)}), though "
+                "it does without: no method that looks inside it can be used"
+            ) from error
+        return outputs
 
     def attach(self, hooks: ExitStack) -> None:
         for module in self._names:
@@ -608,16 +711,21 @@ class _Watch(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], outputs: Any) -> None:
         name, stamps = self._stack.pop()
+        self._calls[module] += 1
         if self._inside is not None and module is not self._inside:
             return
         is_leaf, self._inside = self._inside is not None, None
         given = (*arguments, *keywords.values())
         if isinstance(outputs, Tensor) and outputs.requires_grad and name:
-            pooled = _is_pooled(outputs) or all(map(_is_pooled, tensors_in(given)))
-            self.spatial_map = _next_map(self.spatial_map, name, pooled, outputs, self._size)
+            if is_leaf:
+                self._channels.note(module, given, outputs)
+            if not _is_pooled(outputs) and not all(map(_is_pooled, tensors_in(given))):
+                is_map = self._channels.is_map(outputs)
+                if is_map or (outputs.dim() in (3, 4) and outputs.is_floating_point()):
+                    self._maps.append((name if is_map else None, self._calls[module] - 1, outputs.grad_fn))
         if is_leaf:
             self._inside = module  # what is tried out with it is no step of the network
-            facts = _weight_facts(module, given[0] if given else None)
+            facts = _weight_facts(module, given[0] if given else None, module in self._hooked)
             self._inside = None
             self._note(name, module, given, outputs, stamps, **facts)
 
@@ -628,7 +736,10 @@ class _Watch(TorchFunctionMode):
         if self._inside is None:
             name = getattr(func, "__name__", str(func))
             place = _joined(self._stack[-1][0] if self._stack else "", name)
-            self._note(place, func, given, given[0] if func is torch.Tensor.__setitem__ else result, stamps)
+            what = torch.floor if (kwargs or {}).get("rounding_mode") else func
+            self._note(place, what, given, given[0] if func is torch.Tensor.__setitem__ else result, stamps)
+            if isinstance(result, Tensor) and func not in CONSTANTS:
+                self._channels.note(func, given, result)
         return result
 
     def _note(
@@ -639,25 +750,35 @@ class _Watch(TorchFunctionMode):
         decides = isinstance(result, Tensor) and not result.is_floating_point() and result.numel() == 1
         if any(flags) and _holds_activations(result) and not decides and what not in CONSTANTS:
             first = bool(given) and isinstance(given[0], Tensor) and given[0].requires_grad
+            facts["is_float"] = not isinstance(result, Tensor) or result.is_floating_point()
             self.operations.append(Operation(layer, what, sum(flags), first, _is_unchanged(result, stamps), **facts))
             self._steps.update(tensor.grad_fn for tensor in tensors_in(result))
 
     def hidden_activation(self, outputs: Tensor) -> str | None:
         """A step of the outputs' gradient that may be an activation and was not noted: what it is called."""
-        waiting, known = [outputs.grad_fn], {None, outputs.grad_fn}
-        while waiting:
-            step: Any = waiting.pop()
-            if step is None:
-                continue
+        for step in _steps(outputs):
             name = type(step).__name__
             # Those that torch does not name are whole scripted functions.
             is_opaque = isinstance(step, torch.autograd.function.BackwardCFunction) or name == "CppFunction"
             if step not in self._steps and (is_opaque or name.rstrip("0123456789") in _BENDING):
                 return str(step.name()).rpartition("::")[2]
-            following = {after for after, _ in step.next_functions} - known
-            known |= following
-            waiting += following
         return None
+
+    def spatial_map(self, outputs: Tensor) -> tuple[str | None, int]:
+        """The last module that gives a map of which the outputs are made, and by which call."""
+        steps = _steps(outputs)
+        return next(((name, call) for name, call, step in reversed(self._maps) if step in steps), (None, 0))
+
+
+def _steps(outputs: Tensor) -> set[Any]:
+    """All steps of the outputs' gradient."""
+    waiting: list[Any] = [outputs.grad_fn] if outputs.grad_fn is not None else []
+    known = set(waiting)
+    while waiting:
+        following = {after for after, _ in waiting.pop().next_functions if after is not None} - known
+        known |= following
+        waiting += following
+    return known
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -668,7 +789,7 @@ def _is_leaf(module: nn.Module) -> bool:
 def _report(
     changes: Mapping[str, str],
     operations: Sequence[Operation],
-    spatial_map: str | None,
+    last_map: tuple[str | None, int],
     untraceable: str | None,
     hidden: str | None = None,
 ) -> Report:
@@ -687,7 +808,8 @@ def _report(
             obstacles[method].setdefault("the network", reason)
     if untraceable is not None:
         obstacles["lrp"] = {"the network": f"torch.fx cannot trace it ({untraceable})"}
+    spatial_map, call = last_map
     if spatial_map is None:
         for method in MAP_METHODS:
             obstacles[method].setdefault("the network", "no layer before its answer gives a map [n, channels, h, w]")
-    return Report(changes, obstacles, spatial_map, untraceable, 0.0)
+    return Report(changes, obstacles, spatial_map, call, untraceable, 0.0)

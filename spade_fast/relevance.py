@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from spade_fast import operations, preparation
 from spade_fast.errors import require
 from spade_fast.preparation import Prepared
-from spade_fast.rules import check_total
+from spade_fast.rules import check_total, in_full_precision
 
 # What keeps denominators from zero, with their sign: no larger, since relevance leaks through it.
 _STABILIZER = 1e-12
@@ -27,11 +28,11 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
     """Relevance of each input for a class score, which it adds up to but for rounding.
 
     The rules are those of the composite "EpsilonPlusFlat" (Kohlbrenner et al. 2020), with biases left out of all
-    denominators, so that none absorbs relevance: flat for the first layer with weights, z+ for other convolutions,
-    epsilon for linear layers. An output that owes its value to the bias alone, as is common in depthwise layers,
-    divides its relevance evenly instead of losing it. Batch norms are folded into the layers before them; those that
-    follow none, activations and factors pass relevance on; sums of branches and averages divide it by contribution; max
-    pooling gives it to the largest.
+    denominators, so that none absorbs relevance: flat for layers with weights that see the inputs, z+ for other
+    convolutions, epsilon for linear layers. An output that owes its value to the bias alone, as is common in
+    depthwise layers, divides its relevance evenly instead of losing it. Batch norms are folded into the layers
+    before them; those that follow none, activations and factors pass relevance on; sums of branches and averages
+    divide it by contribution; max pooling gives it to the largest.
 
     Parameters
     ----------
@@ -55,6 +56,7 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
         If zennit is not installed.
     """
     prepared.report.require("lrp")
+    prepared, inputs = in_full_precision(prepared, inputs)
     network = _with_rules(prepared)
     with torch.inference_mode(False), torch.no_grad():
         expected = prepared.module(inputs.clone())[:, target]
@@ -64,8 +66,19 @@ def relevance(prepared: Prepared, inputs: Tensor, target: int) -> Tensor:
         seed = torch.zeros_like(outputs)
         seed[:, target] = outputs.detach()[:, target]
         (found,) = torch.autograd.grad(outputs, point, seed)
-    check_total("lrp", found, expected, expected, _LARGEST_LEAK)
+    check_total("lrp", found, expected, expected, _LARGEST_LEAK, _padding(prepared))
     return found
+
+
+def _padding(prepared: Prepared) -> str | None:
+    """What pads maps before a layer does, if anything: the relevance of its zeros is lost."""
+    modules = (
+        name for name, each in prepared.module.named_modules() if isinstance(each, (nn.ZeroPad2d, nn.ConstantPad2d))
+    )
+    assert isinstance(prepared.module, fx.GraphModule)
+    functions = (str(node.name) for node in prepared.module.graph.nodes if _function(node) is F.pad)
+    found = next(iter((*modules, *functions)), None)
+    return None if found is None else f"{found}, to whose zeros relevance is lost,"
 
 
 def _with_rules(prepared: Prepared) -> fx.GraphModule:
@@ -82,7 +95,7 @@ def _with_rules(prepared: Prepared) -> fx.GraphModule:
                 continue
             if isinstance(module, (*operations.BATCH_NORMS, *operations.ACTIVATIONS)):
                 _replace(network, node, _Pass(module))
-            elif isinstance(module, operations.AVERAGE_POOLING):
+            elif isinstance(module, (*operations.AVERAGE_POOLING, nn.Upsample)):
                 _replace(network, node, _Share(module))
         elif _function(node) in operations.SUMS and all(map(_is_active, node.args)):
             node.op, node.target = "call_function", _split_sum
@@ -264,13 +277,22 @@ def _composite(network: fx.GraphModule) -> Any:
     rules = require("zennit.rules", "interpret")
     composites = require("zennit.composites", "interpret")
     core = require("zennit.core", "interpret")
-    layers: dict[str, nn.Module] = {}  # in the order of their calls, unlike the modules themselves
+    layers: dict[str, nn.Module] = {}
+    first = []  # what sees the inputs themselves
+    behind: set[fx.Node] = set()  # what comes after a layer with weights
     for node in network.graph.nodes:
-        if node.op == "call_module" and _is_active(node):
-            module = network.get_submodule(str(node.target))
-            if isinstance(module, operations.WEIGHTED):
-                layers[str(node.target)] = module
-    first, others = list(layers)[:1], list(layers)[1:]
+        if not _is_active(node):
+            continue
+        is_behind = not behind.isdisjoint(node.all_input_nodes)
+        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, operations.WEIGHTED):
+            layers[str(node.target)] = module
+            if not is_behind:
+                first.append(str(node.target))
+            is_behind = True
+        if is_behind:
+            behind.add(node)
+    others = [name for name in layers if name not in first]
     zero = {"zero_params": ["bias"]}
     linear = [name for name in others if isinstance(layers[name], nn.Linear)]
     convolutions = [name for name in others if name not in linear]

@@ -8,7 +8,9 @@ a rule of their own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,6 +57,8 @@ def deep_lift(prepared: Prepared, inputs: Tensor, baseline: Tensor, target: int)
         score's difference.
     """
     prepared.report.require("deep_lift")
+    prepared, inputs = in_full_precision(prepared, inputs)
+    baseline = baseline.to(inputs)
     network = _with_rule(prepared, lambda module: _Rescale(module) if _is_nonlinear(module) else None)
     with torch.inference_mode(False), torch.no_grad():
         alone = torch.cat([prepared.module(each.clone())[:, target] for each in (inputs, baseline)])
@@ -85,7 +89,7 @@ def _first_mixed(network: nn.Module, inputs: Tensor, baseline: Tensor) -> str | 
         _layer_inputs(network, batch) for batch in (inputs, baseline, torch.cat([inputs, baseline]))
     )
     for (layer, one), (_, other), (_, both) in zip(alone, others, together, strict=False):
-        if one.is_floating_point() and _differs(both, torch.cat([one, other])):
+        if one.is_floating_point() and differs(both, torch.cat([one, other])):
             return layer
     return None
 
@@ -121,24 +125,39 @@ def _together(network: nn.Module, both: Tensor) -> Tensor:
 
 def _check_apart(together: Tensor, alone: Tensor) -> None:
     """Raise InvalidInputError unless images of one batch get the scores that they get alone, but for rounding."""
-    if _differs(together, alone):
+    if differs(together, alone):
         raise InvalidInputError(
             "method 'deep_lift' is not valid on this network: what it makes of an image depends on the others of the "
             "batch; choose another method"
         )
 
 
-def _differs(found: Tensor, expected: Tensor) -> bool:
+def differs(found: Tensor, expected: Tensor) -> bool:
     """Whether there is more between them than rounding."""
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     tolerance = max(_LARGEST_GAP, _ROUNDING * torch.finfo(expected.dtype).eps)
     return found.shape != expected.shape or bool((found - expected).abs().max() > tolerance * scale)
 
 
-def check_total(method: str, attributions: Tensor, expected: Tensor, scores: Tensor, tolerance: float) -> None:
+def in_full_precision(prepared: Prepared, inputs: Tensor) -> tuple[Prepared, Tensor]:
+    """Network and inputs in float32 at least: what half precision rounds, no sum could tell from what is wrong."""
+    if inputs.dtype not in (torch.float16, torch.bfloat16):
+        return prepared, inputs
+    return replace(prepared, module=copy.deepcopy(prepared.module).float()), inputs.float()
+
+
+def check_total(
+    method: str,
+    attributions: Tensor,
+    expected: Tensor,
+    scores: Tensor,
+    tolerance: float,
+    suspect: str | None = None,
+) -> None:
     """Raise InvalidInputError unless attributions [n, ...] add up to what they must [n].
 
-    They may miss it by a share of it, and by the rounding of their sum and of the scores [...] that it is made of.
+    They may miss it by a share of it, and by the rounding of their sum and of the scores [...] that it is made of. The
+    suspect is a layer that may be to blame.
     """
     found = attributions.double().flatten(1)
     magnitude = found.abs().sum(dim=1) + scores.double().abs().max()
@@ -146,7 +165,7 @@ def check_total(method: str, attributions: Tensor, expected: Tensor, scores: Ten
     if bool(((found.sum(dim=1) - expected.double()).abs() > tolerance * expected.double().abs() + rounding).any()):
         raise InvalidInputError(
             f"method {method!r} is not valid on this network: its attributions add up to {found.sum(1)[0]:.4g}, not to "
-            f"{expected[0]:.4g}, so some operation has no rule that holds; choose another method"
+            f"{expected[0]:.4g}, so {suspect or 'some operation'} has no rule that holds; choose another method"
         )
 
 

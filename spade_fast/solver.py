@@ -21,7 +21,7 @@ Fallback = Literal["float64", "damping"]
 
 # Backward error of a Cholesky factor in units of d * eps above which LAPACK's own tests call it broken.
 _LAPACK_TEST_RATIO = 30.0
-# How far a pivot must stand out from its own rounding error.
+# How far a pivot must stand out from its own rounding error: as in csrc/pivot_noise.h.
 _PIVOT_TO_NOISE = 10.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6

@@ -7,6 +7,8 @@ import copy
 import hashlib
 import json
 import os
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +107,8 @@ class Trace(ReadOnlyMappings):
         """Swap the sparse weights into the model, and back on leaving, bit for bit, whatever happens inside.
 
         The model's own parameters are put aside whole, not copied over, and put back as the same objects. Blocks
-        may be nested, and then end in the order of nesting; the innermost trace counts.
+        may be nested, and then end in the order of nesting; the innermost trace counts. Other threads see the sparse
+        weights too.
 
         Parameters
         ----------
@@ -121,9 +124,13 @@ class Trace(ReadOnlyMappings):
         ------
         InvalidInputError
             If a layer of the trace is missing in the model, has another shape, or shares its weight with one that the
-            trace does not treat alike; nothing is swapped then.
+            trace does not treat alike, or another thread has applied a trace to the model; nothing is swapped then.
         """
         module = bare_module(model)
+        with _applied_by_one_thread(module):
+            yield from self._swapped(module)
+
+    def _swapped(self, module: nn.Module) -> Iterator[nn.Module]:
         replacements = self._replacements(module)
         originals = [(owner, owner._parameters["weight"]) for owner, _ in replacements]
 
@@ -295,6 +302,31 @@ class Trace(ReadOnlyMappings):
                 "Apply it to the model it was made from"
             )
         return found
+
+
+_applying_lock = threading.Lock()
+# Models to which traces are applied: by which thread, and how many.
+_applying: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _applied_by_one_thread(module: nn.Module) -> Iterator[None]:
+    """Refuse a second thread, whose weights could not be told from those to be put back."""
+    thread = threading.get_ident()
+    with _applying_lock:
+        owner, count = _applying.get(module, (thread, 0))
+        if owner != thread:
+            raise InvalidInputError(
+                "another thread has applied a trace to this model: use trace.pruned_copy(model), or one model a thread"
+            )
+        _applying[module] = thread, count + 1
+    try:
+        yield
+    finally:
+        with _applying_lock:
+            _, count = _applying.pop(module)
+            if count > 1:
+                _applying[module] = thread, count - 1
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from spade_fast import attribution
 from spade_fast.attribution import METHODS, Method, attribute, find_method
 from spade_fast.errors import InvalidInputError, MissingDependencyError
+from spade_fast.models import LoadedModel
+from spade_fast.preprocessing import IMAGENET
 
 pytest.importorskip("captum")
 
@@ -159,7 +161,7 @@ def test_network_is_left_as_it_was(
     before = state()
     if fails:
         monkeypatch.setattr(network.fc, "forward", lambda _: torch.full((1,), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(InvalidInputError, match="does not run on inputs .*ZeroDivisionError"):
             attribute(network, inputs, TARGET, method)
     else:
         attribute(network, inputs, TARGET, method)
@@ -187,7 +189,7 @@ def test_random_methods_in_several_threads(network: Residual, inputs: Tensor) ->
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("call", [2, 3])
+@pytest.mark.parametrize("call", [2, 4, 5])
 def test_network_is_left_as_it_was_after_an_interruption(
     network: Residual, inputs: Tensor, method: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +198,7 @@ def test_network_is_left_as_it_was_after_an_interruption(
 
     def interrupted(*arguments: Any, **keywords: Any) -> Tensor:
         calls.append(1)
-        if len(calls) > call:  # the first two are those of a first look at the outputs
+        if len(calls) > call:  # the first four are those of two looks at the outputs
             raise KeyboardInterrupt
         return forward(*arguments, **keywords)
 
@@ -292,3 +294,70 @@ def test_missing_captum_names_the_cure(network: Residual, inputs: Tensor, monkey
 def test_methods_are_read_only() -> None:
     with pytest.raises(TypeError):
         attribution.METHODS["mine"] = Method("Mine", lambda *_: torch.zeros(1))  # type: ignore[index]
+
+
+def test_what_a_loaded_model_holds_is_asked(network: Residual, inputs: Tensor) -> None:
+    loaded = LoadedModel("mine", network, IMAGENET, categories=None, source="random")
+    assert torch.equal(attribute(loaded, inputs, TARGET, "saliency"), attribute(network, inputs, TARGET, "saliency"))
+    with pytest.raises(InvalidInputError, match="model is a function: pass an nn.Module"):
+        attribute(lambda x: x, inputs, TARGET, "saliency")  # type: ignore[arg-type]
+
+
+def test_networks_that_mix_the_images_of_a_batch(inputs: Tensor) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 4),
+    )
+    with pytest.raises(
+        InvalidInputError, match="Sequential makes of an image depends on the others .*: pass batch_size=1"
+    ):
+        attribute(network, inputs, TARGET, "integrated_gradients")
+    attribute(network, inputs, TARGET, "integrated_gradients", batch_size=1)
+
+
+def test_networks_made_in_inference_mode(inputs: Tensor) -> None:
+    with torch.inference_mode():
+        network = Residual()
+    with pytest.raises(InvalidInputError, match="Residual was made in inference mode, so no gradient can pass it"):
+        attribute(network, inputs, TARGET, "saliency")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_failures_of_the_network_say_so(network: Residual, method: str) -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"Residual does not run on inputs torch.float32 \[1, 4, 8, 10\] \(Runt"
+    ):
+        attribute(network, torch.zeros(1, 4, 8, 10), TARGET, method)
+
+
+def test_failures_of_a_method_say_so(inputs: Tensor) -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x))
+            x *= 0.5  # which a ReLU needs for its gradient
+            return x.mean((2, 3))
+
+    with pytest.raises(
+        InvalidInputError, match="method 'saliency' fails on Halved .RuntimeError: one of the variables"
+    ):
+        attribute(Halved(), inputs, TARGET, "saliency")
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.zeros(1, 3, 8, 8, device="meta"), torch.zeros(1, 3, 8, 8).to_sparse(), torch.zeros(1, 3, 0, 8)]
+)
+def test_inputs_that_hold_no_pixels(network: Residual, inputs: Tensor) -> None:
+    with pytest.raises(InvalidInputError, match="model inputs must be one image, a float tensor"):
+        attribute(network, inputs, TARGET, "saliency")
+
+
+def test_names_may_come_from_anywhere() -> None:
+    assert attribution.check_methods(name for name in ["saliency", "lrp", "saliency"]) == ("saliency", "lrp")

@@ -6,6 +6,8 @@ import copy
 import io
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -161,7 +163,7 @@ def test_model_is_left_as_it_was(
     if failing_call is None:
         explain(loaded, photo, methods=["failing"], **QUICK)
     else:
-        with pytest.raises(RuntimeError, match="a method failed"):
+        with pytest.raises(InvalidInputError, match="method 'failing' fails on Tiny .RuntimeError: a method failed"):
             explain(loaded, photo, methods=["failing"], **QUICK)
         assert len(calls) == failing_call
     assert state(loaded.module) == before
@@ -210,6 +212,72 @@ def test_network_that_answers_with_nan(loaded: LoadedModel, photo: Image.Image) 
         explain(loaded, photo, **QUICK)
 
 
+def test_threads_share_a_network(loaded: LoadedModel, photo: Image.Image) -> None:
+    photos = [photo, photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)] * 2
+    settings: dict[str, Any] = {"methods": ["saliency", "occlusion"], **QUICK}
+    before = state(loaded.module)
+    expected = [explain(loaded, each, **settings) for each in photos]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: explain(loaded, each, **settings), photos))
+    assert state(loaded.module) == before
+    for one, other in zip(found, expected, strict=True):
+        assert one.spade_predictions == other.spade_predictions
+        for name in settings["methods"]:
+            assert torch.equal(one.dense[name], other.dense[name])
+            assert torch.equal(one.spade[name], other.spade[name])
+
+
+def test_networks_that_cannot_be_copied_get_the_weights_themselves(photo: Image.Image, loaded: LoadedModel) -> None:
+    settings: dict[str, Any] = {"methods": ["saliency"], **QUICK}
+    expected = explain(loaded, photo, **settings)
+    loaded.module.lock = threading.Lock()
+    before = state(loaded.module)
+    found = explain(loaded, photo, **settings)
+    assert state(loaded.module) == before
+    assert torch.equal(found.spade["saliency"], expected.spade["saliency"])
+
+
+@pytest.mark.parametrize("in_place", ["network", "preprocess"])
+def test_images_are_the_callers_own(in_place: str) -> None:
+    class Greedy(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.45).div_(0.2) if in_place == "network" else x)
+
+    def normalise(batch: Tensor) -> Tensor:
+        return batch.sub_(0.45).div_(0.2) if in_place == "preprocess" else batch
+
+    torch.manual_seed(0)
+    image, module = torch.rand(3, 16, 16), Greedy().eval()
+    before = image.clone()
+    found = explain(module, image, preprocess=normalise, methods=["saliency"], **QUICK)
+    assert torch.equal(image, before)
+    image.zero_()
+    assert torch.equal(found.image, before)
+    seen = before[None] if in_place == "network" else normalise(before[None].clone())
+    assert torch.equal(found.dense["saliency"], attribute(module, seen, found.target, "saliency"))
+    scores = module(seen.clone())[0].softmax(0)
+    assert found.dense_probability == pytest.approx(scores[found.target].item())
+    sparse = found.trace.pruned_copy(module)
+    assert torch.equal(found.spade["saliency"], attribute(sparse, seen, found.target, "saliency"))
+
+
+def test_the_seed_is_that_of_all_that_is_random(loaded: LoadedModel, photo: Image.Image) -> None:
+    found = explain(loaded, photo, methods=["gradient_shap"], seed=3, **QUICK)
+    assert found.settings["seed"] == found.trace.settings["seed"] == 3
+    inputs = loaded.preprocess(loaded.preprocess.view(photo)[None])
+    for maps, module in ((found.dense, loaded.module), (found.spade, found.trace.pruned_copy(loaded))):
+        assert torch.equal(maps["gradient_shap"], attribute(module, inputs, found.target, "gradient_shap", seed=3))
+        assert not torch.equal(maps["gradient_shap"], attribute(module, inputs, found.target, "gradient_shap"))
+
+
+def test_gallery_knows_the_probability_of_any_class(loaded: LoadedModel, photo: Image.Image) -> None:
+    asked = explain(loaded, photo, methods=["saliency"], target=2, top=1, **QUICK)
+    assert asked.dense_predictions[0].index != 2
+    texts = [text.get_text() for text in figures.gallery([asked]).texts]
+    assert f"dense: {100 * asked.dense_probability:.0f} %" in texts
+    assert asked.dense_probability > 0.05
+
+
 def test_trace_of_another_network(loaded: LoadedModel, photo: Image.Image, explanation: Explanation) -> None:
     other = copy.deepcopy(loaded)
     other.module.fc = nn.Linear(8, 5)
@@ -220,7 +288,13 @@ def test_trace_of_another_network(loaded: LoadedModel, photo: Image.Image, expla
 def test_report_is_plain_json(explanation: Explanation) -> None:
     report = json.loads(json.dumps(explanation.report(), allow_nan=False))
     assert report == explanation.report()
-    assert report["target"] == {"index": explanation.target, "name": explanation.target_name}
+    assert report["target"] == {
+        "index": explanation.target,
+        "name": explanation.target_name,
+        "probability": {"dense": explanation.dense_probability, "spade": explanation.spade_probability},
+    }
+    assert explanation.dense_probability == explanation.dense_predictions[0].probability
+    assert report["settings"]["seed"] == 0
     assert [row["index"] for row in report["predictions"]["dense"]] == [p.index for p in explanation.dense_predictions]
     assert [row["layer"] for row in report["layers"]] == ["conv", "fc"]
     assert report["dense_layers"] == {"stem": "not in the plan", "unused": "Embedding is not pruned"}

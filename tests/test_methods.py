@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import cifar
 import pytest
@@ -293,10 +294,6 @@ def test_images_that_do_not_stay_apart_are_refused(inputs: Tensor) -> None:
     network = whole(lambda self, x: self.branch(x - 0.5 * x.mean(0, keepdim=True)))
     with pytest.raises(InvalidInputError, match="network: branch: what it gets of an image depends on the others of"):
         ask(network, inputs, "deep_lift")
-    network = whole(lambda _, x: x / 2)
-    network.fc.register_forward_pre_hook(lambda _, given: (given[0] - given[0].mean(0),))
-    with pytest.raises(InvalidInputError, match="depends on the others of the batch"):
-        ask(network, inputs, "deep_lift")
     single = whole(lambda _, x: x.view(1, 4, 10, 14))
     with pytest.raises(InvalidInputError, match="one batch, on which this network fails"):
         ask(single, inputs, "deep_lift")
@@ -309,6 +306,34 @@ def test_relu6_has_no_slope_where_it_begins() -> None:
     found = ask(prepare(network, inputs).module, inputs, "saliency")
     torch.testing.assert_close(found.flatten(), expected)
     assert ask(network, inputs, "guided_backprop").flatten()[[0, 1, 3]].tolist() == [0, 0, 0]
+
+
+def test_where_nothing_changes_an_activations_slope_counts() -> None:
+    """Two inputs that cancel: the difference that goes into the activation is zero, not its slope."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.Softplus(), nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[1.0, -1], [0, 1]]))
+        network[1].bias.copy_(torch.tensor([0.5, 0]))
+        network[3].weight.copy_(torch.tensor([[0.0, 0], [3, 0]]))
+    inputs = torch.tensor([[[[2.0, 2.0]]]]).double()
+    slope = 3 * torch.tensor(0.5).double().sigmoid()
+    expected = torch.stack([2 * slope, -2 * slope]).view(1, 1, 1, 2)
+    torch.testing.assert_close(ask(network, inputs, "deep_lift"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_hides_nothing(inputs: Tensor, dtype: torch.dtype) -> None:
+    for body in (lambda self, x: self.branch(x - 0.5 * x.mean(0, keepdim=True)), lambda _, x: torch.relu(x - 0.1)):
+        network = whole(body)
+        exact = None
+        try:
+            exact = ask(network, inputs, "deep_lift")
+        except InvalidInputError:
+            with pytest.raises(InvalidInputError, match="depends on the others of the batch"):
+                ask(network.to(dtype), inputs.to(dtype), "deep_lift")
+            continue
+        found = ask(network.to(dtype), inputs.to(dtype), "deep_lift").double()
+        torch.testing.assert_close(found, exact, rtol=0, atol=0.05 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("channels", [4, 5])
@@ -410,6 +435,16 @@ def test_grad_cam_by_hand(network: Network, inputs: Tensor) -> None:
         torch.testing.assert_close(ask(network, inputs, "grad_cam", target), other)
     guided = ask(network, inputs, "guided_backprop")
     torch.testing.assert_close(ask(network, inputs, "guided_grad_cam"), guided * expected)
+
+
+def test_guided_grad_cam_in_half_precision_does_not_underflow(network: Network, inputs: Tensor) -> None:
+    with torch.no_grad():
+        network.fc.weight.mul_(1e-2)
+    expected = ask(network, inputs, "guided_grad_cam")
+    found = ask(network.half(), inputs.half(), "guided_grad_cam").double()
+    assert (expected.abs() < 1e-5).float().mean() > 0.1  # which half precision could not tell from zero
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    assert (found == 0).double().mean() < 1.1 * (expected == 0).double().mean() + 0.01
 
 
 def test_score_cam_equals_that_of_grad_cam(network: Network, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +605,16 @@ def test_methods_that_cannot_be_registered(name: str, function: object, message:
 
 
 @pytest.mark.parametrize(
-    "found", [torch.zeros(3, 3), torch.zeros(2, 3, 12, 16), None, [[1.0]], torch.zeros(12, 16, dtype=torch.complex64)]
+    "found",
+    [
+        torch.zeros(3, 3),
+        torch.zeros(2, 3, 12, 16),
+        None,
+        [[1.0]],
+        torch.zeros(12, 16, dtype=torch.complex64),
+        torch.zeros(12, 16, device="meta"),
+        torch.zeros(12, 16).to_sparse(),
+    ],
 )
 def test_maps_of_another_shape(
     network: Network, inputs: Tensor, registered: Callable[..., None], found: object
@@ -597,8 +641,98 @@ def test_a_method_that_changes_things(network: Network, inputs: Tensor, register
     METHODS["darken"].compute(question)
     assert torch.equal(question.inputs, inputs)
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(InvalidInputError, match="method 'retrain' changes the model's weights or buffers"):
+    with pytest.raises(
+        InvalidInputError, match=r"method 'retrain' changes 'fc\.weight' of the model, which was put back"
+    ):
         METHODS["retrain"].compute(question)
+
+
+def halve(model: nn.Module) -> None:
+    model.fc.weight.data.mul_(0.5)
+
+
+def replace_weight(model: nn.Module) -> None:
+    model.fc.weight = nn.Parameter(torch.zeros_like(model.fc.weight))
+
+
+def hook(model: nn.Module) -> None:
+    model.fc.register_forward_hook(lambda _, __, output: output * 0)
+
+
+def freeze(model: nn.Module) -> None:
+    model.requires_grad_(False)
+
+
+def accumulate(model: nn.Module) -> None:
+    model(torch.zeros(1, 3, 12, 16).double()).sum().backward()
+
+
+def add_layer(model: nn.Module) -> None:
+    model.fc = nn.Sequential(model.fc, nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        (halve, True),
+        (lambda model: model.float(), True),
+        (replace_weight, True),
+        (lambda model: model.bn1.running_mean.add_(1), True),
+        (add_layer, True),
+        (hook, False),
+        (lambda model: model.train(), False),
+        (freeze, False),
+        (accumulate, False),
+        (lambda model: model.zero_grad(), False),
+    ],
+)
+def test_whatever_a_method_does_to_the_network_is_undone(
+    network: Network,
+    inputs: Tensor,
+    registered: Callable[..., None],
+    change: Callable[[nn.Module], Any],
+    is_refused: bool,
+) -> None:
+    network.conv1.weight.grad = torch.ones_like(network.conv1.weight)
+    network.fc.bias.requires_grad_(False)
+
+    def state() -> list[object]:
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        return [
+            {
+                name: (id(tensor), tensor.dtype, tensor.tolist(), tensor.requires_grad, tensor.grad is None)
+                for name, tensor in tensors.items()
+            },
+            network.conv1.weight.grad.tolist(),
+            [(id(module), module.training, len(module._forward_hooks)) for module in network.modules()],
+        ]
+
+    def method(model: nn.Module, inputs: Tensor, _: int) -> Tensor:
+        change(model)
+        return inputs
+
+    registered("mine", method)
+    before = state()
+    if is_refused:
+        with pytest.raises(InvalidInputError, match="method 'mine' changes '.*' of the model, which was put back"):
+            attribute(network, inputs, TARGET, "mine")
+    else:
+        attribute(network, inputs, TARGET, "mine")
+    assert state() == before
+
+
+def test_what_a_method_does_is_undone_where_it_fails(
+    network: Network, inputs: Tensor, registered: Callable[..., None]
+) -> None:
+    def method(model: nn.Module, _: Tensor, __: int) -> Tensor:
+        halve(model)
+        raise KeyError("a message")
+
+    weight = network.fc.weight.detach().clone()
+    registered("mine", method)
+    with pytest.raises(InvalidInputError, match=r"method 'mine' fails on Network \(KeyError: 'a message'\)"):
+        attribute(network, inputs, TARGET, "mine")
+    assert torch.equal(network.fc.weight, weight)
 
 
 def test_built_in_methods_stay() -> None:

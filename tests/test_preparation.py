@@ -155,7 +155,7 @@ def test_batch_norm_by_function_of_the_batchs_own_statistics_stays_a_function() 
 
     report = prepared(small(lambda self, x: self.norm(x), norm=Live(4))).report
     assert report.obstacles["deep_lift"] == {
-        "norm.batch_norm": "normalises activations by their own statistics (batch_norm)"
+        "norm.batch_norm": "calls the function batch_norm, perhaps with the batch's own statistics: make it a module"
     }
 
 
@@ -254,16 +254,22 @@ def _scripted_relu(input: Tensor) -> Tensor:
     return torch.relu(input)
 
 
+@torch.jit.script
+def _scripted_softplus(input: Tensor) -> Tensor:
+    return torch.log1p(torch.exp(input))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")
 @pytest.mark.parametrize("calls", [1, 3])
 @pytest.mark.parametrize(
     ("activation", "hidden"),
     [
         (_scripted_relu, r"(ReluBackward0|DifferentiableGraphBackward)"),
+        (_scripted_softplus, r"(ExpBackward0|Log1PBackward0|DifferentiableGraphBackward)"),
         (_PositivePart.apply, "_PositivePartBackward"),
         (nn.Sequential(nn.ReLU(), nn.ReLU6()), None),
     ],
-    ids=["scripted", "own gradient", "modules"],
+    ids=["scripted", "of several steps", "own gradient", "modules"],
 )
 def test_activations_that_cannot_be_seen(
     activation: Callable[[Tensor], Tensor], hidden: str | None, calls: int
@@ -306,6 +312,44 @@ def test_a_network_that_needs_to_work_in_place_is_refused() -> None:
         prepare(network, inputs())
 
 
+def flipping(x: Tensor) -> Tensor:
+    """The identity, with a gradient of its own that torch.fx cannot see."""
+
+    class Flip(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, input: Tensor) -> Tensor:
+            return input.clone()
+
+        @staticmethod
+        def backward(_: Any, *gradients: Tensor) -> Tensor:
+            return -gradients[0]
+
+    return Flip.apply(x)
+
+
+def half_hidden(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = 2 * x
+    return x + hidden
+
+
+@pytest.mark.parametrize("body", [flipping, half_hidden])
+def test_gradients_that_tracing_loses_are_kept(body: Callable[[Tensor], Tensor]) -> None:
+    network, batch = small(lambda _, x: body(F.relu(x))), inputs()
+    found = prepare(network, batch)
+    assert (
+        found.report.untraceable == "an operation has a gradient of its own, or none, which the traced network has lost"
+    )
+    gradients = []
+    for each in (network, found.module):
+        point = batch.clone().requires_grad_()
+        gradients += torch.autograd.grad(each(point)[:, 0].sum(), point)
+    assert torch.equal(*gradients)
+    assert not found.report.supports("lrp")
+    assert found.report.supports("grad_cam")
+    assert not found.report.supports("guided_backprop")  # of a ReLU by function
+
+
 # What stands in a method's way
 
 
@@ -321,6 +365,8 @@ def test_a_network_that_needs_to_work_in_place_is_refused() -> None:
         (lambda _, x: F.relu(x) @ torch.ones(8, 8), {}, "lrp", "matmul", "calls the function matmul: make it a mod"),
         (lambda _, x: 1 / (F.relu(x) + 1), {}, "all", "truediv", "truediv is no operation that these methods have"),
         (lambda _, x: F.relu(x) - x, {}, "lrp", "sub", "subtracts one activation from another"),
+        (lambda _, x: torch.div(x, 2, rounding_mode="floor"), {}, "all", "div", "floor is no operation that these"),
+        (lambda _, x: F.relu(x).to(torch.int32).float(), {}, "all", "to", "to makes masks or whole numbers"),
         (lambda _, x: F.relu(x).exp(), {}, "all", "exp", "exp is no operation that these methods have a rule for"),
         (lambda self, x: self.pool(F.relu(x)), {"pool": nn.LPPool2d(2, 2)}, "all", "pool", "LPPool2d is no module"),
         (
@@ -522,6 +568,146 @@ def test_maps_with_channels_last_are_none() -> None:
     assert report.spatial_map is None
     report = prepared(small(lambda _, x: F.relu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))).report
     assert report.spatial_map is not None
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (lambda self, x: self.relu(x.permute(0, 2, 3, 1)).mean((1, 2)), None),
+        (lambda self, x: self.relu(self.mix(x.permute(0, 2, 3, 1)).contiguous()).mean((1, 2)), None),
+        (lambda self, x: self.relu(x.transpose(1, 3).transpose(3, 1)).mean((2, 3)), "relu"),
+        (lambda self, x: self.relu(x.movedim(1, -1).contiguous().movedim(-1, 1) + x).mean((2, 3)), "relu"),
+        (lambda self, x: self.relu(self.conv2(x.permute(0, 2, 3, 1).contiguous())).mean((2, 3)), "relu"),
+        (lambda self, x: self.relu(x.flatten(2).mT.view(2, 8, 8, 8)).mean((1, 2)), None),
+        (lambda self, x: self.relu(x).mean((2, 3)) + (x > 0).sum((2, 3)), "relu"),
+    ],
+)
+def test_maps_are_told_from_others_of_their_shape(
+    body: Callable[[nn.Module, Tensor], Tensor], name: str | None, traceable: bool
+) -> None:
+    """Eight channels of eight by eight: only what was done to them tells which are which."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.conv2, self.mix = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Linear(8, 8)
+            self.relu, self.fc = nn.ReLU(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not traceable and x.sum() > 1e9:
+                return x
+            return self.fc(body(self, self.conv(x)))
+
+    report = prepared(Square().eval()).report
+    assert (report.untraceable is None) is traceable
+    assert report.spatial_map == name
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize("shared", ["relu", "drop"])
+def test_the_call_that_gives_the_last_map_counts(traceable: bool, shared: str) -> None:
+    class Network(nn.Module):
+        def __init__(self, relus: int) -> None:
+            super().__init__()
+            self.conv, self.fc1, self.fc2 = nn.Conv2d(3, 16, 3), nn.Linear(16, 16), nn.Linear(16, 2)
+            self.relu, self.drop = nn.ReLU(), nn.Dropout()
+            self.other = nn.ReLU() if relus == 2 else self.relu
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not traceable and x.sum() > 1e9:
+                return x
+            x = self.relu(self.conv(x))
+            x = (self.drop(x) if shared == "drop" else x).mean((2, 3))
+            return self.fc2(self.drop(self.other(self.fc1(x))))
+
+    networks = []
+    for relus in (1, 2):
+        torch.manual_seed(0)
+        networks.append(Network(relus).eval())
+    found = [[sf.attribute(each, inputs()[:1], target, "grad_cam") for target in (0, 1)] for each in networks]
+    assert torch.stack(found[1]).max() > 0
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
+
+
+def test_a_map_on_which_the_answer_does_not_rest_is_not_the_last() -> None:
+    class Painting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.side, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 1), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            if x.sum() > -1e9:
+                self.picture = self.side(x).detach()
+            return self.fc(x.mean((2, 3)))
+
+    report = prepared(Painting().eval()).report
+    assert report.untraceable is not None
+    assert report.spatial_map == "conv"
+
+
+def test_hooks_that_change_what_goes_into_a_layer() -> None:
+    network = small(lambda self, x: self.relu(self.layer(x)), layer=nn.Conv2d(4, 4, 1), relu=nn.ReLU())
+    network.layer.register_forward_pre_hook(lambda _, given: (given[0].abs(),))
+    for report in (prepared(network).report, prepared(controlled(network)).report):
+        for method in ("deep_lift", "guided_backprop"):
+            assert (
+                "a hook that runs before this Conv2d may change what goes into it" in report.obstacles[method].values()
+            )
+
+
+def controlled(network: nn.Module) -> nn.Module:
+    """With control flow, which torch.fx cannot trace."""
+
+    class Controlled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 1e9 else self.network(x)
+
+    return Controlled().eval()
+
+
+def test_weights_with_something_beside_them_are_not_plain() -> None:
+    class LowRank(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(4, 4, 1)
+            self.down, self.up = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.randn(1, 4))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return F.conv2d(input, self.weight + (self.down @ self.up)[:, :, None, None], self.bias)
+
+    report = prepared(small(lambda self, x: F.relu(self.layer(x)), layer=LowRank())).report
+    assert report.obstacles["lrp"] == {"layer": "LowRank computes its weight, which LRP has to change"}
+    assert report.supports("deep_lift")
+
+
+def test_weights_and_hooks_that_spoil_outputs_are_named() -> None:
+    network = small(lambda _, x: F.relu(x))
+    network.conv.register_forward_hook(lambda _, __, output: 2 * output)
+    with pytest.raises(InvalidInputError, match=r"remove the forward hooks \(of conv, for one\)"):
+        prepare(network, inputs())
+    with torch.no_grad():
+        network.fc.weight[0, 0] = torch.nan
+    with pytest.raises(InvalidInputError, match="Small gives NaN or infinite outputs: look for them in its weights"):
+        prepare(network, inputs())
+
+
+def test_networks_that_cannot_take_a_gradient_say_so() -> None:
+    def body(_: nn.Module, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=1)
+        if x.sum() > 1e9:
+            return x
+        first.mul_(2)  # a view of several, in place
+        return torch.cat([first, second], dim=1)
+
+    with pytest.raises(
+        InvalidInputError, match="Small does not run where a gradient is to be taken .*, though it does"
+    ):
+        prepare(small(body), inputs())
 
 
 def test_activations_and_computed_weights_that_a_network_keeps() -> None:

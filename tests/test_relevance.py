@@ -45,6 +45,74 @@ def test_epsilon_and_flat_by_hand() -> None:
     torch.testing.assert_close(found(network, inputs), torch.full_like(inputs, 10 / 3), rtol=1e-5, atol=0)
 
 
+def test_epsilon_takes_contributions_of_both_signs() -> None:
+    """Of a linear layer that is not the first: z+ would leave the negative ones out."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
+    with torch.no_grad():
+        network[1].weight.copy_(torch.eye(2))
+        network[2].weight.copy_(torch.tensor([[0.0, 0], [3, -1]]))
+    inputs = torch.tensor([[[[1.0, 2.0]]]]).double()
+    # Hidden 1 and 2 contribute 3 and -2; flat, each divides its own among both inputs.
+    torch.testing.assert_close(found(network, inputs).flatten(), torch.tensor([0.5, 0.5]).double(), rtol=1e-9, atol=0)
+    eyes = nn.Sequential(nn.Conv2d(2, 2, 1, groups=2, bias=False), nn.Flatten(), *network[1:]).double()
+    with torch.no_grad():
+        eyes[0].weight.fill_(1)
+    inputs = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).double()
+    torch.testing.assert_close(found(eyes, inputs).flatten(), torch.tensor([3.0, -2.0]).double(), rtol=1e-9, atol=0)
+
+
+def test_layers_that_see_the_inputs_are_all_flat() -> None:
+    class Stems(nn.Module):
+        def __init__(self, turned: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.fc = (
+                nn.Conv2d(3, 4, 3),
+                nn.Conv2d(3, 4, 3),
+                nn.Conv2d(4, 4, 3),
+                nn.Linear(4, 2),
+            )
+            self.turned = turned
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.b(x) + self.a(x) if self.turned else self.a(x) + self.b(x)
+            return self.fc(F.relu(self.c(F.relu(found))).mean((2, 3)))
+
+    inputs = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    one, other = (found(Stems(turned).double(), inputs) for turned in (False, True))
+    torch.testing.assert_close(one, other)
+
+
+def test_batch_norms_are_folded() -> None:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    nn.init.normal_(norm.weight)  # of both signs, which z+ tells apart
+    nn.init.normal_(norm.bias)
+    merged = nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), norm.eval())
+    inputs = torch.randn(1, 3, 8, 8).double()
+    apart = found(made(lambda self, x: self.norm(self.layer(F.relu(x))), layer=conv, norm=norm), inputs)
+    together = found(made(lambda self, x: self.layer(F.relu(x)), layer=merged), inputs)
+    torch.testing.assert_close(apart, together)
+
+
+@pytest.mark.parametrize(
+    ("pad", "name"), [(lambda self, x: self.pad(x), "pad"), (lambda _, x: F.pad(x, (2, 2, 2, 2)), "pad")]
+)
+def test_relevance_that_is_lost_in_padding_is_noticed(pad: Callable[[nn.Module, Tensor], Tensor], name: str) -> None:
+    network = made(
+        lambda self, x: self.layer(pad(self, F.relu(x) * 0 - 1)), pad=nn.ZeroPad2d(2), layer=nn.Conv2d(4, 4, 3)
+    )
+    with torch.no_grad():
+        network.layer.weight.abs_()  # of negative inputs all contributions are negative: relevance is divided evenly
+        network.layer.bias.fill_(50.0)
+    with pytest.raises(
+        InvalidInputError, match=f"'lrp' is not valid .* so {name}, to whose zeros relevance is lost, has"
+    ):
+        found(network, torch.randn(1, 3, 8, 8).double())
+
+
 def test_z_plus_by_hand() -> None:
     """Positive contributions alone count, whatever their signs come from; without any, relevance is divided evenly."""
     network = nn.Sequential(
@@ -240,6 +308,14 @@ def test_relevance_is_conserved_in_odd_places(network: nn.Module) -> None:
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     assert conserved(network, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5)).double()) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_enlarging_divides_relevance_by_contribution_however_it_is_written(mode: str) -> None:
+    inputs = torch.randn(1, 3, 8, 8).double()
+    expected = found(made(lambda _, x: F.interpolate(F.relu(x), scale_factor=2, mode=mode)), inputs)
+    module = nn.Upsample(scale_factor=2, mode=mode)
+    torch.testing.assert_close(found(made(lambda self, x: self.up(F.relu(x)), up=module), inputs), expected)
 
 
 def test_denominators_are_kept_from_zero_with_their_sign() -> None:

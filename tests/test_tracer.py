@@ -848,6 +848,17 @@ def test_threads_trace_one_model_in_training_mode():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_mode_of_a_compiled_model(training):
+    model = network().train(training)
+    model[1].train(not training)
+    compiled = torch.compile(model)  # whose flag is that of the model
+    flags = [module.training for module in compiled.modules()]
+    with evaluation_mode(compiled):
+        assert not any(module.training for module in compiled.modules())
+    assert [module.training for module in compiled.modules()] == flags
+
+
 def test_evaluation_mode_lasts_until_the_last_leaves():
     model = network().train()
     model[4].eval()

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,6 +44,22 @@ def test_applied_swaps_the_sparse_weights_in_and_back(model, trace):
     model.train()
     assert_unchanged(model, before)
     torch.testing.assert_close(trace.pruned_copy(model).eval()(inputs), sparse)
+    assert_unchanged(model, before)
+
+
+def test_a_second_thread_is_refused_while_a_trace_is_applied(model, trace):
+    before = snapshot(model)
+
+    def apply():
+        with trace.applied(model):
+            pass
+
+    with ThreadPoolExecutor(1) as other:
+        with trace.applied(model), trace.applied(model):
+            with pytest.raises(sf.InvalidInputError, match="another thread has applied a trace to this model"):
+                other.submit(apply).result()
+            assert torch.equal(model[4].weight, trace.layers["4"].weight)
+        other.submit(apply).result()
     assert_unchanged(model, before)
 
 

@@ -216,9 +216,9 @@ __global__ void __launch_bounds__(kFactorThreads)
   }
 }
 
-// Of each strip of columns the largest |(M^T M - H - damping I) 1| and row sum of |H + damping I|: worst [strips, 2].
+// Of each strip of columns the largest |(M^T M - H - damping I) 1| and row sum of |H + damping I|.
 // Rows of a symmetric matrix are as good as columns. A block of threads owns kFactorBlock columns, a thread every
-// so-many-th row. Beside both, the smallest M_ii^2 / H_ii.
+// so-many-th row. Into worst [strips, 3] go residual, norm and the smallest M_ii^2 / H_ii.
 template <class T>
 __global__ void __launch_bounds__(kFactorThreads) factor_error(const FactorMatrix<T>* matrices, const int32_t* first,
                                                                int count, const T* damping, const T* images, T* worst) {
