@@ -103,7 +103,8 @@ def test_explain_writes_files_and_a_summary(loads: list[dict[str, Any]], photo: 
 def test_json_is_the_only_thing_on_stdout(photo: Path, plan: Path) -> None:
     result = explain(photo, plan, "--json", "--methods", "saliency, input_x_gradient", "--target", 1, "--seed", 3)
     document = json.loads(result.stdout)
-    assert document["target"] == {"index": 1, "name": "bee [x]"}
+    assert (document["target"]["index"], document["target"]["name"]) == (1, "bee [x]")
+    assert all(0 < document["target"]["probability"][arm] < 1 for arm in ("dense", "spade"))
     assert document["settings"]["methods"] == ["saliency", "input_x_gradient"]
     assert [(row["layer"], row["requested_sparsity"]) for row in document["layers"]] == [("conv", 0.5), ("fc", 0.25)]
     assert document["trace_settings"]["seed"] == 3
