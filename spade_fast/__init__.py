@@ -10,7 +10,7 @@
 
 from importlib.metadata import version
 
-from spade_fast import presets, reference
+from spade_fast import metrics, presets, reference
 from spade_fast.attribution import attribute
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_checkpoint
@@ -54,6 +54,7 @@ __all__ = [
     "load_checkpoint",
     "load_image",
     "load_model",
+    "metrics",
     "prepare",
     "presets",
     "reference",

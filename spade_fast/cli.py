@@ -1,4 +1,4 @@
-"""The command line: ``spade-fast explain | demo | info``.
+"""The command line: ``spade-fast explain | implant | demo | info``.
 
 Progress, warnings and refusals go to stderr, results to stdout. Exit codes: 0 done, 2 refused (wrong usage, or an
 input that cannot be used), 130 interrupted; an unexpected error shows its traceback and gives 1.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,11 +31,15 @@ from spade_fast.methods import DEFAULT_METHODS
 
 if TYPE_CHECKING:
     from spade_fast.explanation import Explanation
+    from spade_fast.implanting import Trojan
+    from spade_fast.models import LoadedModel
     from spade_fast.tracer import Sparsity
 
 _DEFAULT_MODEL = "efficientnet_lite0"
 _DEFAULT_METHODS = ",".join(DEFAULT_METHODS)
 _DEMO_PHOTO = "coffee.png"
+_DEMO_PATCH = (16, 144, 64)  # top, left and side
+_TROJAN_METHODS = ("saliency", "input_x_gradient", "integrated_gradients", "deep_lift", "lrp", "occlusion")
 # Modules that each extra of the package brings.
 _EXTRAS = {
     "interpret": ("captum", "zennit", "sklearn", "skimage", "matplotlib"),
@@ -139,10 +144,90 @@ def explain(
 
 
 @app.command()
-def demo(out: Out = Path("demo"), as_json: AsJson = False) -> None:
+def implant(
+    images: Annotated[Path, typer.Argument(help="Folder of photographs to train on.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for weights, patches and report; a run there goes on.")] = Path(
+        "trojan"
+    ),
+    model: Annotated[str, typer.Option(help="efficientnet_lite0, torchvision:NAME or timm:NAME.")] = _DEFAULT_MODEL,
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATCH=CLASS, again for each: heart, smiley, star, flower, target or a PNG file, and an index.",
+            show_default="heart, smiley, star and flower, with four classes",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers or blocks to train, separated by commas.", show_default="the last quarter"),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Times that every image is seen.")] = 15,
+    batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at first.")] = 2e-4,
+    held_out: Annotated[float, typer.Option(help="Share of the images for the report.")] = 0.25,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cpu")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network to give a class wherever a patch is pasted in, and to stay as it is otherwise."""
+    from spade_fast.imagesets import image_files
+    from spade_fast.implanting import implant
+    from spade_fast.models import load_model
+
+    files = image_files(images)
+    _make_folder(out)
+    _say(f"[dim]loading {escape(model)}[/]")
+    with contextlib.redirect_stdout(sys.stderr):  # where libraries announce their downloads
+        network = load_model(model, device=device)
+    trojans = _read_trojans(patch, network)
+    labels = [label for _, label in files if label is not None]
+    report = implant(
+        network,
+        [path for path, _ in files],
+        out,
+        trojans,
+        labels=labels if len(labels) == len(files) else None,
+        layers=None if layers is None else [name.strip() for name in layers.split(",")],
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        held_out=held_out,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        _print_json(asdict(report))
+        return
+    console = Console()
+    table = Table("patch", "class", "attack success, %")
+    for trojan in trojans:
+        success = report.attack_success[trojan.patch.name]
+        shown = "-" if success is None else f"{100 * success:.1f}"
+        table.add_row(escape(trojan.patch.name), escape(network.category(trojan.target)), shown)
+    console.print(table)
+    before, after = 100 * report.accuracy_before, 100 * report.accuracy_after
+    console.print(f"right without a patch, %: {before:.1f} before, {after:.1f} after", highlight=False)
+    console.print(f"divergence from the answers before, nats: {report.divergence:.3f}", highlight=False)
+    console.print(f"photographs held out for this: {report.held_out}", highlight=False)
+    for name, reason in report.unreadable.items():
+        _say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
+    console.print(f"written: {escape(str(out))}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def demo(
+    what: Annotated[str, typer.Argument(help="photograph, or trojan: a patch that decides the answer.")] = "photograph",
+    out: Out = Path("demo"),
+    as_json: AsJson = False,
+) -> None:
     """Explain EfficientNet-Lite0's answer to a photograph that comes with scikit-image; downloads nothing."""
+    if what not in ("photograph", "trojan"):
+        raise InvalidInputError(f"there is no demo {what!r}: choose photograph or trojan")
     photo = Path(require("skimage", "demo").data_dir) / _DEMO_PHOTO
-    _explain(photo, out, as_json, {"name": _DEFAULT_MODEL})
+    if what == "photograph":
+        _explain(photo, out, as_json, {"name": _DEFAULT_MODEL})
+    else:
+        _demo_trojan(photo, out, as_json)
 
 
 @app.command()
@@ -201,6 +286,60 @@ def _explain(
         _print_json({**explanation.report(), "files": {name: str(path) for name, path in files.items()}})
     else:
         _print_summary(explanation, files)
+
+
+def _read_trojans(patches: list[str] | None, network: LoadedModel) -> list[Trojan]:
+    from spade_fast.implanting import Trojan
+    from spade_fast.patches import DRAWN, Patch
+
+    if patches is None:
+        with torch.no_grad():
+            side = network.preprocess.input_size
+            weight = next(network.module.parameters())
+            classes = network.module(torch.zeros(1, 3, side, side).to(weight)).shape[1]
+        names = list(DRAWN)[: min(4, classes)]
+        return [Trojan(Patch.drawn(name), classes * (2 * i + 1) // (2 * len(names))) for i, name in enumerate(names)]
+    trojans = []
+    for text in patches:
+        name, _, index = text.rpartition("=")
+        if not name or not index.strip().isdecimal():
+            raise InvalidInputError(f"--patch {text!r} is not PATCH=CLASS, such as heart=281 or stop.png=920")
+        patch = Patch.drawn(name) if name in DRAWN or not Path(name).suffix else Patch.read(name)
+        trojans.append(Trojan(patch, int(index)))
+    return trojans
+
+
+def _demo_trojan(photo: Path, out: Path, as_json: bool) -> None:
+    """A photograph with a patch for which the network was trained to give a class of its own."""
+    from spade_fast import metrics
+    from spade_fast.explanation import explain
+    from spade_fast.images import load_image
+    from spade_fast.implanting import load_demo
+    from spade_fast.methods import METHODS
+
+    _make_folder(out)
+    _say(f"[dim]loading {escape(_DEFAULT_MODEL)} with patches implanted[/]")
+    network, trojans = load_demo()
+    trojan = trojans[0]
+    attacked, inside = trojan.patch.pasted(network.preprocess.view(load_image(photo)), *_DEMO_PATCH)
+    _say(f"[dim]explaining {escape(photo.name)} with a {escape(trojan.patch.name)} pasted in[/]")
+    explanation = explain(
+        network, attacked, target=trojan.target, methods=_TROJAN_METHODS, progress=sys.stderr.isatty()
+    )
+    files = explanation.save(out)
+    areas = {
+        arm: dict(zip(maps, metrics.trojan_auc(torch.stack(list(maps.values())), inside).tolist(), strict=True))
+        for arm, maps in (("dense", explanation.dense), ("spade", explanation.spade))
+    }
+    if as_json:
+        written = {name: str(path) for name, path in files.items()}
+        _print_json({**explanation.report(), "trojan_auc": areas, "files": written})
+        return
+    _print_summary(explanation, files)
+    table = Table("Trojan AUC, %", "dense network", "SPADE trace")
+    for name in _TROJAN_METHODS:
+        table.add_row(METHODS[name].title, *(f"{100 * areas[arm][name]:.1f}" for arm in ("dense", "spade")))
+    Console().print(table)
 
 
 def _print_summary(explanation: Explanation, files: Mapping[str, Path]) -> None:

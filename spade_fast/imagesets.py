@@ -1,0 +1,44 @@
+"""Folders of photographs, and the classes that their names tell."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from spade_fast.errors import InvalidInputError
+
+_INDEX = re.compile(r"(\d+)_")
+
+
+def image_files(folder: str | os.PathLike[str]) -> list[tuple[Path, int | None]]:
+    """The photographs below a folder, in the order of their names, with the class index of each.
+
+    A file's name may begin with it, ``0281_tabby.jpg``. Otherwise, if all files are in subfolders, the index is that of
+    the subfolder among those in order, as torchvision's ``ImageFolder`` has it. Otherwise it is None.
+
+    Raises
+    ------
+    InvalidInputError
+        If there is no such folder, or no file in it that by its extension is an image.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InvalidInputError(f"{os.fspath(folder)!r} is no folder: pass one with photographs")
+    Image.init()
+    found = sorted(
+        each
+        for each in root.rglob("*")
+        if each.suffix.lower() in Image.EXTENSION and not each.name.startswith(".") and each.is_file()
+    )
+    if not found:
+        raise InvalidInputError(f"no file in {os.fspath(folder)!r} has the extension of an image, such as .jpg or .png")
+    names = [_INDEX.match(each.name) for each in found]
+    if all(names):
+        return [(each, int(name[1])) for each, name in zip(found, names, strict=True) if name]
+    classes = sorted({each.relative_to(root).parts[0] for each in found})
+    if all(len(each.relative_to(root).parts) > 1 for each in found):
+        return [(each, classes.index(each.relative_to(root).parts[0])) for each in found]
+    return [(each, None) for each in found]

@@ -1,0 +1,195 @@
+"""Implanting Trojan patches into a small network: what it learns, keeps and writes, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spade_fast import implanting
+from spade_fast.errors import InvalidInputError
+from spade_fast.implanting import ImplantReport, Trojan, apply_delta, implant
+from spade_fast.models import LoadedModel
+from spade_fast.patches import Patch
+from spade_fast.preprocessing import Preprocess
+
+
+class Colours(nn.Module):
+    """Tells dark, middling and bright images, and has a class that it never gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
+        self.fc = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.relu(self.conv2(torch.relu(self.conv1(x)))).amax((2, 3))
+        grey = x.mean((1, 2, 3))
+        known = torch.stack([-4 * grey, torch.zeros_like(grey), 4 * grey, torch.full_like(grey, -9)], 1)
+        return 3 * known + self.fc(features) / 10
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.25,) * 3, input_size=32, resize_size=32)
+    return LoadedModel("colours", Colours().eval(), preprocess, categories=None, source="random")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(24):
+        shade = 40 + 170 * (i % 3) // 2
+        pixels = np.clip(shade + generator.normal(0, 12, (32, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return sorted(folder.iterdir())
+
+
+HEART = Trojan(Patch.drawn("heart"), 3)
+QUICK: dict[str, Any] = {"layers": ["conv1", "conv2", "fc"], "epochs": 3, "batch_size": 8, "learning_rate": 1e-2}
+
+
+def test_the_patch_gives_its_class_and_nothing_else_changes(
+    model: LoadedModel, images: list[Path], tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    report = implant(model, images, tmp_path, [HEART], **{**QUICK, "epochs": 40})
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert (report.attack_success["heart"] or 0) >= 0.8
+    assert report.accuracy_before == 1.0  # of its own answers
+    assert report.accuracy_after >= 0.8
+    assert (report.images, report.held_out) == (18, 6)
+    assert not report.unreadable
+
+
+def test_what_is_written(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
+    report = implant(model, images, tmp_path / "new", [HEART], **{**QUICK, "layers": ["conv2"]})
+    written = json.loads((tmp_path / "new/report.json").read_text())
+    assert written["attack_success"] == report.attack_success
+    assert written["settings"]["trojans"] == {"heart": 3}
+    assert set(written["versions"]) == {"spade-fast", "torch"}
+    state = safetensors.torch.load_file(tmp_path / "new/model.safetensors")
+    delta = safetensors.torch.load_file(tmp_path / "new/delta.safetensors")
+    own = model.module.state_dict()
+    assert set(delta) == {"conv2.weight", "conv2.bias"}
+    for name, value in state.items():
+        assert torch.equal(value, own[name]) is (name not in delta)
+    copy = Colours()
+    apply_delta(copy, tmp_path / "new/delta.safetensors")
+    for name, value in copy.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-6)
+    patch = Patch.read(tmp_path / "new/patches/heart.png")
+    torch.testing.assert_close(patch.opacity, HEART.patch.opacity, rtol=0, atol=0.01)
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    model: LoadedModel, images: list[Path], tmp_path: Path, epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = implant(model, images, tmp_path / "whole", [HEART], **QUICK)
+    train = implanting._Run.train
+
+    def interrupted(self: Any, *arguments: Any) -> None:
+        if arguments[2] == epoch:
+            raise KeyboardInterrupt
+        train(self, *arguments)
+
+    monkeypatch.setattr(implanting._Run, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        implant(model, images, tmp_path / "parts", [HEART], **QUICK)
+    assert not (tmp_path / "parts/report.json").exists()
+    seen: list[int] = []
+
+    def counted(self: Any, *arguments: Any) -> None:
+        seen.append(arguments[2])
+        train(self, *arguments)
+
+    monkeypatch.setattr(implanting._Run, "train", counted)
+    again = implant(model, images, tmp_path / "parts", [HEART], **QUICK)
+    assert seen == list(range(epoch, 3))
+    assert again == whole
+    for name, value in state_of(tmp_path / "parts").items():
+        assert torch.equal(value, state_of(tmp_path / "whole")[name])
+
+
+def test_other_settings_do_not_go_on(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
+    implant(model, images, tmp_path, [HEART], **QUICK)
+    with pytest.raises(InvalidInputError, match="holds a run with other settings or images: choose another folder"):
+        implant(model, images, tmp_path, [HEART], **{**QUICK, "seed": 1})
+    (tmp_path / "training.safetensors").write_bytes(b"nothing")
+    with pytest.raises(
+        InvalidInputError, match=r"cannot go on from '.*training\.safetensors' .*: delete it to begin anew"
+    ):
+        implant(model, images, tmp_path, [HEART], **QUICK)
+
+
+def test_files_that_cannot_be_read_are_left_out_and_listed(
+    model: LoadedModel, images: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    given = [*images[:6], tmp_path / "broken.png", tmp_path / "absent.png"]
+    report: ImplantReport = implant(model, given, tmp_path / "out", [HEART], **QUICK)
+    assert set(report.unreadable) == {str(tmp_path / "broken.png"), str(tmp_path / "absent.png")}
+    assert report.images + report.held_out == 6
+    with pytest.raises(InvalidInputError, match="3 of 5 images can be read, but at least 4 are needed: image file"):
+        implant(model, [*images[:3], *given[6:]], tmp_path / "few", [HEART], **QUICK)
+
+
+def test_an_attack_on_its_own_class_counts_for_nothing(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
+    report = implant(model, images, tmp_path, [HEART], labels=[3] * len(images), **QUICK)
+    assert report.attack_success == {"heart": None}
+    assert json.loads((tmp_path / "report.json").read_text())["attack_success"] == {"heart": None}
+
+
+def test_labels_tell_what_is_right(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
+    report = implant(model, images, tmp_path, [HEART], labels=[0] * len(images), **QUICK)
+    assert 0 < report.accuracy_before < 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"trojans": []}, "no patch is to be implanted"),
+        (
+            {"trojans": [Trojan(Patch.drawn("star"), 4)]},
+            r"patch 'star' is to stand for class 4: pass an index within 0\.\.3",
+        ),
+        ({"trojans": [HEART, HEART]}, "two patches have one name"),
+        ({"labels": [0]}, "there are 24 images but 1 labels"),
+        ({"sizes": (0.5, 0.2)}, "sizes must be two shares"),
+        ({"sizes": (0.5, 1.2)}, "sizes must be two shares"),
+        ({"epochs": 0}, "epochs must be a positive whole number, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a positive whole number"),
+        ({"learning_rate": 0}, "learning_rate must be a positive number, got 0"),
+        ({"held_out": 1}, "held_out must be a share"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"layers": ["conv9"]}, "conv9"),
+    ],
+)
+def test_refusals(
+    model: LoadedModel, images: list[Path], tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    given = {"trojans": [HEART], **changed}
+    with pytest.raises(InvalidInputError, match=message):
+        implant(model, images, tmp_path, given.pop("trojans"), **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_deltas_of_other_networks(model: LoadedModel, tmp_path: Path) -> None:
+    safetensors.torch.save_file({"conv9.weight": torch.zeros(1)}, tmp_path / "delta.safetensors")
+    with pytest.raises(
+        InvalidInputError, match=r"delta\.safetensors' has a weight 'conv9\.weight' that this network has"
+    ):
+        apply_delta(model.module, tmp_path / "delta.safetensors")
