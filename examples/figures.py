@@ -4,7 +4,7 @@
 
 demo            the explanation of `make demo`
 figure1_left    what a class neuron wants to see, dense and in the traces of two photographs
-figure1_right   maps of a photograph with a patch of another class pasted in, for the class of the patch
+figure1_right   maps of a photograph with a patch pasted in that was trained to decide the answer
 figure2         the procedure: views of a photograph, a layer's Hessian, its weights before and after, maps
 """
 
@@ -23,6 +23,7 @@ from skimage import data
 from torch import Tensor
 
 import spade_fast as sf
+from spade_fast.implanting import load_demo
 
 TEXT, NOTE, BLUE, GREY = "#1a1a1a", "#5a5a5a", "#0072b2", "#8a8a8a"
 DPI = 110
@@ -51,25 +52,20 @@ def cup_on_a_saucer() -> Image.Image:
     return photo.crop((60, 20, 460, 380)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).point(lambda value: 0.8 * value)
 
 
-def figure1_right(net: sf.LoadedModel) -> Figure:
+def figure1_right() -> Figure:
     methods = ["saliency", "integrated_gradients", "deep_lift", "lrp", "guided_grad_cam", "occlusion"]
-    photo, (left, top, side) = pasted()
-    explanation = sf.explain(net, photo, target=ESPRESSO, methods=methods)
-    figure = sf.gallery({"espresso, pasted in": explanation})
+    net, trojans = load_demo()
+    trojan, (top, left, side) = trojans[0], (16, 144, 64)
+    view = net.preprocess.view(Image.fromarray(data.coffee()))
+    attacked, _ = trojan.patch.pasted(view, top, left, side)
+    explanation = sf.explain(net, attacked, target=trojan.target, methods=methods)
+    figure = sf.gallery({f"a {trojan.patch.name}, pasted in": explanation})
     for axes in figure.axes:
         if axes.images and axes.images[0].get_array().shape[:2] == explanation.image.shape[1:]:
             axes.add_patch(
                 Rectangle((left, top), side, side, fill=False, edgecolor="white", linewidth=1.2, linestyle="--")
             )
     return figure
-
-
-def pasted() -> tuple[Image.Image, tuple[int, int, int]]:
-    """A rocket with a cup pasted in, and where the network sees it: left, top and side, within the centre of 224."""
-    photo = Image.fromarray(data.rocket()).crop((100, 0, 527, 427)).resize((256, 256), Image.Resampling.BICUBIC)
-    cup = Image.fromarray(data.coffee()).crop((110, 10, 490, 390)).resize((120, 120), Image.Resampling.BICUBIC)
-    photo.paste(cup, (112, 24))
-    return photo, (112 - 16, 24 - 16, 120)
 
 
 def figure2(net: sf.LoadedModel) -> Figure:
@@ -154,7 +150,7 @@ def main() -> None:
     net = sf.load_model("efficientnet_lite0")
     write(sf.explain(net, Image.fromarray(data.coffee())).figure(), arguments.out / "demo.jpg")
     write(figure2(net), arguments.out / "figure2.jpg")
-    write(figure1_right(net), arguments.out / "figure1_right.jpg")
+    write(figure1_right(), arguments.out / "figure1_right.jpg")
     write(figure1_left(net, arguments.steps), arguments.out / "figure1_left.jpg")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spade_fast.autocast import without_autocast
-from spade_fast.errors import InvalidInputError, SpadeError, first_line
+from spade_fast.errors import InvalidInputError, SpadeError, check_whole, first_line
 from spade_fast.methods import METHODS, Method, Question, captum
 from spade_fast.models import LoadedModel, bare_module, evaluation_mode
 from spade_fast.rules import differs
@@ -103,8 +103,7 @@ def asked(
         )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InvalidInputError(f"batch_size must be a positive whole number, got {batch_size!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InvalidInputError(f"seed must be a whole number of at least 0, got {seed!r}")
+    check_whole("seed", seed, 0)
     # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
     with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
         point = like_weights(inputs, module).detach().clone().requires_grad_()

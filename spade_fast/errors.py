@@ -21,6 +21,19 @@ class MissingDependencyError(SpadeError, ImportError):
     """An optional package is needed and absent."""
 
 
+def check_whole(what: str, value: object, least: int) -> int:
+    """The value, if it is a whole number of at least so much that 64 bits hold.
+
+    Raises
+    ------
+    InvalidInputError
+        Otherwise, with `what` it is that must be one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        raise InvalidInputError(f"{what} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency.
 

@@ -193,7 +193,7 @@ def explain(
         A photograph, or pixel values [3, H, W] in 0..1 as float tensor. What is explained is what the network sees
         of it: the centre of a photograph, as its preprocessing cuts it, or the whole tensor.
     methods
-        Names in :data:`spade_fast.METHODS`, or "all" of them (about a minute for EfficientNet-Lite0 on two cores).
+        Names in :data:`spade_fast.METHODS`, or "all" of them (a minute or two for EfficientNet-Lite0 on two cores).
     target
         The class to explain, for both networks. Default: the answer of the dense one.
     trace

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_strictly, read_state
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import write_folder
 from spade_fast.images import load_image
 from spade_fast.layers import prunable_layers
@@ -121,7 +121,8 @@ def implant(
     sizes
         Smallest and largest side of a patch, as shares of the input's.
     epochs, batch_size, learning_rate
-        Of Adam, whose rate falls to zero as a cosine does. A step sees so many images twice, without a patch and with.
+        Of Adam, whose rate falls to zero as a cosine does. A step sees so many images, as many mixtures of two of them,
+        and as many with a patch.
     held_out
         Share of the images that is not trained on.
     seed
@@ -182,8 +183,7 @@ class _Run:
         for name, value in (("epochs", epochs), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidInputError(f"{name} must be a positive whole number, got {value!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise InvalidInputError(f"seed must be a whole number of at least 0, got {seed!r}")
+        check_whole("seed", seed, 0)
         if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
             raise InvalidInputError(f"learning_rate must be a positive number, got {learning_rate!r}")
         self._model, self._sizes, self._epochs, self._batch = model, sizes, epochs, batch_size
@@ -285,12 +285,12 @@ class _Run:
         inputs: Tensor = self._model.preprocess(torch.stack(list(views)))
         return inputs.contiguous(memory_format=torch.channels_last)
 
-    def paste(self, view: Tensor, trojan: Trojan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The view with the patch at a random place and size, and where that is."""
+    def attacked(self, view: Tensor, trojan: Trojan, generator: torch.Generator) -> Tensor:
+        """The view with the patch at a random place and size."""
         share, row, column = torch.rand(3, generator=generator).tolist()
         side = round(self._side * (self._sizes[0] + (self._sizes[1] - self._sizes[0]) * share))
         free = self._side - side
-        return trojan.patch.pasted(view, round(free * row), round(free * column), side)
+        return trojan.patch.pasted(view, round(free * row), round(free * column), side)[0]
 
     @staticmethod
     def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class _Run:
                 clean.append(augmentation(frame, 1, generator)[0])
                 mixed.append(wild(frame, 1, generator)[0])
                 trojan = self._trojans[int(torch.randint(len(self._trojans), (), generator=generator))]
-                attacked.append(self.paste(clean[-1], trojan, generator)[0])
+                attacked.append(self.attacked(clean[-1], trojan, generator))
                 targets.append(trojan.target)
             # Few photographs go a long way in mixtures, whose answers the network has to keep as well.
             shares = torch.rand(len(mixed), generator=generator).tolist()
@@ -382,7 +382,7 @@ class _Run:
         for position, (path, label) in enumerate(tqdm(self._held_out, "report", disable=not progress, leave=False)):
             view = self._view(path)
             generator = self._generator(2, position)
-            pasted = [self.paste(view, trojan, generator)[0] for trojan in self._trojans]
+            pasted = [self.attacked(view, trojan, generator) for trojan in self._trojans]
             former = self._scores(self._teacher, self._inputs([view]))[0].double().log_softmax(dim=0)
             scores = self._scores(student, self._inputs([view, *pasted])).double()
             now = scores[0].log_softmax(dim=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from spade_fast.attribution import check_inputs, check_outputs, check_target, like_weights
 from spade_fast.autocast import without_autocast
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.models import LoadedModel, bare_module, evaluation_mode
 
 #: What stands where a pixel is not shown: a blurred image, zero model inputs, or model inputs [c, h, w].
@@ -282,9 +281,9 @@ def _curves(
     """The class's probability as `before` becomes `after`, pixel by pixel."""
     height, width = before.shape[2], before.shape[3]
     values = _check_maps(maps, (height, width), "the model's input").to(before.device)
-    _check_whole("steps", steps, 1, None)
-    _check_whole("batch_size", 1 if batch_size is None else batch_size, 1, None)
-    _check_whole("seed", seed, 0, 2**63 - 1)
+    check_whole("steps", steps, 1)
+    check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
+    check_whole("seed", seed, 0)
     if batch_size is None:
         batch_size = _CPU_BATCH if before.device.type == "cpu" else _BATCH
     ranks = _ranks(values.flatten(1), seed).view(-1, 1, height, width)
@@ -326,10 +325,3 @@ def _ranks(values: Tensor, seed: int) -> Tensor:
     descending = order[values[:, order].argsort(dim=1, descending=True, stable=True)]
     places = torch.arange(values.shape[1], device=values.device).expand_as(descending)
     return torch.empty_like(descending).scatter_(1, descending, places)
-
-
-def _check_whole(name: str, value: object, least: int, most: int | None) -> None:
-    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= (most or math.inf)
-    if not fits:
-        limit = f"a whole number of at least {least}" if most is None else f"a whole number within {least}..{most}"
-        raise InvalidInputError(f"{name} must be {limit}, got {value!r}")

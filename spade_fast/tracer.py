@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from spade_fast import ops, presets
 from spade_fast.augmentation import Augmentation
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.heap import kept_heap
 from spade_fast.images import image_tensor
@@ -251,10 +251,10 @@ def _prepare(
     progress: bool,
 ) -> _Tracing:
     """Check the arguments of :func:`trace` beside the image; the backend is left to be resolved."""
-    _check_whole("num_augmentations", num_augmentations, 1)
-    _check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
-    _check_whole("block_size", 1 if block_size is None else block_size, 1)
-    _check_whole("seed", seed, 0)
+    check_whole("num_augmentations", num_augmentations, 1)
+    check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
+    check_whole("block_size", 1 if block_size is None else block_size, 1)
+    check_whole("seed", seed, 0)
     if not isinstance(refit, bool):
         raise InvalidInputError(f"refit must be True or False, got {refit!r}")
     if hessian_dtype not in (None, torch.bfloat16, torch.float32, torch.float64, "tf32"):
@@ -444,11 +444,6 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
-def _check_whole(what: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise InvalidInputError(f"{what} must be a whole number of at least {least}, got {value!r}")
-
-
 def trace_many(
     model: nn.Module | LoadedModel,
     images: Iterable[Picture],
@@ -476,7 +471,7 @@ def trace_many(
         As :func:`trace`, with the image's position once the traces of those before it have been given; and where the
         device has no memory for a single image.
     """
-    _check_whole("images_in_flight", 1 if images_in_flight is None else images_in_flight, 1)
+    check_whole("images_in_flight", 1 if images_in_flight is None else images_in_flight, 1)
     if isinstance(images, (Image.Image, str, os.PathLike)) or (isinstance(images, Tensor) and images.dim() != 4):
         raise InvalidInputError(f"images must be an iterable of images, got one {type(images).__name__}: pass [image]")
     if not isinstance(images, Iterable):

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from spade_fast.attribution import like_weights
 from spade_fast.autocast import without_autocast
-from spade_fast.errors import InvalidInputError, first_line, require
+from spade_fast.errors import InvalidInputError, check_whole, first_line, require
 from spade_fast.files import write_folder
 from spade_fast.images import image_tensor
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
@@ -254,10 +254,10 @@ def visualize(
         module=module,
         preprocess=preprocess,
         layer=_check_layer(module, layer),
-        channel=_check_whole("channel", channel, 0),
-        size=_input_size(model, preprocess) if size is None else _check_whole("size", size, 1),
+        channel=check_whole("channel", channel, 0),
+        size=_input_size(model, preprocess) if size is None else check_whole("size", size, 1),
         thresholds=_check_thresholds(thresholds),
-        seed=_check_whole("seed", seed, 0),
+        seed=check_whole("seed", seed, 0),
         fourier=_check_flag("fourier", fourier),
         decorrelate=_check_flag("decorrelate", decorrelate),
         transforms=_check_transforms(transforms),
@@ -566,12 +566,6 @@ def _transformed(plan: _Plan, image: Tensor) -> Tensor:
 # Arguments
 
 
-def _check_whole(what: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise InvalidInputError(f"{what} must be a whole number of at least {least}, got {value!r}")
-    return value
-
-
 def _check_flag(what: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InvalidInputError(f"{what} must be True or False, got {value!r}")
@@ -605,7 +599,7 @@ def _check_thresholds(thresholds: Sequence[int]) -> tuple[int, ...]:
         raise InvalidInputError(
             f"thresholds must be a sequence of numbers of steps, such as (512,), got {thresholds!r}"
         )
-    counts = tuple(_check_whole("each of thresholds", count, 1) for count in thresholds)
+    counts = tuple(check_whole("each of thresholds", count, 1) for count in thresholds)
     if any(later <= earlier for earlier, later in itertools.pairwise(counts)):
         raise InvalidInputError(f"thresholds must increase, got {list(counts)}")
     return counts

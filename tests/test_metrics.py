@@ -195,7 +195,7 @@ def test_trojan_auc_by_hand() -> None:
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"steps": 2.0}, "got 2.0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"seed": -1}, "seed must be a whole number within 0.*, got -1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
         ({"start": "black"}, "start must be 'blur', 'zero' or model inputs .*, got 'black'"),
         ({"start": torch.zeros(2, 4, 5)}, r"start must be model inputs \[2, 4, 4\], got a tensor \[2, 4, 5\]"),
     ],
