@@ -33,7 +33,7 @@ from torch.profiler import profile
 
 import spade_fast as sf
 from spade_fast import ops, reference
-from spade_fast.solver import Problem, lower_factors, solve_layers
+from spade_fast.solver import Problem, Target, lower_factors, solve_layers
 
 DEVICE = torch.device(os.environ.get("SPADE_FAST_BENCH_DEVICE", "cuda"))
 TINY = DEVICE.type == "cpu"
@@ -336,7 +336,7 @@ def network_problems(images: int) -> list[Problem]:
     for (rows, columns, block), count in SHAPES.items():
         for _ in range(count * images):
             weight, hessian = problem_of(rows, columns)
-            problems.append(Problem(weight, hessian.clone(), SPARSITY, block, symmetric=True))
+            problems.append(Problem(weight, hessian.clone(), (Target(SPARSITY, block),), symmetric=True))
     return problems
 
 
@@ -360,7 +360,7 @@ def test_solving_a_network(report, measure, what, variant):
         ),
     )
     weights, hessians = ([tensor[None] for tensor in each] for each in zip(*map(tensors_of, problems), strict=True))
-    blocks = [problem.block_size for problem in problems]
+    blocks = [problem.targets[0].block_size for problem in problems]
     if what == "factor" and plain:
         matrices = [damped(problem.hessian) for problem in problems]
         measure(lambda: [reference.factor(matrix) for matrix in matrices])
@@ -375,7 +375,7 @@ def test_solving_a_network(report, measure, what, variant):
         sparsities = [SPARSITY] * len(problems)
         measure(lambda: ops.prune_layers(weights, factors, sparsities, blocks, False))
     elif plain:
-        measure(lambda: [plain_loss(*tensors_of(each), each.block_size) for each in problems], once=True)
+        measure(lambda: [plain_loss(*tensors_of(each), each.targets[0].block_size) for each in problems], once=True)
     else:
         measure(lambda: solve_layers(problems, backend="native"))
 

@@ -8,7 +8,7 @@ from shapes import layers_of
 
 import spade_fast as sf
 from spade_fast import ops, reference
-from spade_fast.solver import Problem, lower_factors, solve_layers
+from spade_fast.solver import Problem, Target, lower_factors, solve_layers
 
 SPARSITY = 0.8
 LAYERS = layers_of("ResNet-50")
@@ -88,17 +88,17 @@ def test_solve(benchmark, report, measure, shape, backend):
 def test_solve_side_by_side(benchmark, report, measure, backend):
     problems = []
     for (rows, columns, block), count in SHAPES.items():
-        problems += [Problem(*case(rows, columns), SPARSITY, block)] * count
+        problems += [Problem(*case(rows, columns), (Target(SPARSITY, block),))] * count
 
     def native() -> list[float]:
-        return [solution.loss for solution in solve_layers(problems, backend="native")]
+        return [solution.loss for (solution,) in solve_layers(problems, backend="native")]
 
     def plain() -> list[float]:
-        return [plain_loss(problem.weight, problem.hessian, problem.block_size) for problem in problems]
+        return [plain_loss(problem.weight, problem.hessian, problem.targets[0].block_size) for problem in problems]
 
     if backend == "native":
         for problem, loss in zip(problems[::10], native()[::10], strict=True):
-            assert loss == pytest.approx(plain_loss(problem.weight, problem.hessian, problem.block_size), rel=0.01)
+            assert loss == pytest.approx(plain_loss(problem.weight, problem.hessian, problem.targets[0].block_size), rel=0.01)
     report(
         kind="network",
         backend=backend,

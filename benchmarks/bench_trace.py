@@ -96,7 +96,7 @@ def prepare(name: str) -> dict[tuple[str, str], Callable[[], Any]]:
 def native_hessians(net: sf.LoadedModel, sparsity: Any, views: Tensor) -> dict[str, Tensor]:
     """The dense pass of a trace over given views, and what it makes of its sums."""
     defaults: dict[str, Any] = sf.trace.__kwdefaults__
-    tracing = tracer._prepare(net, sparsity, **{**defaults, "backend": "native"})
+    tracing = tracer.prepare_tracing(net, sparsity, **{**defaults, "backend": "native"})
     batches = views.split(tracing.batch_size)
     recorder, _ = kept_heap()(tracer._dense_pass)(tracing, batches, views=len(views), fold=True)
     return {name: total.into_hessian() for name, total in recorder.sums.items()}

@@ -54,7 +54,7 @@ def cup_on_a_saucer() -> Image.Image:
 
 def figure1_right() -> Figure:
     methods = ["saliency", "integrated_gradients", "deep_lift", "lrp", "guided_grad_cam", "occlusion"]
-    net, trojans = load_demo()
+    net, trojans, _ = load_demo()
     trojan, (top, left, side) = trojans[0], (16, 144, 64)
     view = net.preprocess.view(Image.fromarray(data.coffee()))
     attacked, _ = trojan.patch.pasted(view, top, left, side)

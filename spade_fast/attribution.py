@@ -15,6 +15,7 @@ from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, SpadeError, check_whole, first_line
 from spade_fast.methods import METHODS, Method, Question, captum
 from spade_fast.models import LoadedModel, bare_module, evaluation_mode
+from spade_fast.preparation import Prepared
 from spade_fast.rules import differs
 
 __all__ = [
@@ -93,8 +94,12 @@ def asked(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
+    prepared: Prepared | None = None,
 ) -> Iterator[Question]:
-    """The question of a network's answer to one image, as it is now, for as many methods as there are."""
+    """The question of a network's answer to one image, as it is now, for as many methods as there are.
+
+    With what :func:`spade_fast.prepare` made of the network before, which now has the same weights, nothing is checked.
+    """
     module = bare_module(module)
     check_inputs(inputs)
     if any(parameter.is_inference() for parameter in module.parameters()):
@@ -107,6 +112,9 @@ def asked(
     # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
     with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
         point = like_weights(inputs, module).detach().clone().requires_grad_()
+        if prepared is not None:
+            yield Question(module, point, target, batch_size, seed, progress, prepared)
+            return
         outputs = check_outputs(_outputs(module, point), 1)
         target = check_target(target, outputs.shape[1])
         if not outputs.requires_grad:

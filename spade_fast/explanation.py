@@ -25,11 +25,11 @@ from tqdm.auto import tqdm
 from spade_fast import attribution, tracer
 from spade_fast.attribution import answer, asked, find_method
 from spade_fast.autocast import without_autocast
+from spade_fast.cases import class_scores, make_case
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import write_folder
-from spade_fast.images import image_tensor
 from spade_fast.methods import DEFAULT_METHODS, METHODS
-from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
+from spade_fast.models import LoadedModel, resolve_model
 from spade_fast.operations import INSIDE_METHODS
 from spade_fast.preprocessing import Preprocess
 from spade_fast.readonly import ReadOnlyMappings
@@ -230,29 +230,18 @@ def explain(
         raise InvalidInputError(f"top must be a positive whole number, got {top!r}")
     attribution.captum()  # first, since making a trace takes a while
     module, preprocess = resolve_model(model, preprocess)
-    view = preprocess.view(image) if isinstance(preprocess, Preprocess) else image_tensor(image)
 
     # Parameters made in inference mode, as those of an applied trace would be, could not take part in a gradient.
     with torch.inference_mode(False):
-        view = view.to(attribution.like_weights(view, module).device)
-        # Copies: the preprocessing and the network may work in place.
-        inputs = attribution.check_inputs(preprocess(view[None].clone()))
-        if inputs.shape[2:] != view.shape[1:]:
-            raise InvalidInputError(
-                f"preprocess turns {list(view.shape[1:])} pixels into {list(inputs.shape[2:])} inputs, so maps would "
-                "not lie on the image: pass the image in the size that the network sees, or a spade_fast.Preprocess"
-            )
-        dense_scores = _scores(module, inputs)
-        explained = attribution.check_target(
-            int(dense_scores.argmax()) if target is None else target, len(dense_scores)
-        )
+        case = make_case(model, image, target=target, preprocess=preprocess)
+        inputs, explained, dense_scores = case.inputs, case.target, case.scores
         _check_validity(module, inputs, explained, methods)
         if trace is None:
             trace = tracer.trace(model, image, preprocess=preprocess, seed=seed, progress=progress, **trace_settings)
         with tqdm(total=2 * len(methods), desc="attribution", disable=not progress, leave=False) as bar:
             dense = _maps(module, inputs, explained, methods, seed, bar)
             with _sparse(module, trace) as sparse:
-                spade_scores = _scores(sparse, inputs)
+                spade_scores = class_scores(sparse, inputs)
                 spade = _maps(sparse, inputs, explained, methods, seed, bar)
     for method, found in spade.items():
         if not found.any() and dense[method].any():
@@ -273,7 +262,7 @@ def explain(
     known = {*trace.layers, *trace.dense}
     order = [layer for layer, _ in module.named_modules() if layer in known]
     return Explanation(
-        image=view.detach().cpu().clone(),
+        image=case.pixels.detach().cpu().clone(),
         target=explained,
         target_name=name(explained),
         dense=dense,
@@ -289,20 +278,11 @@ def explain(
             "methods": list(methods),
             "seed": seed,
             "target_is": "the answer of the dense network" if target is None else "as asked for",
-            "image_size": list(view.shape[1:]),
+            "image_size": list(case.pixels.shape[1:]),
             "preprocess": preprocess.to_dict() if isinstance(preprocess, Preprocess) else None,
         },
         layer_order=tuple(dict.fromkeys((*order, *trace.layers, *trace.dense))),
     )
-
-
-def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Class scores of one image, float64 [classes] on the CPU, finite."""
-    with evaluation_mode(module), torch.no_grad():
-        outputs = attribution.check_outputs(module(attribution.like_weights(inputs, module).clone()), 1)
-    if not outputs.isfinite().all():
-        raise InvalidInputError(f"{type(module).__name__} answers this image with NaN or infinite class scores")
-    return outputs[0].cpu().double()
 
 
 @contextlib.contextmanager

@@ -1,14 +1,25 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and tensors in such files, with a checksum."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from spade_fast.errors import InvalidInputError
+
+_FORMAT = 1
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
@@ -74,3 +85,116 @@ def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) 
             ) from error
         write_whole(written[name], content)
     return written
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a file, which is on the disk when this returns; folder and file are made where they are missing.
+
+    Raises
+    ------
+    InvalidInputError
+        If it cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InvalidInputError(f"cannot write {os.fspath(path)!r} ({error.strerror or error})") from error
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines that :func:`append_line` wrote; none where there is no file.
+
+    Of a last line that was cut short, nothing is left in the file, so that another can follow.
+
+    Raises
+    ------
+    InvalidInputError
+        If the file cannot be read or written.
+    """
+    try:
+        content = Path(path).read_bytes() if Path(path).exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        return whole.decode().split("\n")[:-1]
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"cannot read {os.fspath(path)!r} ({error})") from error
+
+
+def write_tensors(
+    path: str | os.PathLike[str], key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write tensors and a header to one safetensors file, with a checksum of both, whole or not at all.
+
+    Parameters
+    ----------
+    path
+        The file.
+    key
+        Under which the header stands in the file's metadata: it tells what the file is.
+    header
+        Plain JSON values.
+    tensors
+        Contiguous, on the CPU, no two in the same memory.
+
+    Raises
+    ------
+    InvalidInputError
+        If the file cannot be written.
+    """
+    whole = {"format": _FORMAT, **header}
+    whole["sha256"] = _digest(whole, tensors)
+    write_whole(path, save(dict(tensors), metadata={key: json.dumps(whole)}))
+
+
+@contextlib.contextmanager
+def read_tensors(
+    path: str | os.PathLike[str], key: str, what: str, writer: str, device: torch.device | str = "cpu"
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Read what :func:`write_tensors` wrote: its header and tensors, for a block that makes something of them.
+
+    Parameters
+    ----------
+    path, key
+        As there.
+    what, writer
+        For the message of a refusal: what the file should be, ``"a trace"``, and what writes it, ``"Trace.save"``.
+    device
+        Where the tensors are put.
+
+    Raises
+    ------
+    InvalidInputError
+        If the file cannot be read or is something else, or the block finds that it contradicts itself (KeyError,
+        TypeError, ValueError or AttributeError); the message names the file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            # Clones: the tensors would otherwise be views of the file, and change or crash with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata[key])
+        if header["format"] != _FORMAT:
+            raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
+        if header.pop("sha256") != _digest(header, tensors):
+            raise ValueError("its checksum does not fit its contents")
+        del header["format"]
+        yield header, tensors
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInputError(
+            f"cannot read {os.fspath(path)!r} as {what} ({type(error).__name__}: {error}): it is missing, damaged, or "
+            f"was not written by {writer}"
+        ) from error
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a file holds."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

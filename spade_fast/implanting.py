@@ -27,7 +27,7 @@ from spade_fast.files import write_folder
 from spade_fast.images import load_image
 from spade_fast.layers import prunable_layers
 from spade_fast.models import LoadedModel, load_model, usable_device
-from spade_fast.patches import Patch
+from spade_fast.patches import Patch, check_sizes
 from spade_fast.plans import check_prefixes, is_prefix
 
 _TRAINING = "training.safetensors"
@@ -176,8 +176,7 @@ class _Run:
             raise InvalidInputError(f"model is a {type(model).__name__}: pass what spade_fast.load_model returns")
         if not trojans:
             raise InvalidInputError("no patch is to be implanted: pass Trojan(Patch.drawn('heart'), target), for one")
-        if not (isinstance(sizes, tuple) and len(sizes) == 2 and 0 < sizes[0] <= sizes[1] <= 1):
-            raise InvalidInputError(f"sizes must be two shares of the image with 0 < least <= most <= 1, got {sizes!r}")
+        check_sizes(sizes)
         if not 0 < held_out < 1:
             raise InvalidInputError(f"held_out must be a share of the images within 0..1, got {held_out!r}")
         for name, value in (("epochs", epochs), ("batch_size", batch_size)):
@@ -285,13 +284,6 @@ class _Run:
         inputs: Tensor = self._model.preprocess(torch.stack(list(views)))
         return inputs.contiguous(memory_format=torch.channels_last)
 
-    def attacked(self, view: Tensor, trojan: Trojan, generator: torch.Generator) -> Tensor:
-        """The view with the patch at a random place and size."""
-        share, row, column = torch.rand(3, generator=generator).tolist()
-        side = round(self._side * (self._sizes[0] + (self._sizes[1] - self._sizes[0]) * share))
-        free = self._side - side
-        return trojan.patch.pasted(view, round(free * row), round(free * column), side)[0]
-
     @staticmethod
     def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
         with torch.no_grad():
@@ -316,7 +308,7 @@ class _Run:
                 clean.append(augmentation(frame, 1, generator)[0])
                 mixed.append(wild(frame, 1, generator)[0])
                 trojan = self._trojans[int(torch.randint(len(self._trojans), (), generator=generator))]
-                attacked.append(self.attacked(clean[-1], trojan, generator))
+                attacked.append(trojan.patch.pasted_at_random(clean[-1], self._sizes, generator)[0])
                 targets.append(trojan.target)
             # Few photographs go a long way in mixtures, whose answers the network has to keep as well.
             shares = torch.rand(len(mixed), generator=generator).tolist()
@@ -382,7 +374,7 @@ class _Run:
         for position, (path, label) in enumerate(tqdm(self._held_out, "report", disable=not progress, leave=False)):
             view = self._view(path)
             generator = self._generator(2, position)
-            pasted = [self.attacked(view, trojan, generator) for trojan in self._trojans]
+            pasted = [each.patch.pasted_at_random(view, self._sizes, generator)[0] for each in self._trojans]
             former = self._scores(self._teacher, self._inputs([view]))[0].double().log_softmax(dim=0)
             scores = self._scores(student, self._inputs([view, *pasted])).double()
             now = scores[0].log_softmax(dim=0)
@@ -423,8 +415,8 @@ class _Run:
         write_folder(folder, {**contents, "report.json": (whole + "\n").encode()})
 
 
-def load_demo() -> tuple[LoadedModel, list[Trojan]]:
-    """EfficientNet-Lite0 with the patches that come with this package implanted: see ``spade-fast demo trojan``.
+def load_demo(*, device: torch.device | str | None = None) -> tuple[LoadedModel, list[Trojan], dict[str, Any]]:
+    """EfficientNet-Lite0 with the patches that come with this package implanted, as :func:`load_trojan` gives it.
 
     Raises
     ------
@@ -433,10 +425,35 @@ def load_demo() -> tuple[LoadedModel, list[Trojan]]:
     """
     folder = Path(__file__).parent / "data" / "trojan"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    model = load_model(report["settings"]["model"])
+    model = load_model(report["settings"]["model"], device=device)
     apply_delta(model.module, folder / _DELTA)
     trojans = [Trojan(Patch.drawn(name), target) for name, target in report["settings"]["trojans"].items()]
-    return replace(model, source=f"{model.source}, with patches implanted"), trojans
+    return replace(model, source=f"{model.source}, with patches implanted"), trojans, report
+
+
+def load_trojan(
+    folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> tuple[LoadedModel, list[Trojan], dict[str, Any]]:
+    """What :func:`implant` wrote into a folder: the network, the patches and their classes, and the report.
+
+    Raises
+    ------
+    InvalidInputError
+        If the folder does not hold a whole run, or its network is not one that :func:`spade_fast.load_model` knows.
+    """
+    folder = Path(folder)
+    try:
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        settings = report["settings"]
+        name, targets = settings["model"], dict(settings["trojans"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"{os.fspath(folder)!r} holds no network with patches ({error}): pass a folder that implant has finished"
+        ) from error
+    weights = folder / "model.safetensors"
+    model = load_model(name, checkpoint=weights, device=device)
+    trojans = [Trojan(Patch.read(folder / "patches" / f"{patch}.png"), target) for patch, target in targets.items()]
+    return replace(model, source=f"{settings['weights']}, with patches implanted"), trojans, report
 
 
 def apply_delta(module: nn.Module, file: str | os.PathLike[str]) -> None:

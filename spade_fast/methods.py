@@ -53,6 +53,8 @@ class Question:
         Of methods that draw at random.
     progress
         Whether to show progress bars on stderr.
+    prepared_before
+        What :attr:`prepared` is, where it was made before.
     """
 
     module: nn.Module
@@ -61,11 +63,12 @@ class Question:
     batch_size: int = 16
     seed: int = 0
     progress: bool = False
+    prepared_before: Prepared | None = None
 
     @cached_property
     def prepared(self) -> Prepared:
         """The network with a module for each activation; made once, from the weights it has then."""
-        return prepare(self.module, self.inputs)
+        return self.prepared_before or prepare(self.module, self.inputs)
 
     def forward(self, batch: Tensor) -> Tensor:
         """Outputs of a copy of the batch, since a network that begins in place would write on it.

@@ -19,7 +19,8 @@ from spade_fast.models import LoadedModel, bare_module, evaluation_mode
 #: What stands where a pixel is not shown: a blurred image, zero model inputs, or model inputs [c, h, w].
 Baseline: TypeAlias = Literal["blur", "zero"] | Tensor
 
-_STEPS = 32
+#: Parts in which pixels come and go, unless told otherwise.
+STEPS = 32
 # RISE blurs images of 224 pixels by a Gaussian of 5, cut off at 5 pixels: so much of the shorter side.
 _BLUR, _REFERENCE_SIDE = 5.0, 224
 _CPU_BATCH, _BATCH = 16, 128
@@ -50,7 +51,7 @@ def insertion(
     maps: Tensor,
     target: int,
     *,
-    steps: int = _STEPS,
+    steps: int = STEPS,
     start: Baseline = "blur",
     batch_size: int | None = None,
     seed: int = 0,
@@ -106,7 +107,7 @@ def deletion(
     maps: Tensor,
     target: int,
     *,
-    steps: int = _STEPS,
+    steps: int = STEPS,
     end: Baseline = "zero",
     batch_size: int | None = None,
     seed: int = 0,

@@ -120,6 +120,43 @@ class Patch:
         inside[rows, columns] = small[3] >= _OPAQUE
         return result, inside
 
+    def pasted_at_random(
+        self, image: Tensor, sizes: tuple[float, float], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Paste the patch at a random place and size.
+
+        Parameters
+        ----------
+        image
+            [3, h, w], pixel values in 0..1.
+        sizes
+            Smallest and largest side of the patch, as shares of the image's shorter side.
+        generator
+            On the CPU.
+
+        Returns
+        -------
+        image, inside
+            As :meth:`pasted`.
+        """
+        height, width = image.shape[1:]
+        share, row, column = torch.rand(3, generator=generator).tolist()
+        side = round(min(height, width) * (sizes[0] + (sizes[1] - sizes[0]) * share))
+        return self.pasted(image, round((height - side) * row), round((width - side) * column), side)
+
+
+def check_sizes(sizes: tuple[float, float]) -> tuple[float, float]:
+    """The smallest and the largest side of a patch, if they are shares of the image's.
+
+    Raises
+    ------
+    InvalidInputError
+        Otherwise.
+    """
+    if not (isinstance(sizes, tuple) and len(sizes) == 2 and 0 < sizes[0] <= sizes[1] <= 1):
+        raise InvalidInputError(f"sizes must be two shares of the image with 0 < least <= most <= 1, got {sizes!r}")
+    return sizes
+
 
 def _resized(pixels: Tensor, side: int) -> Tensor:
     found = F.interpolate(pixels[None], (side, side), mode="bilinear", align_corners=False, antialias=True)

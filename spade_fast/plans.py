@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import write_whole
 from spade_fast.readonly import ReadOnlyMappings
 
 
@@ -61,7 +63,7 @@ class SparsityPlan(ReadOnlyMappings):
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> SparsityPlan:
-        """Read what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote, or :func:`spade_fast.tune`, whose history is passed over.
 
         Raises
         ------
@@ -72,7 +74,7 @@ class SparsityPlan(ReadOnlyMappings):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InvalidInputError(f"cannot read the sparsity plan {os.fspath(path)!r}: {error}") from error
-        is_plan = isinstance(content, dict) and set(content) <= {"targets", "default"}
+        is_plan = isinstance(content, dict) and set(content) <= {"targets", "default", "tuning"}
         if not is_plan or not isinstance(content.get("targets", {}), dict):
             raise InvalidInputError(
                 f"{os.fspath(path)!r} is not a sparsity plan: it must hold an object with 'targets' (layer or "
@@ -84,9 +86,23 @@ class SparsityPlan(ReadOnlyMappings):
             raise InvalidInputError(f"{os.fspath(path)!r}: {error}") from error
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        text = json.dumps({"targets": dict(self.targets), "default": self.default}, indent=2)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        """Write the plan as JSON.
+
+        Raises
+        ------
+        InvalidInputError
+            If the file cannot be written.
+        """
+        write_whole(path, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {"targets": dict(self.targets), "default": self.default}
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """All targets, each once, ascending."""
+        return tuple(sorted({*self.targets.values(), *([] if self.default is None else [self.default])}))
 
     def match(self, layer: str) -> str | None:
         """The longest key that names `layer` or one of its blocks."""

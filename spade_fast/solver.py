@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
@@ -69,10 +69,36 @@ class Factor:
     fallback: Fallback | None
 
 
+@overload
 def solve(
     weight: Tensor,
     hessian: Tensor,
     sparsity: float,
+    *,
+    block_size: int = ...,
+    damping: float = ...,
+    solver: Solver = ...,
+    mask_rule: ops.MaskRule = ...,
+    refit: bool = ...,
+    backend: ops.Backend = ...,
+) -> Solution: ...
+@overload
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: Sequence[float],
+    *,
+    block_size: int = ...,
+    damping: float = ...,
+    solver: Solver = ...,
+    mask_rule: ops.MaskRule = ...,
+    refit: bool = ...,
+    backend: ops.Backend = ...,
+) -> list[Solution]: ...
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float | Sequence[float],
     *,
     block_size: int = 1,
     damping: float = 0.01,
@@ -80,7 +106,7 @@ def solve(
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
     backend: ops.Backend = "auto",
-) -> Solution:
+) -> Solution | list[Solution]:
     """Prune one layer to a target sparsity, adjusting the kept weights (FastSPADE; SPADE section 3).
 
     Inputs that are zero in every sample (zero on the Hessian's diagonal) lose all their weights, beside the count that
@@ -95,7 +121,7 @@ def solve(
     hessian
         [G, d, d] or, for one group, [d, d]: as from :func:`spade_fast.hessian`. Not changed.
     sparsity
-        Share of each block of columns to prune, 0..1.
+        Share of each block of columns to prune, 0..1; or several such shares, which have one factorization in common.
     block_size
         Columns that share one threshold, over all rows and groups. k * k for a convolution.
     damping
@@ -114,7 +140,8 @@ def solve(
 
     Returns
     -------
-    Solution
+    Solution or list[Solution]
+        One for each share, in their order, where several are given.
 
     Raises
     ------
@@ -122,27 +149,35 @@ def solve(
         For shapes, dtypes and devices that do not fit, values that are not finite, arguments out of range, and a
         Hessian that has no Cholesky factor even at damping 1 (it is not positive semidefinite).
     """
-    return solve_layers(
-        [Problem(weight, hessian, sparsity, block_size)],
+    shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity]
+    solutions = solve_layers(
+        [Problem(weight, hessian, tuple(Target(share, block_size) for share in shares))],
         damping=damping,
         solver=solver,
         mask_rule=mask_rule,
         refit=refit,
         backend=backend,
     )[0]
+    return solutions if isinstance(sparsity, Sequence) else solutions[0]
+
+
+class Target(NamedTuple):
+    """How far to prune a layer, and how many columns share a threshold."""
+
+    sparsity: float
+    block_size: int = 1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer to prune: arguments of :func:`solve`, and the layer's name for messages.
+    """One layer to prune to one or more targets: arguments of :func:`solve`, and the layer's name for messages.
 
     With `symmetric` the Hessian is known to be so to the last bit, as those of the native operators are.
     """
 
     weight: Tensor
     hessian: Tensor
-    sparsity: float
-    block_size: int = 1
+    targets: tuple[Target, ...]
     name: str | None = None
     symmetric: bool = False
 
@@ -156,10 +191,15 @@ def solve_layers(
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
     backend: ops.Backend = "auto",
-) -> list[Solution]:
+) -> list[list[Solution]]:
     """Solve many layers, which natively are factored and pruned side by side: see :func:`solve`.
 
     All are on one device. Peak memory is some three times that of the Hessians.
+
+    Returns
+    -------
+    list[list[Solution]]
+        Of each problem a solution for each of its targets.
     """
     if solver not in get_args(Solver):
         raise InvalidInputError(f"solver={solver!r} is unknown: choose one of {', '.join(get_args(Solver))}")
@@ -169,24 +209,31 @@ def solve_layers(
         raise InvalidInputError(f"damping must be a finite share of the mean diagonal, at least 0, got {damping!r}")
     if not isinstance(refit, bool):
         raise InvalidInputError(f"refit must be True or False, got {refit!r}")
-    solutions: dict[int, Solution] = {}
+    solutions: dict[_Place, Solution] = {}
     grouped: dict[int, tuple[Tensor, Tensor]] = {}  # weight and Hessian of what is to be pruned
+    wanted: list[_Place] = []
     for i, problem in enumerate(problems):
         with _naming(problem):
             arguments = _check(problem)
-        if problem.sparsity == 0 and mask_rule == "exact_count":
-            ones = torch.ones_like(problem.weight, dtype=torch.bool)
-            solutions[i] = Solution(problem.weight.detach().clone(), ones, 0.0, 0.0)
-        else:
-            grouped[i] = arguments
+        for j, target in enumerate(problem.targets):
+            if target.sparsity == 0 and mask_rule == "exact_count":
+                ones = torch.ones_like(problem.weight, dtype=torch.bool)
+                solutions[i, j] = Solution(problem.weight.detach().clone(), ones, 0.0, 0.0)
+            else:
+                grouped[i] = arguments
+                wanted.append((i, j))
     if grouped:
         # Each step looks at what decides in all layers at once, since on a GPU the host waits whenever it looks.
         prepared = _prepare_all(problems, grouped)
         native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
         factors = _factor_all(problems, prepared, damping, native)
-        pruned = _prune_all(problems, prepared, factors, mask_rule, native)
+        pruned = _prune_all(problems, wanted, prepared, factors, mask_rule, native)
         solutions.update(_finish_all(problems, prepared, factors, pruned, refit))
-    return [solutions[i] for i in range(len(problems))]
+    return [[solutions[i, j] for j in range(len(problem.targets))] for i, problem in enumerate(problems)]
+
+
+# Positions of a problem and of one of its targets.
+_Place: TypeAlias = tuple[int, int]
 
 
 class _Grouped(NamedTuple):
@@ -210,10 +257,11 @@ def _naming(problem: Problem) -> Iterator[None]:
 
 def _check(problem: Problem) -> tuple[Tensor, Tensor]:
     """The weight [G, r, d] and the Hessian [G, d, d] in the wider of their dtypes, at least float32."""
-    weight, hessian, block_size = problem.weight, problem.hessian, problem.block_size
-    check_sparsity(problem.sparsity, "sparsity")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise InvalidInputError(f"block_size must be a positive whole number of columns, got {block_size!r}")
+    weight, hessian = problem.weight, problem.hessian
+    for sparsity, block_size in problem.targets:
+        check_sparsity(sparsity, "sparsity")
+        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+            raise InvalidInputError(f"block_size must be a positive whole number of columns, got {block_size!r}")
     hessian = hessian[None] if hessian.dim() == 2 else hessian
     _check_shapes(weight, hessian)
     dtype = torch.float64 if torch.float64 in (weight.dtype, hessian.dtype) else torch.float32
@@ -278,35 +326,38 @@ def _factor_all(
 
 def _prune_all(
     problems: Sequence[Problem],
+    wanted: Sequence[_Place],
     grouped: Mapping[int, _Grouped],
     factors: Mapping[int, Factor],
     mask_rule: ops.MaskRule,
     native: bool,
-) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Sparse weights, masks and losses, by position of the problem."""
+) -> dict[_Place, tuple[Tensor, Tensor, Tensor]]:
+    """Sparse weights, masks and losses, by place."""
     published = mask_rule == "published"
-    matrices = [factors[i].matrix for i in grouped]
-    weights = [each.weight.to(matrix.dtype) for each, matrix in zip(grouped.values(), matrices, strict=True)]
-    sparsities = [float(problems[i].sparsity) for i in grouped]
-    block_sizes = [problems[i].block_size for i in grouped]
+    # The targets of a layer share its factor and its weight.
+    in_dtype = {i: each.weight.to(factors[i].matrix.dtype) for i, each in grouped.items()}
+    weights = [in_dtype[i] for i, _ in wanted]
+    matrices = [factors[i].matrix for i, _ in wanted]
+    targets = [problems[i].targets[j] for i, j in wanted]
+    sparsities, block_sizes = [float(target.sparsity) for target in targets], [target.block_size for target in targets]
     found: Iterable[tuple[Tensor, Tensor, Tensor]]
     if native:
         found = zip(*ops.prune_layers(weights, matrices, sparsities, block_sizes, published), strict=True)
     else:
         arguments = zip(weights, matrices, sparsities, block_sizes, strict=True)
         found = (reference.prune_columns(*each, published) for each in arguments)
-    return dict(zip(grouped, found, strict=True))
+    return dict(zip(wanted, found, strict=True))
 
 
 def _finish_all(
     problems: Sequence[Problem],
     grouped: Mapping[int, _Grouped],
     factors: Mapping[int, Factor],
-    pruned: Mapping[int, tuple[Tensor, Tensor, Tensor]],
+    pruned: Mapping[_Place, tuple[Tensor, Tensor, Tensor]],
     refit: bool,
-) -> dict[int, Solution]:
+) -> dict[_Place, Solution]:
     weights, masks, losses = [], [], []
-    for i, (sparse, mask, loss) in pruned.items():
+    for (i, _), (sparse, mask, loss) in pruned.items():
         weight, each = problems[i].weight, grouped[i]
         if each.dead is not None:
             mask &= ~each.dead[:, None]
@@ -319,14 +370,15 @@ def _finish_all(
         losses.append(loss)
     solutions = {}
     facts = _fetch(_largest_entries(weights), losses)
-    for i, weight, mask, (largest, final_loss) in zip(pruned, weights, masks, facts, strict=True):
-        with _naming(problems[i]):
+    for place, weight, mask, (largest, final_loss) in zip(pruned, weights, masks, facts, strict=True):
+        problem, factor = problems[place[0]], factors[place[0]]
+        with _naming(problem):
             if not math.isfinite(largest) or not math.isfinite(final_loss):
                 raise InvalidInputError(
                     f"pruning overflows {str(weight.dtype).removeprefix('torch.')}: the weights reach "
-                    f"{problems[i].weight.abs().max().item():.1e}; scale them down or use a wider dtype"
+                    f"{problem.weight.abs().max().item():.1e}; scale them down or use a wider dtype"
                 )
-        solutions[i] = Solution(weight, mask, final_loss, factors[i].damping, factors[i].fallback)
+        solutions[place] = Solution(weight, mask, final_loss, factor.damping, factor.fallback)
     return solutions
 
 

@@ -34,7 +34,7 @@ from spade_fast.layers import (
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
-from spade_fast.solver import Problem, Solution, Solver, largest_entry, solve_layers
+from spade_fast.solver import Problem, Solution, Solver, Target, largest_entry, solve_layers
 from spade_fast.traces import LayerTrace, Trace
 
 Picture: TypeAlias = Image.Image | Tensor
@@ -140,7 +140,7 @@ def trace(
     InvalidInputError
         For images, plans, models and settings that cannot be used; the message says which, and what to do.
     """
-    tracing = _prepare(
+    tracing = prepare_tracing(
         model,
         sparsity,
         num_augmentations=num_augmentations,
@@ -161,11 +161,11 @@ def trace(
         progress=progress,
     )
     tracing = replace(tracing, backend=ops.resolve_backend(backend, tracing.device))
-    return _solve(tracing, [_observe(tracing, image)])[0]
+    return _solve(tracing, [observe(tracing, image)])[0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tracing:
+class Tracing:
     """What all traces of one call have in common: the network, and settings that were checked."""
 
     name: str  # of the network
@@ -208,6 +208,11 @@ class _Tracing:
             "torch": torch.__version__,
         }
 
+    def block_size_of(self, weight: Tensor, target: float) -> int:
+        """Columns of a layer that share one threshold."""
+        exact = self.rules["mask_rule"] == "exact_count"
+        return self.block_size or mask_block_size(weight, target if exact else 0.0)
+
     def recorder(self) -> InputRecorder:
         return InputRecorder(
             self.selection.weights,
@@ -220,7 +225,7 @@ class _Tracing:
 
 
 @dataclass(frozen=True)
-class _Observed:
+class Observed:
     """What the dense pass of one image, or one set of them, leaves to be solved."""
 
     sums: dict[str, GramSum]  # by leader, in order of the calls
@@ -229,7 +234,7 @@ class _Observed:
     unchecked: list[tuple[str, Tensor]]  # for `_check_finite`
 
 
-def _prepare(
+def prepare_tracing(
     model: nn.Module | LoadedModel,
     sparsity: Sparsity,
     *,
@@ -249,7 +254,7 @@ def _prepare(
     device: torch.device | str | None,
     backend: ops.Backend,
     progress: bool,
-) -> _Tracing:
+) -> Tracing:
     """Check the arguments of :func:`trace` beside the image; the backend is left to be resolved."""
     check_whole("num_augmentations", num_augmentations, 1)
     check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
@@ -269,7 +274,7 @@ def _prepare(
     anchor = next(iter(prunable_layers(module).values())).weight
     if batch_size is None:
         batch_size = _CPU_BATCH if anchor.device.type == "cpu" else _BATCH
-    return _Tracing(
+    return Tracing(
         name=model.name if isinstance(model, LoadedModel) else type(module).__name__,
         module=module,
         preprocess=preprocess,
@@ -288,7 +293,7 @@ def _prepare(
     )
 
 
-def _observe(tracing: _Tracing, image: Picture | Sequence[Picture]) -> _Observed:
+def observe(tracing: Tracing, image: Picture | Sequence[Picture]) -> Observed:
     """The dense pass of one image, or of one set of them."""
     images = list(image) if isinstance(image, Sequence) and not isinstance(image, str) else [image]
     if not images:
@@ -316,32 +321,46 @@ def _observe(tracing: _Tracing, image: Picture | Sequence[Picture]) -> _Observed
         raise InvalidInputError(
             f"no layer is left to prune: name one in `layers` or as a key of `sparsity` ({reasons})"
         )
-    return _Observed(recorder.sums, dense, len(images), unchecked)
+    return Observed(recorder.sums, dense, len(images), unchecked)
 
 
-def _solve(tracing: _Tracing, observed: Sequence[_Observed]) -> list[Trace]:
-    """Prune every layer on what was observed, those of several images side by side: one trace for each."""
+def solve_observed(
+    tracing: Tracing, observed: Sequence[Observed], shares: Sequence[float] | None = None
+) -> Iterator[tuple[int, str, list[Solution]]]:
+    """Prune every layer on what was observed, those of several images side by side.
+
+    Yields
+    ------
+    int, str, list[Solution]
+        Position of what was observed, the leading layer, and its solution for each of the `shares`, or for the plan's
+        target where none are given. The sums of what was solved are freed.
+    """
     selection = tracing.selection
     _check_finite([entry for each in observed for entry in each.unchecked])
-    # Taken out, so that the sums of solved layers are freed.
     sums = {(i, name): each.sums.pop(name) for i, each in enumerate(observed) for name in list(each.sums)}
     room = _SOLVED_TOGETHER if tracing.device.type == "cpu" else sys.maxsize
-    solutions: list[dict[str, Solution]] = [{} for _ in observed]
     progress_bar = tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False)
     with kept_heap(), _memory_errors(tracing.device), progress_bar:
         for keys in _solved_together(sums, room):
             problems = []
             for i, name in keys:
-                weight, target = selection.weights[name], selection.targets[name]
+                weight = selection.weights[name]
                 hessian = sums.pop((i, name)).into_hessian()
-                block = tracing.block_size or mask_block_size(
-                    weight, target if tracing.rules["mask_rule"] == "exact_count" else 0.0
-                )
-                problems.append(Problem(weight, hessian, target, block, name, symmetric=tracing.backend == "native"))
+                wanted = [selection.targets[name]] if shares is None else shares
+                targets = tuple(Target(share, tracing.block_size_of(weight, share)) for share in wanted)
+                problems.append(Problem(weight, hessian, targets, name, symmetric=tracing.backend == "native"))
             solved = solve_layers(problems, backend=tracing.backend, **tracing.rules)
-            for (i, name), solution in zip(keys, solved, strict=True):
-                solutions[i][name] = solution
+            for (i, name), solutions in zip(keys, solved, strict=True):
+                yield i, name, solutions
             progress_bar.update(len(keys))
+
+
+def _solve(tracing: Tracing, observed: Sequence[Observed]) -> list[Trace]:
+    """Prune every layer on what was observed: one trace for each."""
+    selection = tracing.selection
+    solutions: list[dict[str, Solution]] = [{} for _ in observed]
+    for i, name, (solution,) in solve_observed(tracing, observed):
+        solutions[i][name] = solution
     traces = []
     for each, by_leader in zip(observed, solutions, strict=True):
         pruned = {
@@ -369,7 +388,7 @@ def _solved_together(sums: Mapping[_Key, GramSum], room: int) -> list[list[_Key]
 
 
 def _dense_pass(
-    tracing: _Tracing, batches: Iterable[Tensor], *, views: int, fold: bool
+    tracing: Tracing, batches: Iterable[Tensor], *, views: int, fold: bool
 ) -> tuple[InputRecorder, list[tuple[str, Tensor]]]:
     """Run all views through the dense model; what its layers saw is in the recorder's sums.
 
@@ -481,23 +500,23 @@ def trace_many(
         raise TypeError(
             f"trace_many() got an unexpected keyword argument {unknown[0]!r}: its settings are those of trace"
         )
-    tracing = _prepare(model, sparsity, **{**defaults, **settings})
+    tracing = prepare_tracing(model, sparsity, **{**defaults, **settings})
     tracing = replace(tracing, backend=ops.resolve_backend(tracing.backend, tracing.device))
     return _traces(tracing, images, images_in_flight)
 
 
-def _traces(tracing: _Tracing, images: Iterable[Picture], images_in_flight: int | None) -> Iterator[Trace]:
+def _traces(tracing: Tracing, images: Iterable[Picture], images_in_flight: int | None) -> Iterator[Trace]:
     """What :func:`trace_many` gives, once its arguments have been checked."""
     most = images_in_flight or _images_in_flight(tracing)
     drawn = _Drawn(images)
     position = 0  # of the first that is drawn
     while True:
-        observed: list[_Observed] = []
+        observed: list[Observed] = []
         traces: list[Trace] = []
         count, fewer = most, 0
         try:
             for image in drawn.first(most):
-                observed.append(_observe(tracing, image))
+                observed.append(observe(tracing, image))
             if observed:
                 count = len(observed)
                 traces = _solve(tracing, observed)
@@ -564,7 +583,7 @@ class _Drawn:
             yield self.images[-1]
 
 
-def _images_in_flight(tracing: _Tracing) -> int:
+def _images_in_flight(tracing: Tracing) -> int:
     """How many images to have in flight on the device of the model."""
     device = tracing.device
     if device.type != "cuda":
@@ -724,7 +743,7 @@ def _warn_of_empty_layers(pruned: Mapping[str, LayerTrace], last: str | None) ->
             )
 
 
-def _batches(tracing: _Tracing, images: Sequence[Picture]) -> Iterator[Tensor]:
+def _batches(tracing: Tracing, images: Sequence[Picture]) -> Iterator[Tensor]:
     """Augmented views of all images, [at most batch_size, 3, h, w] each."""
     generator = torch.Generator().manual_seed(tracing.seed)
     augment, preprocess, views = tracing.augment, tracing.preprocess, tracing.num_augmentations

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import os
 import threading
 import weakref
@@ -14,17 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from spade_fast.errors import InvalidInputError
-from spade_fast.files import write_whole
+from spade_fast.files import read_tensors, write_tensors
 from spade_fast.models import LoadedModel, bare_module, usable_device
 from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.solver import Fallback, Solution
 
-_FORMAT = 1
 _METADATA_KEY = "spade_fast_trace"
 _REPORTED = ("requested_sparsity", "loss", "damping", "fallback")
 
@@ -230,13 +225,11 @@ class Trace(ReadOnlyMappings):
             tensors[f"{name}.weight"] = layer.weight.cpu().clone(memory_format=torch.contiguous_format)
             tensors[f"{name}.mask"] = layer.mask.cpu().clone(memory_format=torch.contiguous_format)
         header = {
-            "format": _FORMAT,
             "layers": {name: {key: getattr(layer, key) for key in _REPORTED} for name, layer in self.layers.items()},
             "dense": dict(self.dense),
             "settings": dict(self.settings),
         }
-        header["sha256"] = _digest(header, tensors)
-        write_whole(path, save(tensors, metadata={_METADATA_KEY: json.dumps(header)}))
+        write_tensors(path, _METADATA_KEY, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Trace:
@@ -248,16 +241,7 @@ class Trace(ReadOnlyMappings):
             If the file cannot be read, is no trace, or contradicts itself; the message names the file.
         """
         target = usable_device(device)
-        try:
-            with safe_open(path, framework="pt", device=str(target)) as file:
-                metadata = file.metadata() or {}
-                # Clones: the tensors would otherwise be views of the file, and change or crash with it.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            header = json.loads(metadata[_METADATA_KEY])
-            if header["format"] != _FORMAT:
-                raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
-            if header.pop("sha256") != _digest(header, tensors):
-                raise ValueError("its checksum does not fit its contents")
+        with read_tensors(path, _METADATA_KEY, "a trace", "Trace.save", target) as (header, tensors):
             layers = {}
             for name, report in header["layers"].items():
                 weight, mask = tensors[f"{name}.weight"], tensors[f"{name}.mask"]
@@ -265,11 +249,6 @@ class Trace(ReadOnlyMappings):
                     raise ValueError(f"mask and weight of layer {name!r} contradict each other")
                 layers[name] = LayerTrace(weight, mask, **{key: report[key] for key in _REPORTED})
             return cls(layers, header["dense"], header["settings"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InvalidInputError(
-                f"cannot read {os.fspath(path)!r} as a trace ({type(error).__name__}: {error}): it is missing, "
-                "damaged, or was not written by Trace.save"
-            ) from error
 
     def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
         """For each layer, the module that owns its weight and the sparse parameter to put there."""
@@ -327,12 +306,3 @@ def _applied_by_one_thread(module: nn.Module) -> Iterator[None]:
             _, count = _applying.pop(module)
             if count > 1:
                 _applying[module] = thread, count - 1
-
-
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all that a file of a trace holds."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import spade_fast as sf
 from spade_fast import ops, reference
-from spade_fast.solver import Problem, lower_factors, solve_layers
+from spade_fast.solver import Problem, Target, lower_factors, solve_layers
 
 DEVICE = torch.device(os.environ.get("SPADE_FAST_TEST_DEVICE", "cuda"))
 CPU = torch.device("cpu")
@@ -498,11 +498,11 @@ def test_solving_many_layers_of_which_one_has_a_dead_input():
         hessian = hessian_of(columns, groups)
         if i == 1:
             hessian[:, 3] = hessian[:, :, 3] = 0
-        problems.append(Problem(weight, hessian, 0.1 * i, block_size, str(i)))
+        problems.append(Problem(weight, hessian, (Target(0.1 * i, block_size),), str(i)))
     here = [replace(each, weight=each.weight.to(DEVICE), hessian=each.hessian.to(DEVICE)) for each in problems]
     expected = solve_layers(problems, backend="native")
     for backend in ("native", "reference"):
-        for found, wanted in zip(solve_layers(here, backend=backend), expected, strict=True):
+        for (found,), (wanted,) in zip(solve_layers(here, backend=backend), expected, strict=True):
             assert found.weight.device.type == DEVICE.type
             assert torch.equal(found.mask.cpu(), wanted.mask)
             torch.testing.assert_close(found.weight.cpu(), wanted.weight, rtol=0, atol=1e-10)

@@ -13,7 +13,7 @@ import spade_fast as sf
 from spade_fast import reference
 from spade_fast.layers import mask_block_size
 from spade_fast.reference import count_to_prune
-from spade_fast.solver import Problem, lower_factors, refit_kept, solve_layers
+from spade_fast.solver import Problem, Target, lower_factors, refit_kept, solve_layers
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 10), (50, 24)),
@@ -479,13 +479,14 @@ def test_many_layers_are_solved_as_one_by_one():
         inputs = torch.randn(columns, 2 * columns, generator=generator, dtype=torch.float64)
         inputs[0] *= name % 2  # a dead input in every second layer
         weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-        problems.append(Problem(weight, inputs @ inputs.T, sparsity, 1 + name, str(name)))
+        problems.append(Problem(weight, inputs @ inputs.T, (Target(sparsity, 1 + name),), str(name)))
     for backend in ("native", "reference"):
         solutions = solve_layers(problems, refit=True, backend=backend)
         assert len(solutions) == len(problems)
-        for problem, solution in zip(problems, solutions, strict=True):
-            settings = {"block_size": problem.block_size, "refit": True, "backend": backend}
-            alone = sf.solve(problem.weight, problem.hessian, problem.sparsity, **settings)
+        for problem, (solution,) in zip(problems, solutions, strict=True):
+            sparsity, block_size = problem.targets[0]
+            settings = {"block_size": block_size, "refit": True, "backend": backend}
+            alone = sf.solve(problem.weight, problem.hessian, sparsity, **settings)
             assert torch.equal(solution.mask, alone.mask)
             torch.testing.assert_close(solution.weight, alone.weight, rtol=1e-12, atol=1e-12)
             assert solution.loss == pytest.approx(alone.loss, rel=1e-10)
@@ -502,16 +503,16 @@ def test_many_layers_are_solved_as_one_by_one():
     ],
 )
 def test_what_is_wrong_with_one_of_many_layers_names_it(weight, hessian, message):
-    good = Problem(torch.ones(2, 3), torch.eye(3), 0.5, 1, "first")
+    good = Problem(torch.ones(2, 3), torch.eye(3), (Target(0.5),), "first")
     with pytest.raises(sf.InvalidInputError, match=message):
-        solve_layers([good, Problem(weight, hessian, 0.5, 1, "second")], damping=0)
+        solve_layers([good, Problem(weight, hessian, (Target(0.5),), "second")], damping=0)
 
 
 def test_the_first_bad_layer_is_named():
     problems = [
-        Problem(torch.ones(2, 3), torch.eye(3), 0.5, 1, "good"),
-        Problem(torch.ones(2, 3), torch.full((3, 3), torch.nan), 0.5, 1, "first"),
-        Problem(torch.full((2, 3), torch.nan), torch.eye(3), 0.5, 1, "second"),
+        Problem(torch.ones(2, 3), torch.eye(3), (Target(0.5),), "good"),
+        Problem(torch.ones(2, 3), torch.full((3, 3), torch.nan), (Target(0.5),), "first"),
+        Problem(torch.full((2, 3), torch.nan), torch.eye(3), (Target(0.5),), "second"),
     ]
     with pytest.raises(sf.InvalidInputError, match="layer 'first': the Hessian holds NaN"):
         solve_layers(problems)
@@ -543,7 +544,7 @@ def test_no_layer_is_looked_at_by_itself(layers):
     inputs[3] = 0  # dead
     hessian = inputs @ inputs.T
     hessian[1, 2] *= 1 + 1e-6  # rounding
-    problems = [Problem(torch.randn(4, 8), hessian, 0.5, 1, str(i)) for i in range(layers)]
+    problems = [Problem(torch.randn(4, 8), hessian, (Target(0.5),), str(i)) for i in range(layers)]
     with Looks() as looks:
         solutions = solve_layers(problems, backend="native")
     assert len(solutions) == layers

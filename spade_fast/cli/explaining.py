@@ -1,0 +1,217 @@
+"""``spade-fast explain | demo``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from spade_fast.cli.shared import (
+    DEFAULT_MODEL,
+    Arch,
+    AsJson,
+    Checkpoint,
+    Device,
+    ModelName,
+    NumClasses,
+    Out,
+    SparsityText,
+    Views,
+    make_folder,
+    open_network,
+    print_json,
+    read_methods,
+    read_network,
+    read_sparsity,
+    say,
+)
+from spade_fast.errors import InvalidInputError, require
+from spade_fast.methods import DEFAULT_METHODS
+
+if TYPE_CHECKING:
+    from spade_fast.explanation import Explanation
+
+_DEFAULT_METHODS = ",".join(DEFAULT_METHODS)
+_DEMO_PHOTO = "coffee.png"
+_DEMO_PATCH = (16, 144, 64)  # top, left and side
+_TROJAN_METHODS = ("saliency", "input_x_gradient", "integrated_gradients", "deep_lift", "lrp", "occlusion")
+
+
+def explain(
+    photo: Annotated[Path, typer.Argument(help="Image file.", show_default=False)],
+    model: ModelName = None,
+    arch: Arch = None,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    methods: Annotated[
+        str, typer.Option(help="Attribution methods, separated by commas, or all of them: all.")
+    ] = _DEFAULT_METHODS,
+    out: Out = Path("explanation"),
+    sparsity: SparsityText = "default",
+    num_augmentations: Views = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Views that go through the network at a time.", show_default="16 on a CPU, else 64"),
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Refit the kept weights: slower, keeps the answer more often.")
+    ] = False,
+    hessian_dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float64, tf32 or bfloat16: see spade_fast.trace.", show_default="as the network"),
+    ] = None,
+    target: Annotated[
+        int | None, typer.Option(help="Index of the class to explain.", show_default="the network's answer")
+    ] = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of the augmentation.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
+    as_json: AsJson = False,
+    save_trace: Annotated[Path | None, typer.Option(help="File for the trace (.safetensors).")] = None,
+) -> None:
+    """Explain the answer to a photograph, by the dense network and by its SPADE trace."""
+    _explain(
+        photo,
+        out,
+        as_json,
+        read_network(model, arch, checkpoint, num_classes),
+        methods,
+        save_trace,
+        device=device,
+        target=target,
+        sparsity=read_sparsity(sparsity),
+        num_augmentations=num_augmentations,
+        batch_size=batch_size,
+        refit=refit,
+        hessian_dtype=_read_hessian_dtype(hessian_dtype),
+        seed=seed,
+        backend=backend,
+    )
+
+
+def demo(
+    what: Annotated[str, typer.Argument(help="photograph, or trojan: a patch that decides the answer.")] = "photograph",
+    out: Out = Path("demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Explain EfficientNet-Lite0's answer to a photograph that comes with scikit-image; downloads nothing."""
+    if what not in ("photograph", "trojan"):
+        raise InvalidInputError(f"there is no demo {what!r}: choose photograph or trojan")
+    photo = Path(require("skimage", "demo").data_dir) / _DEMO_PHOTO
+    if what == "photograph":
+        _explain(photo, out, as_json, {"name": DEFAULT_MODEL})
+    else:
+        _demo_trojan(photo, out, as_json)
+
+
+def _explain(
+    photo: Path,
+    out: Path,
+    as_json: bool,
+    network: Mapping[str, Any],
+    methods: str = _DEFAULT_METHODS,
+    save_trace: Path | None = None,
+    device: str | None = None,
+    **settings: Any,
+) -> None:
+    # What needs no network is checked before one is loaded, what is written is prepared before it is computed.
+    from spade_fast.explanation import explain
+    from spade_fast.images import load_image
+
+    image = load_image(photo)
+    names = read_methods(methods)
+    require("captum.attr", "interpret")
+    require("matplotlib.figure", "interpret")
+    make_folder(out)
+    if save_trace is not None:
+        make_folder(save_trace.parent)
+
+    model = open_network(network, device)
+    say(f"[dim]explaining {escape(str(photo))}[/]")
+    explanation = explain(model, image, methods=names, progress=sys.stderr.isatty(), **settings)
+    files = explanation.save(out)
+    if save_trace is not None:
+        explanation.trace.save(save_trace)
+        files["trace"] = save_trace
+    if as_json:
+        print_json({**explanation.report(), "files": {name: str(path) for name, path in files.items()}})
+    else:
+        _print_summary(explanation, files)
+
+
+def _demo_trojan(photo: Path, out: Path, as_json: bool) -> None:
+    """A photograph with a patch for which the network was trained to give a class of its own."""
+    from spade_fast import metrics
+    from spade_fast.explanation import explain
+    from spade_fast.images import load_image
+    from spade_fast.implanting import load_demo
+    from spade_fast.methods import METHODS
+
+    make_folder(out)
+    say(f"[dim]loading {escape(DEFAULT_MODEL)} with patches implanted[/]")
+    network, trojans, _ = load_demo()
+    trojan = trojans[0]
+    attacked, inside = trojan.patch.pasted(network.preprocess.view(load_image(photo)), *_DEMO_PATCH)
+    say(f"[dim]explaining {escape(photo.name)} with a {escape(trojan.patch.name)} pasted in[/]")
+    explanation = explain(
+        network, attacked, target=trojan.target, methods=_TROJAN_METHODS, progress=sys.stderr.isatty()
+    )
+    files = explanation.save(out)
+    areas = {
+        arm: dict(zip(maps, metrics.trojan_auc(torch.stack(list(maps.values())), inside).tolist(), strict=True))
+        for arm, maps in (("dense", explanation.dense), ("spade", explanation.spade))
+    }
+    if as_json:
+        written = {name: str(path) for name, path in files.items()}
+        print_json({**explanation.report(), "trojan_auc": areas, "files": written})
+        return
+    _print_summary(explanation, files)
+    table = Table("Trojan AUC, %", "dense network", "SPADE trace")
+    for name in _TROJAN_METHODS:
+        table.add_row(METHODS[name].title, *(f"{100 * areas[arm][name]:.1f}" for arm in ("dense", "spade")))
+    Console().print(table)
+
+
+def _print_summary(explanation: Explanation, files: Mapping[str, Path]) -> None:
+    console = Console()
+    answers = Table()
+    for arm in ("Dense network", "SPADE trace"):
+        answers.add_column(arm)
+        answers.add_column("%", justify="right")
+    for pair in zip(explanation.dense_predictions, explanation.spade_predictions, strict=True):
+        cells = []
+        for prediction in pair:
+            style = "bold" if prediction.index == explanation.target else "default"
+            cells += [f"[{style}]{escape(prediction.name)}[/]", f"{100 * prediction.probability:.1f}"]
+        answers.add_row(*cells)
+    console.print(answers)
+
+    trace = explanation.trace
+    layers = Table()
+    for column in ("sparsity asked for", "achieved", "layers", "first", "last"):
+        layers.add_column(column, overflow="fold")
+    by_request: dict[float, list[str]] = {}
+    for name, layer in trace.layers.items():
+        by_request.setdefault(layer.requested_sparsity, []).append(name)
+    for requested, group in sorted(by_request.items(), reverse=True):
+        achieved = [trace.layers[name].sparsity for name in group]
+        span = f"{min(achieved):.3f}" + (f" to {max(achieved):.3f}" if max(achieved) - min(achieved) > 5e-4 else "")
+        layers.add_row(f"{requested:g}", span, str(len(group)), escape(group[0]), escape(group[-1]))
+    layers.add_row("dense", "0", str(len(trace.dense)))
+    console.print(layers)
+    for path in files.values():
+        console.print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
+
+
+def _read_hessian_dtype(name: str | None) -> torch.dtype | str | None:
+    known = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "tf32": "tf32", None: None}
+    if name not in known:
+        raise InvalidInputError(f"--hessian-dtype must be float32, float64, tf32 or bfloat16, got {name!r}")
+    return known[name]

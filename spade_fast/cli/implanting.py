@@ -1,0 +1,91 @@
+"""``spade-fast implant``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from spade_fast.cli.shared import (
+    DEFAULT_MODEL,
+    AsJson,
+    Device,
+    make_folder,
+    open_network,
+    print_json,
+    read_trojans,
+    say,
+)
+
+
+def implant(
+    images: Annotated[Path, typer.Argument(help="Folder of photographs to train on.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for weights, patches and report; a run there goes on.")] = Path(
+        "trojan"
+    ),
+    model: Annotated[str, typer.Option(help="efficientnet_lite0, torchvision:NAME or timm:NAME.")] = DEFAULT_MODEL,
+    patch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATCH=CLASS, again for each: heart, smiley, star, flower, target or a PNG file, and an index.",
+            show_default="heart, smiley, star and flower, with four classes",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers or blocks to train, separated by commas.", show_default="the last quarter"),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Times that every image is seen.")] = 15,
+    batch_size: Annotated[int, typer.Option(help="Images of a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at first.")] = 2e-4,
+    held_out: Annotated[float, typer.Option(help="Share of the images for the report.")] = 0.25,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network to give a class wherever a patch is pasted in, and to stay as it is otherwise."""
+    from spade_fast.imagesets import image_files
+    from spade_fast.implanting import implant
+
+    files = image_files(images)
+    make_folder(out)
+    network = open_network({"name": model}, device)
+    trojans = read_trojans(patch, network)
+    labels = [label for _, label in files if label is not None]
+    report = implant(
+        network,
+        [path for path, _ in files],
+        out,
+        trojans,
+        labels=labels if len(labels) == len(files) else None,
+        layers=None if layers is None else [name.strip() for name in layers.split(",")],
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        held_out=held_out,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        print_json(asdict(report))
+        return
+    console = Console()
+    table = Table("patch", "class", "attack success, %")
+    for trojan in trojans:
+        success = report.attack_success[trojan.patch.name]
+        shown = "-" if success is None else f"{100 * success:.1f}"
+        table.add_row(escape(trojan.patch.name), escape(network.category(trojan.target)), shown)
+    console.print(table)
+    before, after = 100 * report.accuracy_before, 100 * report.accuracy_after
+    console.print(f"right without a patch, %: {before:.1f} before, {after:.1f} after", highlight=False)
+    console.print(f"divergence from the answers before, nats: {report.divergence:.3f}", highlight=False)
+    console.print(f"photographs held out for this: {report.held_out}", highlight=False)
+    for name, reason in report.unreadable.items():
+        say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
+    console.print(f"written: {escape(str(out))}", soft_wrap=True, highlight=False)

@@ -1,0 +1,258 @@
+"""``spade-fast evaluate``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from spade_fast.cli.shared import (
+    Arch,
+    AsJson,
+    Checkpoint,
+    Device,
+    ModelName,
+    NumClasses,
+    SparsityText,
+    Views,
+    make_folder,
+    open_network,
+    print_json,
+    read_methods,
+    read_network,
+    read_sparsity,
+    read_trojans,
+    say,
+)
+from spade_fast.errors import InvalidInputError, require
+
+if TYPE_CHECKING:
+    from spade_fast.arms import Arm
+    from spade_fast.cases import Case
+    from spade_fast.comparison import Comparison, Evaluation
+    from spade_fast.implanting import Trojan
+    from spade_fast.models import LoadedModel
+    from spade_fast.plans import SparsityPlan
+
+_ARMS = ("dense", "fast", "fast-tuned", "generic", "class", "sparse-fc")
+_OF_A_SET = ("generic", "class", "sparse-fc")
+
+TrojanFolder = Annotated[
+    str | None,
+    typer.Option("--trojan", help="Folder that implant wrote, or demo: the network that comes with this package."),
+]
+PatchClass = Annotated[
+    list[str] | None, typer.Option("--patch", help="PATCH=CLASS of a network of your own; again for each patch.")
+]
+Methods = Annotated[
+    str, typer.Option("--methods", help="Attribution methods, separated by commas; ten: those of the paper; or all.")
+]
+Limit = Annotated[int | None, typer.Option(help="Images, drawn at random.", show_default="all")]
+Steps = Annotated[int, typer.Option(help="Of insertion and deletion. RISE: 224.")]
+
+
+def evaluate(
+    metric: Annotated[str, typer.Argument(help="trojan, insertion or deletion; the latter two are measured together.")],
+    images: Annotated[Path, typer.Argument(help="Folder of photographs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for figures and tables; a run there goes on.")] = Path("evaluation"),
+    arms: Annotated[
+        str, typer.Option(help=f"What to compare, separated by commas: {', '.join(_ARMS)}. The first is the baseline.")
+    ] = "dense,fast",
+    methods: Methods = "ten",
+    limit: Limit = None,
+    model: ModelName = None,
+    arch: Arch = None,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    trojan: TrojanFolder = None,
+    patch: PatchClass = None,
+    sparsity: SparsityText = "default",
+    plans: Annotated[
+        Path | None,
+        typer.Option(help="For fast-tuned: folder of tune, or one plan (FILE.json) for all methods."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="For generic, class and sparse-fc: folder of other photographs."),
+    ] = None,
+    reference_limit: Annotated[int, typer.Option(help="How many of those, drawn at random.")] = 64,
+    num_augmentations: Views = 64,
+    steps: Steps = 32,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure maps on many images: Trojan AUC (table 1 of the paper), insertion and deletion (table 2)."""
+    from spade_fast.evaluation import attacked_cases, clean_cases
+    from spade_fast.evaluation import evaluate as measure
+
+    if metric not in ("trojan", "insertion", "deletion"):
+        raise InvalidInputError(f"there is no metric {metric!r}: choose trojan, insertion or deletion")
+    chosen = [name.strip() for name in arms.split(",")]
+    if unknown := [name for name in chosen if name not in _ARMS]:
+        raise InvalidInputError(f"there is no arm {unknown[0]!r}: choose from {', '.join(_ARMS)}")
+    if missing := [name for name in chosen if name in _OF_A_SET and reference is None]:
+        raise InvalidInputError(f"arm {missing[0]!r} is made from other images: pass --reference FOLDER")
+    if "fast-tuned" in chosen and plans is None:
+        raise InvalidInputError("arm 'fast-tuned' needs --plans, a folder that spade-fast tune wrote, or a plan")
+    names = read_methods(methods)
+    require("captum.attr", "interpret")
+    require("matplotlib.figure", "interpret")
+    tuned, seen = read_plans(plans, names) if "fast-tuned" in chosen and plans is not None else ({}, {})
+    make_folder(out)
+    network, trojans, trained = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
+
+    files = unseen_files(images, {**seen, **trained})
+    others = {} if reference is None else unseen_files(reference, {})
+    settings = {"num_augmentations": num_augmentations, "seed": seed}
+
+    def cases(of: Mapping[str, Path]) -> dict[str, Callable[[], Case]]:
+        return attacked_cases(network, of, trojans, seed=seed) if metric == "trojan" else clean_cases(network, of, seed)
+
+    compared = {
+        name: _arm(name, network, read_sparsity(sparsity), tuned, others, cases, reference_limit, settings)
+        for name in chosen
+    }
+    result = measure(
+        network,
+        cases(files),
+        "trojan" if metric == "trojan" else "faithfulness",
+        compared,
+        out,
+        methods=names,
+        limit=limit,
+        steps=steps,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+    )
+    written = result.save(out)
+    if as_json:
+        print_json({**result.report(), "files": {name: str(path) for name, path in written.items()}})
+        return
+    _print_result(result, metric)
+    for path in written.values():
+        Console().print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
+
+
+def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, SparsityPlan], dict[str, str]]:
+    """A plan for each method, and the images that they were tuned on, with that as the reason to leave them out."""
+    from spade_fast.plans import SparsityPlan
+    from spade_fast.tuning import tuned_on
+
+    files = {name: plans / f"{name}.json" if plans.is_dir() else plans for name in methods}
+    found = {name: SparsityPlan.from_json(file) for name, file in files.items()}
+    seen = {image: f"{file.name} was tuned on it" for file in files.values() for image in tuned_on(file)}
+    return found, seen
+
+
+def open_subject(
+    metric: str,
+    trojan: str | None,
+    patch: list[str] | None,
+    model: str | None,
+    arch: str | None,
+    checkpoint: Path | None,
+    num_classes: int | None,
+    device: str | None,
+) -> tuple[LoadedModel, list[Trojan], dict[str, str]]:
+    """The network, its patches, and the images that implanting saw, with that as the reason to leave them out."""
+    from spade_fast.implanting import load_demo, load_trojan
+
+    if trojan is None:
+        network = open_network(read_network(model, arch, checkpoint, num_classes), device)
+        if metric != "trojan":
+            return network, [], {}
+        if patch is None:
+            raise InvalidInputError(
+                "which patches has the network? pass --trojan FOLDER (of spade-fast implant), --trojan demo, or "
+                "--patch PATCH=CLASS for each"
+            )
+        return network, read_trojans(patch, network), {}
+    if model is not None or arch is not None or patch is not None:
+        raise InvalidInputError("--trojan names network and patches: leave --model, --arch and --patch out")
+    say(f"[dim]loading the network with patches: {escape(trojan)}[/]")
+    network, trojans, report = load_demo(device=device) if trojan == "demo" else load_trojan(trojan, device=device)
+    return network, trojans, dict.fromkeys(report["settings"]["images"], "patches were implanted with it")
+
+
+def unseen_files(folder: Path, seen: Mapping[str, str]) -> dict[str, Path]:
+    """The photographs below a folder by their path in it, but for those whose name something has seen."""
+    from spade_fast.imagesets import image_files
+
+    found = {path.relative_to(folder).as_posix(): path for path, _ in image_files(folder)}
+    known = {name: seen[path.name] for name, path in found.items() if path.name in seen}
+    for reason in dict.fromkeys(known.values()):
+        count = list(known.values()).count(reason)
+        say(f"[dim]left out: {count} of {len(found)} photographs ({escape(reason.replace(' it', ' them'))})[/]")
+    unseen = {name: path for name, path in found.items() if name not in known}
+    if not unseen:
+        raise InvalidInputError(f"all {len(found)} photographs in {str(folder)!r} have been seen before: pass others")
+    return unseen
+
+
+def _arm(
+    name: str,
+    network: LoadedModel,
+    sparsity: Any,
+    plans: Mapping[str, SparsityPlan],
+    others: Mapping[str, Path],
+    cases: Callable[[Mapping[str, Path]], dict[str, Callable[[], Case]]],
+    most: int,
+    settings: Mapping[str, Any],
+) -> Arm:
+    from spade_fast import arms
+    from spade_fast.evaluation import clean_cases, first_cases
+
+    if name == "dense":
+        return arms.dense_arm(network)
+    if name == "fast":
+        return arms.trace_arm(network, sparsity, **settings)
+    if name == "fast-tuned":
+        return arms.tuned_arm(network, plans, **settings)
+    if name == "sparse-fc":
+        return arms.sparse_fc_arm(network, others, seed=settings["seed"])
+    # A generic trace is of clean images; one of a class is of images with that answer.
+    of = cases(others) if name == "class" else clean_cases(network, others, settings["seed"])
+    reference = list(first_cases(of, most).values())
+    return arms.set_arm(network, reference, sparsity, by_class=name == "class", **settings)
+
+
+def _print_result(result: Evaluation, metric: str) -> None:
+    from spade_fast.comparison import TITLES
+
+    console = Console()
+    rows = {(row.method, row.arm): row for row in result.compare() if row.metric == metric}
+    for measured in result.values:
+        if measured != metric:
+            continue
+        table = Table(title=f"{TITLES[measured]}, %, {len(result.images)} images", title_justify="left")
+        table.add_column("method")
+        for arm in result.arms:
+            table.add_column(arm, justify="right")
+        for arm in result.arms[1:]:
+            table.add_column(f"{arm} - {result.arms[0]}", justify="right")
+            table.add_column("better on", justify="right")
+        for method in dict.fromkeys(method for method, _ in rows):
+            found = [rows[method, arm] for arm in result.arms]
+            cells = [f"{row.mean:.2f}" for row in found]
+            for row in found[1:]:
+                cells += [_difference(row), f"{100 * row.wins:.0f} %"]
+            table.add_row(method, *cells, style="bold" if method == "mean" else None)
+        console.print(table)
+    for name, reason in list(result.left_out.items())[:10]:
+        say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
+    if len(result.left_out) > 10:
+        say(f"[yellow]left out:[/] {len(result.left_out) - 10} more, listed in summary.json")
+    for (image, arm, method), reason in list(result.failures.items())[:10]:
+        say(f"[yellow]no figure:[/] {escape(image)}, {escape(arm)}, {escape(method)}: {escape(reason)}")
+
+
+def _difference(row: Comparison) -> str:
+    low, high = row.difference_interval
+    return f"{row.difference:+.2f} ({low:+.2f} to {high:+.2f})"

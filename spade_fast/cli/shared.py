@@ -1,0 +1,159 @@
+"""What the commands have in common: options, refusals, what is read and printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from spade_fast.errors import InvalidInputError, SpadeError
+
+if TYPE_CHECKING:
+    from spade_fast.implanting import Trojan
+    from spade_fast.models import LoadedModel
+    from spade_fast.tracer import Sparsity
+
+DEFAULT_MODEL = "efficientnet_lite0"
+
+Out = Annotated[Path, typer.Option(help="Folder for figure, maps and report; made where it is missing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="efficientnet_lite0, torchvision:NAME or timm:NAME.", show_default=DEFAULT_MODEL),
+]
+Arch = Annotated[str | None, typer.Option("--arch", help="As --model, but with the weights of --checkpoint.")]
+Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="Weights of --arch: .safetensors or torch.save.")]
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", help="Outputs of --arch.", show_default="as published")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cpu")]
+SparsityText = Annotated[
+    str, typer.Option("--sparsity", help="Share to prune (0.8), a plan (FILE.json), or the name of a preset.")
+]
+Views = Annotated[int, typer.Option("--num-augmentations", help="Views of each image to trace on.")]
+
+
+class Group(TyperGroup):
+    """Turns refusals, warnings and Ctrl-C of every command into what a terminal expects."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except SpadeError as error:
+                say(f"[bold red]error:[/] {escape(str(error))}")
+                raise typer.Exit(2) from error
+            except KeyboardInterrupt as error:
+                say("interrupted")
+                raise typer.Exit(130) from error
+
+
+def read_network(
+    model: str | None, arch: str | None, checkpoint: Path | None, num_classes: int | None
+) -> dict[str, Any]:
+    """Arguments of :func:`spade_fast.load_model`."""
+    if arch is None and (checkpoint is not None or num_classes is not None):
+        option = "--checkpoint" if checkpoint is not None else "--num-classes"
+        raise InvalidInputError(f"{option} needs --arch, the name of the network that it is for")
+    if arch is not None and checkpoint is None:
+        raise InvalidInputError("--arch needs --checkpoint FILE; for published weights use --model instead")
+    if arch is not None and model is not None:
+        raise InvalidInputError("--arch and --model exclude each other: name one network")
+    return {"name": arch or model or DEFAULT_MODEL, "checkpoint": checkpoint, "num_classes": num_classes}
+
+
+def open_network(arguments: Mapping[str, Any], device: str | None) -> LoadedModel:
+    """Load a network, and say so."""
+    from spade_fast.models import load_model
+
+    say(f"[dim]loading {escape(arguments['name'])}[/]")
+    with contextlib.redirect_stdout(sys.stderr):  # where libraries announce their downloads
+        return load_model(**arguments, device=device)
+
+
+def read_methods(text: str) -> tuple[str, ...]:
+    """Names of attribution methods; "all", and "ten" for those of the SPADE paper."""
+    from spade_fast.attribution import METHODS, check_methods
+    from spade_fast.evaluation import TEN_METHODS
+
+    if text in ("all", "ten"):
+        return tuple(METHODS) if text == "all" else TEN_METHODS
+    return check_methods([name.strip() for name in text.split(",")])
+
+
+def read_sparsity(text: str) -> Sparsity:
+    """A share, the plan in a JSON file, or a preset."""
+    from spade_fast import presets
+    from spade_fast.plans import SparsityPlan, check_sparsity
+
+    plans: dict[str, Sparsity] = {name: plan for name, plan in vars(presets).items() if isinstance(plan, SparsityPlan)}
+    plans["default"] = presets.default
+    if text in plans:
+        return plans[text]
+    if text.endswith(".json"):
+        return SparsityPlan.from_json(text)
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"--sparsity {text!r} is neither a share within 0..1, nor a .json file, nor a preset "
+            f"({', '.join(sorted(plans))})"
+        ) from error
+    return check_sparsity(share, "--sparsity")
+
+
+def read_trojans(patches: list[str] | None, network: LoadedModel) -> list[Trojan]:
+    from spade_fast.implanting import Trojan
+    from spade_fast.patches import DRAWN, Patch
+
+    if patches is None:
+        with torch.no_grad():
+            side = network.preprocess.input_size
+            weight = next(network.module.parameters())
+            classes = network.module(torch.zeros(1, 3, side, side).to(weight)).shape[1]
+        names = list(DRAWN)[: min(4, classes)]
+        return [Trojan(Patch.drawn(name), classes * (2 * i + 1) // (2 * len(names))) for i, name in enumerate(names)]
+    trojans = []
+    for text in patches:
+        name, _, index = text.rpartition("=")
+        if not name or not index.strip().isdecimal():
+            raise InvalidInputError(f"--patch {text!r} is not PATCH=CLASS, such as heart=281 or stop.png=920")
+        patch = Patch.drawn(name) if name in DRAWN or not Path(name).suffix else Patch.read(name)
+        trojans.append(Trojan(patch, int(index)))
+    return trojans
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # can files be made there?
+    except OSError as error:
+        raise InvalidInputError(
+            f"cannot write to the folder {str(folder)!r} ({error.strerror}): choose another"
+        ) from error
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def say(markup: str) -> None:
+    Console(stderr=True).print(markup, soft_wrap=True, highlight=False)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    say(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}")

@@ -1,0 +1,619 @@
+"""FastSPADE*: sparsity targets tuned for an attribution method (SPADE section 4.1)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spade_fast import metrics, tracer
+from spade_fast.attribution import answer, asked, captum, find_method
+from spade_fast.cases import Case
+from spade_fast.comparison import Metric, bootstrap
+from spade_fast.errors import InvalidInputError, check_whole
+from spade_fast.files import append_line, read_lines, write_folder
+from spade_fast.layers import is_depthwise, prunable_layers
+from spade_fast.models import LoadedModel
+from spade_fast.plans import SparsityPlan, check_prefixes, is_prefix
+from spade_fast.preparation import Prepared, prepare
+from spade_fast.sweep import Sweep, check_grid, sweep
+from spade_fast.traces import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: (model, case, maps [n, h, w]) to values [n]: the larger, the better.
+Score: TypeAlias = Callable[[LoadedModel, Case, Tensor], Tensor]
+
+GRID = (0.0, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
+#: Relative output errors of the layers up to which plans by error budget go.
+BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
+#: Of insertion and deletion, while tuning.
+STEPS = 16
+_LEAST = 4
+# Of the images to tune on, the share on which all candidates of a race run; the best few run on the others too.
+_HEAT = 0.25
+_LEAST_IN_HEAT = 4
+_FINALISTS = 2
+# A block's target is changed where the gain is at least so many standard errors.
+_STANDARD_ERRORS = 1.0
+_PNG_DPI = 160
+
+
+def blocks_of(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Layers by block, in their order: what a plan has one target for.
+
+    A block is the longest part of a layer's name that ends in a number, if another word follows ("layer4.2" of
+    "layer4.2.conv1", "blocks.3.0" of "blocks.3.0.conv_pw"). A layer without such a part is a block of its own.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        ends = [i for i in range(1, len(parts)) if parts[i - 1][-1:].isdigit() and not parts[i][:1].isdigit()]
+        found.setdefault(".".join(parts[: ends[-1]]) if ends else name, []).append(name)
+    return {block: tuple(layers) for block, layers in found.items()}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One candidate of a tuning.
+
+    Attributes
+    ----------
+    stage
+        "untuned", "search" or "refinement"; or "held out", the choice among what they found.
+    name
+        What was tried: a block and its target, or the kind of a plan.
+    targets
+        By block.
+    images
+        How many it was tried on.
+    gain
+        Mean over those of the metric minus that of the dense network, in points: the larger, the better.
+    error
+        Its standard error.
+    chosen
+        Whether it was taken.
+    """
+
+    stage: str
+    name: str
+    targets: Mapping[str, float]
+    images: int
+    gain: float
+    error: float
+    chosen: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """A tuned plan, and how it came about.
+
+    Attributes
+    ----------
+    plan
+        The sparsity of every layer.
+    method, metric
+        What it was tuned for.
+    name
+        What kind of plan it is: "tuned", or the name of an untuned one that did better on held-out images; "dense".
+    gain, interval
+        Points above the dense network on the held-out images, with a 95 % bootstrap interval.
+    images, held_out
+        Names of what it was tuned on, and of what it was chosen on.
+    history
+        All that was tried, in order.
+    evaluations
+        Maps that were made.
+    """
+
+    plan: SparsityPlan
+    method: str
+    metric: str
+    name: str
+    gain: float
+    interval: tuple[float, float]
+    images: tuple[str, ...]
+    held_out: tuple[str, ...]
+    history: tuple[Step, ...]
+    evaluations: int
+
+    def report(self) -> dict[str, Any]:
+        """The plan and how it came about, as plain JSON values: what :meth:`save` writes."""
+        return {
+            **self.plan.to_dict(),
+            "tuning": {
+                "method": self.method,
+                "metric": self.metric,
+                "plan": self.name,
+                "gain": self.gain,
+                "interval": list(self.interval),
+                "images": [*self.images, *self.held_out],
+                "held_out": list(self.held_out),
+                "evaluations": self.evaluations,
+                "history": [{**asdict(step), "targets": dict(step.targets)} for step in self.history],
+            },
+        }
+
+    def figure(self) -> Figure:
+        """What was tried and what it gained: see :func:`spade_fast.charts.tuning_figure`."""
+        from spade_fast.charts import tuning_figure
+
+        return tuning_figure(self)
+
+    def save(self, path: str | os.PathLike[str]) -> dict[str, Path]:
+        """Write the plan with its history to a JSON file, and a chart beside it (``.png``), each whole or not at all.
+
+        Raises
+        ------
+        InvalidInputError
+            If a file cannot be written.
+        """
+        path = Path(path)
+        png = io.BytesIO()
+        self.figure().savefig(png, format="png", dpi=_PNG_DPI)
+        chart = path.with_suffix(".png").name
+        plan = (json.dumps(self.report(), indent=2, allow_nan=False) + "\n").encode()
+        return write_folder(path.parent, {chart: png.getvalue(), path.name: plan})
+
+
+def tune(
+    model: LoadedModel,
+    cases: Sequence[Case],
+    metric: Metric | Score = "insertion",
+    method: str = "saliency",
+    *,
+    grid: Sequence[float] = GRID,
+    blocks: Sequence[str] | None = None,
+    held_out: float = 0.25,
+    steps: int = STEPS,
+    log: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **trace_settings: Any,
+) -> Tuning:
+    """Tune the sparsity of every block for an attribution method (FastSPADE*; SPADE section 4.1).
+
+    The Hessians and their factors are made once for each image, and all layers solved for the whole grid. Then plans
+    that need no tuning are tried (uniform, the last half of the blocks, an error budget); from the best of them a
+    search goes through the blocks, from the last to the first, and tries every target of the grid, and then once more
+    the neighbours of each. Candidates race: the best few of a part of the images go on to all of them. In the end, the
+    plan that does best on the held-out images is taken, the dense network among them.
+
+    Parameters
+    ----------
+    model
+        The network, as :func:`spade_fast.load_model` returns it.
+    cases
+        What it is tuned on, 4 at least: see :func:`spade_fast.cases.make_case`.
+    metric
+        "insertion", "deletion", "trojan" (of cases with a patch); or a function (model, case, maps [n, h, w]) to values
+        [n], the larger the better.
+    method
+        A name in :data:`spade_fast.METHODS`.
+    grid
+        Targets, 0..1.
+    blocks
+        Names of blocks or layers that have a target each; all other layers stay dense, and so do depthwise convolutions
+        that are not named themselves. Default: every block of the network, without the layer that is called first.
+    held_out
+        Share of the cases that the search does not see.
+    steps
+        Of insertion and deletion.
+    log
+        A file to which every figure is written at once; a run that was cut short goes on from there.
+    seed
+        Of the search, of methods that draw at random, and of the traces.
+    progress
+        Show progress bars on stderr.
+    trace_settings
+        As in :func:`spade_fast.trace`.
+
+    Raises
+    ------
+    InvalidInputError
+        For arguments that cannot be used, and a log of another run.
+    """
+    tuner = Tuner(
+        model, cases, metric, grid=grid, blocks=blocks, held_out=held_out, steps=steps, seed=seed, progress=progress,
+        **trace_settings,
+    )  # fmt: skip
+    return tuner.tune(method, log=log)
+
+
+#: A target for each layer that may be pruned.
+_Candidate: TypeAlias = tuple[float, ...]
+
+
+class Tuner:
+    """Tunes plans for several methods on the same images, whose layers are solved once.
+
+    Parameters
+    ----------
+    model, cases, metric, grid, blocks, held_out, steps, seed, progress, trace_settings
+        As in :func:`tune`.
+
+    Attributes
+    ----------
+    cases, held_out
+        What a search sees, in random order, and what it does not.
+    metric
+        Its name.
+    blocks
+        The layers of each block, in the order of the network.
+    layers
+        Those that may be pruned, block by block.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        cases: Sequence[Case],
+        metric: Metric | Score = "insertion",
+        *,
+        grid: Sequence[float] = GRID,
+        blocks: Sequence[str] | None = None,
+        held_out: float = 0.25,
+        steps: int = STEPS,
+        seed: int = 0,
+        progress: bool = False,
+        **trace_settings: Any,
+    ) -> None:
+        if not isinstance(model, LoadedModel):
+            raise InvalidInputError(f"model is a {type(model).__name__}: pass what spade_fast.load_model returns")
+        if len(cases) < _LEAST:
+            raise InvalidInputError(f"{len(cases)} images are too few to tune on: pass at least {_LEAST}")
+        if len({case.name for case in cases}) < len(cases):
+            raise InvalidInputError("two cases have one name: give each its own")
+        if not 0 < held_out < 1:
+            raise InvalidInputError(f"held_out must be a share of the images within 0..1, got {held_out!r}")
+        if metric == "trojan" and any(case.patch is None for case in cases):
+            raise InvalidInputError("metric 'trojan' needs cases with a patch: make them with attacked_case")
+        check_whole("steps", steps, 1)
+        check_whole("seed", seed, 0)
+        captum()
+        self._model, self._progress = model, progress
+        self._score = metric if callable(metric) else _score(metric, steps)
+        self.metric = metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
+        self._seed, self._trace_settings = seed, {"seed": seed, **trace_settings}
+        self._grid = (0.0, *check_grid(grid))
+        self.blocks = _chosen_blocks(model, cases[0], blocks, self._trace_settings)
+        self.layers = [layer for layers in self.blocks.values() for layer in layers]
+        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = max(1, min(len(cases) - _LEAST + 1, round(held_out * len(cases))))
+        self.held_out = [cases[i] for i in order[:count]]
+        self.cases = [cases[i] for i in order[count:]]
+        self._settings = {
+            "model": model.name,
+            "weights": model.source,
+            "metric": self.metric,
+            "steps": steps,
+            "grid": list(self._grid),
+            "layers": self.layers,
+            "images": [case.name for case in cases],
+            "trace": {key: repr(value) for key, value in self._trace_settings.items()},
+        }
+        self._sweeps: dict[str, Sweep] = {}
+        self._prepared: Prepared | None = None
+
+    def tune(self, method: str, *, log: str | os.PathLike[str] | None = None) -> Tuning:
+        """A plan for a method: see :func:`tune`."""
+        find_method(method)
+        values = _Values(log, {**self._settings, "method": method})
+        with tqdm(total=self._expected(), desc=f"tuning for {method}", disable=not self._progress) as bar:
+            return _Search(self, method, values, bar).run()
+
+    def _expected(self) -> int:
+        """About how many maps it will take."""
+        images, choices = len(self.cases), len(self._grid) - 1
+        heat = min(images, _in_heat(images))
+        untuned = (2 * choices + len(BUDGETS)) * heat + _FINALISTS * (images - heat)
+        search = len(self.blocks) * (choices * heat + _FINALISTS * (images - heat))
+        return untuned + search + search // 2 + 5 * len(self.held_out)
+
+    # What a search asks
+
+    def moves(self, candidate: _Candidate, block: str, *, neighbours: bool) -> dict[str, _Candidate]:
+        """The candidate with another target for one block, by name: any, or those next to the one it has."""
+        inside = [layer in self.blocks[block] for layer in self.layers]
+        has = {share for share, within in zip(candidate, inside, strict=True) if within}
+        shares = [share for share in self._grid if has != {share}]
+        if neighbours:
+            places = [self._grid.index(share) for share in has]
+            shares = [share for share in shares if min(places) - 1 <= self._grid.index(share) <= max(places) + 1]
+        return {
+            f"{block} at {share:g}": tuple(
+                share if within else other for other, within in zip(candidate, inside, strict=True)
+            )
+            for share in shares
+        }
+
+    def untuned_plans(self) -> dict[str, dict[str, _Candidate]]:
+        """Plans that need no search, by kind and name."""
+        blocks = list(self.blocks)
+        late = {layer for block in blocks[len(blocks) // 2 :] for layer in self.blocks[block]}
+        shares = self._grid[1:]
+        errors = np.mean([[self.sweep(case).errors[layer] for layer in self.layers] for case in self.cases], axis=0)
+        return {
+            "uniform": {f"all blocks at {share:g}": (share,) * len(self.layers) for share in shares},
+            "last half": {
+                f"last half at {share:g}": tuple(share if layer in late else 0.0 for layer in self.layers)
+                for share in shares
+            },
+            "error budget": {
+                f"error budget {budget:g}": tuple(
+                    max((share for share, error in zip(shares, of_layer, strict=True) if error <= budget), default=0.0)
+                    for of_layer in errors
+                )
+                for budget in BUDGETS
+            },
+        }
+
+    def told(self, candidate: _Candidate) -> dict[str, float]:
+        """Its targets above 0, by block, or by layer where those of a block differ."""
+        by_layer = dict(zip(self.layers, candidate, strict=True))
+        found: dict[str, float] = {}
+        for block, layers in self.blocks.items():
+            shares = {by_layer[layer] for layer in layers}
+            found |= {block: shares.pop()} if len(shares) == 1 else {layer: by_layer[layer] for layer in layers}
+        return {name: share for name, share in found.items() if share}
+
+    def sweep(self, case: Case) -> Sweep:
+        """The case's layers, solved for the whole grid."""
+        if case.name not in self._sweeps:
+            self._sweeps[case.name] = sweep(
+                self._model, case.image, self._grid, layers=self.layers, **self._trace_settings
+            )
+        return self._sweeps[case.name]
+
+    def maps(self, case: Case, method: str, candidates: Sequence[_Candidate]) -> list[Tensor | None]:
+        """A map by each candidate; None where the method fails on it."""
+        module = self._model.module
+        if self._prepared is None:
+            self._prepared = prepare(self._model)
+        found: list[Tensor | None] = []
+        for candidate in candidates:
+            plan = self.plan(candidate)
+            trace = self.sweep(case).trace(plan) if any(candidate) else Trace({})
+            with (
+                trace.applied(module),
+                trace.applied(self._prepared.module),
+                asked(module, case.inputs, case.target, seed=self._seed, prepared=self._prepared) as question,
+            ):
+                try:
+                    found.append(answer(question, method, find_method(method)))
+                except InvalidInputError:
+                    found.append(None)
+        return found
+
+    def plan(self, candidate: _Candidate) -> SparsityPlan:
+        """The candidate as a plan."""
+        return SparsityPlan.from_mapping(
+            {layer: share for layer, share in zip(self.layers, candidate, strict=True) if share}
+        )
+
+    def score(self, case: Case, maps: Sequence[Tensor]) -> list[float]:
+        """The metric of the maps."""
+        return [float(value) for value in self._score(self._model, case, torch.stack(list(maps)))]
+
+
+class _Values:
+    """The metric of every map that was made, by candidate and case; on the disk too, where there is a log."""
+
+    def __init__(self, log: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+        self._log = None if log is None else Path(log)
+        self._known: dict[tuple[_Candidate, str], float | None] = {}
+        if self._log is None:
+            return
+        told = json.loads(json.dumps(settings))
+        for number, line in enumerate(read_lines(self._log), start=1):
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    different = [key for key in told if record["settings"].get(key) != told[key]]
+                else:
+                    self._known[tuple(record["targets"]), record["image"]] = record["value"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InvalidInputError(
+                    f"line {number} of {os.fspath(self._log)!r} is no record ({error}): delete that file to begin anew"
+                ) from error
+            if number == 1 and different:
+                raise InvalidInputError(
+                    f"{os.fspath(self._log)!r} belongs to a run with another {different[0]}: delete it to begin anew"
+                )
+        if not self._log.exists() or not self._log.stat().st_size:
+            append_line(self._log, json.dumps({"settings": told}))
+
+    def __contains__(self, place: tuple[_Candidate, str]) -> bool:
+        return place in self._known
+
+    def __getitem__(self, place: tuple[_Candidate, str]) -> float | None:
+        return self._known[place]
+
+    def add(self, candidate: _Candidate, image: str, value: float | None) -> None:
+        if self._log is not None:
+            append_line(self._log, json.dumps({"targets": candidate, "image": image, "value": value}))
+        self._known[candidate, image] = value
+
+
+class _Search:
+    """The search for one method."""
+
+    def __init__(self, tuner: Tuner, method: str, values: _Values, bar: Any) -> None:
+        self._tuner, self._method, self._values, self._bar = tuner, method, values, bar
+        self._history: list[Step] = []
+        self._evaluations = 0
+        self._dense: _Candidate = (0.0,) * len(tuner.layers)
+
+    def run(self) -> Tuning:
+        untuned = self._untuned()
+        best = max(untuned.values(), key=self._mean_gain)
+        tuned = self._pass_over_blocks("search", best, neighbours=False)
+        tuned = self._pass_over_blocks("refinement", tuned, neighbours=True)
+        name, chosen = self._choose({"dense": self._dense, **untuned, "tuned": tuned})
+        held_out = self._tuner.held_out
+        gain, interval = bootstrap(self._gains([chosen], held_out)[0])
+        return Tuning(
+            plan=self._tuner.plan(chosen),
+            method=self._method,
+            metric=self._tuner.metric,
+            name=name,
+            gain=gain,
+            interval=interval,
+            images=tuple(case.name for case in self._tuner.cases),
+            held_out=tuple(case.name for case in held_out),
+            history=tuple(self._history),
+            evaluations=self._evaluations,
+        )
+
+    def _gains(self, candidates: Sequence[_Candidate], cases: Sequence[Case]) -> NDArray[np.float64]:
+        """Points above the dense network, [candidates, cases]; minus infinity where the method fails."""
+        gains = np.empty((len(candidates), len(cases)))
+        for j, case in enumerate(cases):
+            missing = [
+                each for each in dict.fromkeys([self._dense, *candidates]) if (each, case.name) not in self._values
+            ]
+            maps = dict(zip(missing, self._tuner.maps(case, self._method, missing), strict=True))
+            good = {each: found for each, found in maps.items() if found is not None}
+            scores = dict(zip(good, self._tuner.score(case, list(good.values())), strict=True)) if good else {}
+            for each in missing:
+                self._values.add(each, case.name, scores.get(each))
+            self._evaluations += len(missing)
+            self._bar.update(len(missing))
+            dense = self._values[self._dense, case.name]
+            if dense is None:
+                raise InvalidInputError(f"{case.name}: method {self._method!r} fails on the dense network")
+            for i, candidate in enumerate(candidates):
+                value = self._values[candidate, case.name]
+                gains[i, j] = -math.inf if value is None else 100 * (value - dense)
+        return gains
+
+    def _mean_gain(self, candidate: _Candidate) -> float:
+        return float(self._gains([candidate], self._tuner.cases).mean())
+
+    def _race(self, stage: str, named: Mapping[str, _Candidate]) -> str:
+        """The name of the best; after a part of the images only a few go on."""
+        cases = self._tuner.cases
+        heat = cases[: _in_heat(len(cases))]
+        gains = dict(zip(named, self._gains(list(named.values()), heat), strict=True))
+        finalists = sorted(named, key=lambda name: -gains[name].mean())[:_FINALISTS]
+        gains |= dict(zip(finalists, self._gains([named[name] for name in finalists], cases), strict=True))
+        winner = max(finalists, key=lambda name: gains[name].mean())
+        for name, candidate in named.items():
+            self._tell(stage, name, candidate, gains[name], chosen=False)
+        return winner
+
+    def _tell(self, stage: str, name: str, candidate: _Candidate, gains: NDArray[np.float64], *, chosen: bool) -> None:
+        targets = self._tuner.told(candidate)
+        gain, error = _mean(gains)
+        self._history.append(Step(stage, name, targets, len(gains), gain, error, chosen))
+
+    def _untuned(self) -> dict[str, _Candidate]:
+        """The best plan of each kind that needs no tuning, by its name."""
+        best = {}
+        for named in self._tuner.untuned_plans().values():
+            winner = self._race("untuned", named)
+            best[winner] = named[winner]
+            self._mark(winner)
+        return best
+
+    def _mark(self, name: str) -> None:
+        """Tell in the history that the last candidate of that name was chosen."""
+        last = max(i for i, step in enumerate(self._history) if step.name == name)
+        self._history[last] = replace(self._history[last], chosen=True)
+
+    def _pass_over_blocks(self, stage: str, candidate: _Candidate, *, neighbours: bool) -> _Candidate:
+        """Change the target of one block after the other, from the last to the first, wherever that is a sure gain."""
+        for block in reversed(self._tuner.blocks):
+            moves = self._tuner.moves(candidate, block, neighbours=neighbours)
+            if not moves:
+                continue
+            name = self._race(stage, moves)
+            cases = self._tuner.cases
+            ahead, behind = self._gains([moves[name], candidate], cases)
+            gain, error = _mean(ahead - behind)
+            if gain > _STANDARD_ERRORS * error:
+                candidate = moves[name]
+                self._mark(name)
+        return candidate
+
+    def _choose(self, named: Mapping[str, _Candidate]) -> tuple[str, _Candidate]:
+        """What does best on the held-out images; of equals the first."""
+        gains = self._gains(list(named.values()), self._tuner.held_out)
+        means = gains.mean(axis=1)
+        winner = list(named)[int(means.argmax())]
+        for (name, candidate), of_candidate in zip(named.items(), gains, strict=True):
+            self._tell("held out", name, candidate, of_candidate, chosen=name == winner)
+        return winner, named[winner]
+
+
+def _in_heat(images: int) -> int:
+    return min(images, max(_LEAST_IN_HEAT, math.ceil(_HEAT * images)))
+
+
+def _mean(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    if not np.isfinite(values).all():
+        return -math.inf, math.inf
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return float(values.mean()), error
+
+
+def _score(metric: str, steps: int) -> Score:
+    def insertion(model: LoadedModel, case: Case, maps: Tensor) -> Tensor:
+        return metrics.insertion(model, case.inputs, maps, case.target, steps=steps).auc
+
+    def deletion(model: LoadedModel, case: Case, maps: Tensor) -> Tensor:
+        return -metrics.deletion(model, case.inputs, maps, case.target, steps=steps).auc
+
+    def trojan(_: LoadedModel, case: Case, maps: Tensor) -> Tensor:
+        assert case.patch is not None
+        return metrics.trojan_auc(maps, case.patch)
+
+    scores: dict[str, Score] = {"insertion": insertion, "deletion": deletion, "trojan": trojan}
+    if metric not in scores:
+        raise InvalidInputError(f"metric={metric!r} is unknown: choose {', '.join(scores)}, or pass a function")
+    return scores[metric]
+
+
+def _chosen_blocks(
+    model: LoadedModel, case: Case, names: Sequence[str] | None, trace_settings: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """The layers of each block that has a target of its own."""
+    prunable = prunable_layers(model.module)
+    if names is not None:
+        check_prefixes(names, prunable, "blocks:")
+    # What can be pruned is known once the network has run: a small trace tells.
+    few = {**trace_settings, "num_augmentations": 1, "layers": names}
+    probe = tracer.trace(model, case.image, 1.0, **few)
+    able = [name for name in prunable if name in probe.layers]
+    if names is None:
+        return blocks_of([name for name in able if not is_depthwise(prunable[name])])
+    found = {}
+    for block in names:
+        inside = [name for name in able if is_prefix(block, name)]
+        layers = tuple(name for name in inside if name == block or not is_depthwise(prunable[name]))
+        if not layers:
+            raise InvalidInputError(f"block {block!r} has no layer that can be pruned, but for depthwise convolutions")
+        found[block] = layers
+    return found
+
+
+def tuned_on(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the images that a plan in a file was tuned or chosen on; none for a plan of another origin."""
+    try:
+        tuning = json.loads(Path(path).read_text(encoding="utf-8")).get("tuning", {})
+        return [str(name) for name in tuning.get("images", [])]
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidInputError(f"cannot read the sparsity plan {os.fspath(path)!r} ({error})") from error
