@@ -21,7 +21,7 @@ from spade_fast.images import load_image
 from spade_fast.layers import hessian
 from spade_fast.methods import METHODS, register_method
 from spade_fast.models import LoadedModel, load_model
-from spade_fast.plans import SparsityPlan
+from spade_fast.plans import ErrorBudget, SparsityPlan
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Solution, solve
@@ -34,6 +34,7 @@ __version__ = version("spade-fast")
 __all__ = [
     "METHODS",
     "Augmentation",
+    "ErrorBudget",
     "Explanation",
     "InvalidInputError",
     "LayerTrace",

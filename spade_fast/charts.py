@@ -1,7 +1,8 @@
-"""Charts of evaluations, drawn on matplotlib's objects alone."""
+"""Charts of evaluations and tunings, drawn on matplotlib's objects alone."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from spade_fast.attribution import METHODS
@@ -12,6 +13,8 @@ from spade_fast.figures import NOTE, TEXT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from spade_fast.tuning import Tuning
 
 # Okabe and Ito's colours, which colour-blind people tell apart; in this order by lightness as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1a1a1a")
@@ -58,6 +61,57 @@ def comparison_figure(evaluation: Evaluation) -> Figure:
         axes.set_xlabel(f"points above {evaluation.arms[0]}, whose mean stands on the left", fontsize=9, color=NOTE)
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=min(4, len(others)), frameon=False)
     figure.supxlabel(f"{len(evaluation.images)} images; lines: 95 % bootstrap intervals", fontsize=9, color=NOTE)
+    return figure
+
+
+def tuning_figure(tuning: Tuning) -> Figure:
+    """Draw what a tuning tried: the gain of every candidate in order, the choice on held-out images, and the plan.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    """
+    figure = new_figure(11, 6.2)
+    tried_axes, choice_axes, plan_axes = figure.subplot_mosaic(
+        "TC\nPP", width_ratios=(1.6, 1), height_ratios=(1.3, 1)
+    ).values()
+    tried = [
+        (i, step) for i, step in enumerate(tuning.history) if step.stage != "held out" and math.isfinite(step.gain)
+    ]
+    for position, stage in enumerate(dict.fromkeys(step.stage for _, step in tried)):
+        of_stage = [(i, step) for i, step in tried if step.stage == stage]
+        for chosen, size, alpha in ((False, 8, 0.45), (True, 45, 1.0)):
+            points = [(i, step.gain) for i, step in of_stage if step.chosen == chosen]
+            if points:
+                label = f"{stage}, taken" if chosen else stage
+                axes_x, axes_y = zip(*points, strict=True)
+                tried_axes.scatter(
+                    axes_x, axes_y, s=size, alpha=alpha, color=COLOURS[position], label=label, linewidth=0
+                )
+    tried_axes.axhline(0, color=NOTE, linewidth=1)
+    tried_axes.set_title(f"Tuned for {_title(tuning.method)}: what was tried", fontsize=11, color=TEXT)
+    tried_axes.set_xlabel("candidates, in order", fontsize=9, color=NOTE)
+    tried_axes.set_ylabel(f"{tuning.metric}, points above dense", fontsize=9, color=NOTE)
+    tried_axes.legend(fontsize=8, frameon=False)
+
+    last = [step for step in tuning.history if step.stage == "held out"]
+    for i, step in enumerate(last):
+        error = step.error if math.isfinite(step.error) else 0.0
+        colour = COLOURS[1] if step.chosen else NOTE
+        choice_axes.errorbar(step.gain, i, xerr=error, fmt="o", color=colour, markersize=5)
+    _label(choice_axes, [step.name for step in last], bold=False)
+    choice_axes.set_title(f"The choice, on {len(tuning.held_out)} images held out", fontsize=11, color=TEXT)
+    choice_axes.set_xlabel("points above dense, and the standard error", fontsize=9, color=NOTE)
+
+    plan_axes.bar(range(len(tuning.plan.targets)), list(tuning.plan.targets.values()), color=COLOURS[0])
+    plan_axes.set_xticks(range(len(tuning.plan.targets)), list(tuning.plan.targets), rotation=90, fontsize=7)
+    plan_axes.set_ylim(0, 1)
+    plan_axes.set_title(f"The plan taken: {tuning.name}", fontsize=11, color=TEXT)
+    plan_axes.set_ylabel("sparsity", fontsize=9, color=NOTE)
+    for axes in (tried_axes, plan_axes):
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
     return figure
 
 

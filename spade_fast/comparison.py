@@ -65,6 +65,12 @@ class Comparison:
     difference_interval: tuple[float, float]
     wins: float
 
+    @property
+    def shown(self) -> str:
+        """The difference and its interval, as text."""
+        low, high = self.difference_interval
+        return f"{self.difference:+.2f} ({low:+.2f} to {high:+.2f})"
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -121,12 +127,9 @@ class Evaluation:
             f"|---|{'---|' * (2 * len(self.arms) - 1)}",
         ]
         for method in dict.fromkeys(method for method, _ in rows):
-            means = [f"{rows[method, arm].mean:.2f}" for arm in self.arms]
-            differences = [
-                f"{row.difference:+.2f} ({row.difference_interval[0]:+.2f} to {row.difference_interval[1]:+.2f}), "
-                f"{100 * row.wins:.0f} %"
-                for row in (rows[method, arm] for arm in self.arms[1:])
-            ]
+            found = [rows[method, arm] for arm in self.arms]
+            means = [f"{row.mean:.2f}" if row.images else "-" for row in found]
+            differences = [f"{row.shown}, {100 * row.wins:.0f} %" if row.images else "-" for row in found[1:]]
             lines.append(f"| {method} | {' | '.join([*means, *differences])} |")
         return "\n".join(lines)
 

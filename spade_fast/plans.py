@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -117,6 +117,53 @@ class SparsityPlan(ReadOnlyMappings):
     def check_keys(self, layers: Iterable[str]) -> None:
         """Raise InvalidInputError if a key matches none of the `layers`, naming those that come nearest."""
         check_prefixes(self.targets, layers, "sparsity key")
+
+
+@dataclass(frozen=True)
+class ErrorBudget:
+    """Every layer pruned as far as the error of its outputs allows, for each image anew.
+
+    On the views of the image, the squared error of a layer's outputs may be this share of the outputs (without their
+    bias) at most; of the `shares`, each layer gets the largest that keeps it. Depthwise convolutions, which have few
+    weights, and the layer that is called first stay dense unless they are named in `layers` of
+    :func:`spade_fast.trace`.
+
+    Attributes
+    ----------
+    error
+        The largest relative error of a layer, above 0.
+    shares
+        Sparsities to choose from, 0..1.
+
+    Raises
+    ------
+    InvalidInputError
+        If the error is not a positive number, or a share not within 0..1.
+    """
+
+    error: float
+    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.error, Real) and not isinstance(self.error, bool)
+        if not is_number or not 0 < self.error < math.inf:
+            raise InvalidInputError(f"an error budget must be a positive number, such as 0.03, got {self.error!r}")
+        object.__setattr__(self, "shares", check_shares(self.shares))
+
+    def target(self, errors: Sequence[float]) -> float:
+        """The largest share whose error, among those of :attr:`shares`, is within the budget; 0 if none is."""
+        allowed = (share for share, error in zip(self.shares, errors, strict=True) if error <= self.error)
+        return max(allowed, default=0.0)
+
+
+def check_shares(shares: object) -> tuple[float, ...]:
+    """Sparsities above 0, each once, ascending, or InvalidInputError if they are none or hold none."""
+    if isinstance(shares, str) or not isinstance(shares, Sequence):
+        raise InvalidInputError(f"sparsities to choose from must be a sequence of numbers, got {shares!r}")
+    found = tuple(sorted({check_sparsity(share, "a sparsity to choose from") for share in shares} - {0.0}))
+    if not found:
+        raise InvalidInputError(f"sparsities to choose from must hold one above 0, got {list(shares)}")
+    return found
 
 
 def check_sparsity(value: object, what: str) -> float:

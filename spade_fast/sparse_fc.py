@@ -474,7 +474,7 @@ def sparse_fc(
     # In the default dtype, which glm_saga makes its tables in.
     inputs = ((features.values.double() - mean) * scale).to(torch.get_default_dtype())
 
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         net = _ElasticNet(inputs[~held], target[~held], len(present), alpha, batch_size, generator)
         solutions = []
         for lam in tqdm(net.strengths(steps), "elastic net", disable=not progress, leave=False):
@@ -730,8 +730,8 @@ class _Batches:
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """A linear layer with these, made without random numbers."""
-    linear = nn.Linear(weight.shape[1], len(weight), device="meta")
+    """A linear layer with these, of any shape, made without random numbers."""
+    linear = nn.Linear(1, 1, device="meta")
     linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
     return linear
 

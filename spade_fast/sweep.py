@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from spade_fast import ops
 from spade_fast.errors import InvalidInputError
 from spade_fast.models import LoadedModel
-from spade_fast.plans import SparsityPlan, check_sparsity
+from spade_fast.plans import SparsityPlan, check_shares
 from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.solver import Fallback, Solution
-from spade_fast.tracer import Picture, Tracing, observe, prepare_tracing, solve_observed, trace
+from spade_fast.tracer import FIRST_LAYER, Picture, observe, prepare_tracing, solve_observed, trace
 from spade_fast.traces import LayerTrace, Trace
 
 
@@ -52,6 +52,9 @@ class Sweep(ReadOnlyMappings):
             For a target that is not in the grid, and for a key that names no layer.
         """
         plan.check_keys([*self._leaders, *self.dense])
+        for name, reason in self.dense.items():
+            if reason == FIRST_LAYER and name in plan.targets and plan.targets[name]:
+                raise InvalidInputError(f"layer {name!r} was left out as the first layer: name it in `layers`")
         layers, dense = {}, dict(self.dense)
         unpacked: dict[tuple[str, float], LayerTrace] = {}  # tied layers share theirs
         for name, leader in self._leaders.items():
@@ -91,17 +94,15 @@ def sweep(
     InvalidInputError
         As :func:`spade_fast.trace`.
     """
-    shares = check_grid(grid)
+    shares = check_shares(grid)
     defaults: dict[str, Any] = trace.__kwdefaults__ or {}
     tracing = prepare_tracing(model, max(shares), **{**defaults, **settings, "layers": layers})
     tracing = replace(tracing, backend=ops.resolve_backend(tracing.backend, tracing.device))
     observed = observe(tracing, image)
-    energies = _output_energies(tracing, observed.sums)
     packed, errors = {}, {}
-    for _, name, solutions in solve_observed(tracing, [observed], shares):
+    for _, name, solutions, of_outputs in solve_observed(tracing, [observed], shares):
         packed[name] = tuple(_Packed.of(solution) for solution in solutions)
-        # A loss is half of the squared error.
-        errors[name] = tuple(2 * each.loss / energies[name] if energies[name] else 0.0 for each in solutions)
+        errors[name] = of_outputs
     leaders = {name: leader for name, leader in tracing.selection.leaders.items() if leader in packed}
     return Sweep(
         grid=shares,
@@ -111,26 +112,6 @@ def sweep(
         _layers=packed,
         _leaders=leaders,
     )
-
-
-def check_grid(grid: Sequence[float]) -> tuple[float, ...]:
-    """The shares above 0, each once, ascending."""
-    if isinstance(grid, str) or not isinstance(grid, Sequence):
-        raise InvalidInputError(f"grid must be a sequence of sparsities, got {grid!r}")
-    shares = tuple(sorted({check_sparsity(share, "sparsity of the grid") for share in grid} - {0.0}))
-    if not shares:
-        raise InvalidInputError(f"grid must hold a sparsity above 0, got {list(grid)}")
-    return shares
-
-
-def _output_energies(tracing: Tracing, sums: Mapping[str, Any]) -> dict[str, float]:
-    """By layer tr(W H W^T): the square of its outputs without their bias, mean over samples, sum over outputs."""
-    energies = {}
-    for name, total in sums.items():
-        gram = total.gram()
-        weight = tracing.selection.weights[name].detach().to(gram.dtype).reshape(gram.shape[0], -1, gram.shape[1])
-        energies[name] = 2 / total.samples * ((weight @ gram) * weight).sum().item()
-    return energies
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -26,22 +26,26 @@ from spade_fast.layers import (
     GramSum,
     HessianDtype,
     InputRecorder,
+    is_depthwise,
     mask_block_size,
     moved,
     prunable_layers,
     unsupported_layers,
 )
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
-from spade_fast.plans import SparsityPlan, check_prefixes, check_sparsity, is_prefix
+from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Problem, Solution, Solver, Target, largest_entry, solve_layers
 from spade_fast.traces import LayerTrace, Trace
 
 Picture: TypeAlias = Image.Image | Tensor
-Sparsity: TypeAlias = float | Mapping[str, float] | SparsityPlan | Callable[[nn.Module], SparsityPlan]
+Sparsity: TypeAlias = float | Mapping[str, float] | SparsityPlan | ErrorBudget | Callable[[nn.Module], SparsityPlan]
 #: (image [3, H, W], count, generator) to views [count, 3, h, w], pixel values in 0..1.
 Augment: TypeAlias = Callable[[Tensor, int, torch.Generator], Tensor]
 _Key = TypeVar("_Key")
+
+#: Why the layer that is called first stays dense, unless it is named.
+FIRST_LAYER = "first layer"
 
 # Views that go through the model at a time.
 _CPU_BATCH = 16
@@ -89,9 +93,10 @@ def trace(
         A photograph, or pixel values [3, H, W] in 0..1 as float tensor, or a sequence of them: one trace for the
         whole set. A photograph is resized as the network's preprocessing does, its whole frame kept.
     sparsity
-        Target for all layers; or a plan, or a mapping of layer or block names (see :class:`SparsityPlan`); or a
-        function of the model that makes a plan, as :func:`spade_fast.presets.default` does. The first layer that is
-        called stays dense unless a key or `layers` names it.
+        Target for all layers; or a plan, or a mapping of layer or block names (see :class:`SparsityPlan`); or an
+        :class:`ErrorBudget`, by which each layer is pruned as far as the image allows; or a function of the model that
+        makes a plan, as :func:`spade_fast.presets.default` does. The first layer that is called stays dense unless a
+        key or `layers` names it.
     num_augmentations
         Views of each image. The paper uses 1024.
     augment
@@ -179,6 +184,7 @@ class Tracing:
     hessian_dtype: HessianDtype | None
     positions_per_column: float | None
     block_size: int | None
+    budget: ErrorBudget | None
     rules: dict[str, Any]  # of `solve_layers`
     seed: int
     backend: ops.Backend
@@ -198,6 +204,7 @@ class Tracing:
             "preprocess": (
                 self.preprocess.to_dict() if isinstance(self.preprocess, Preprocess) else repr(self.preprocess)
             ),
+            **({} if self.budget is None else {"error_budget": self.budget.error}),
             **self.rules,
             "block_size": self.block_size,
             "batch_size": self.batch_size,
@@ -286,6 +293,7 @@ def prepare_tracing(
         hessian_dtype=hessian_dtype,
         positions_per_column=positions_per_column,
         block_size=block_size,
+        budget=sparsity if isinstance(sparsity, ErrorBudget) else None,
         rules={"solver": solver, "damping": damping, "mask_rule": mask_rule, "refit": refit},
         seed=seed,
         backend=backend,
@@ -324,16 +332,34 @@ def observe(tracing: Tracing, image: Picture | Sequence[Picture]) -> Observed:
     return Observed(recorder.sums, dense, len(images), unchecked)
 
 
+class Solved(NamedTuple):
+    """A layer, pruned to one or more sparsities for one of several images.
+
+    Attributes
+    ----------
+    position
+        Of the image, or set of them.
+    name
+        Of the leading layer.
+    solutions
+        One for each sparsity.
+    errors
+        The squared error of the outputs of each, as a share of the outputs themselves without their bias; empty where
+        nobody asked. On the augmented views, damping included.
+    """
+
+    position: int
+    name: str
+    solutions: list[Solution]
+    errors: tuple[float, ...]
+
+
 def solve_observed(
     tracing: Tracing, observed: Sequence[Observed], shares: Sequence[float] | None = None
-) -> Iterator[tuple[int, str, list[Solution]]]:
-    """Prune every layer on what was observed, those of several images side by side.
+) -> Iterator[Solved]:
+    """Prune every layer on what was observed, those of several images side by side, and free its sums.
 
-    Yields
-    ------
-    int, str, list[Solution]
-        Position of what was observed, the leading layer, and its solution for each of the `shares`, or for the plan's
-        target where none are given. The sums of what was solved are freed.
+    To each of the `shares`, with the errors of the outputs; or, without, to the plan's targets.
     """
     selection = tracing.selection
     _check_finite([entry for each in observed for entry in each.unchecked])
@@ -342,34 +368,55 @@ def solve_observed(
     progress_bar = tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False)
     with kept_heap(), _memory_errors(tracing.device), progress_bar:
         for keys in _solved_together(sums, room):
-            problems = []
+            problems, energies = [], []
             for i, name in keys:
                 weight = selection.weights[name]
                 hessian = sums.pop((i, name)).into_hessian()
+                if shares is not None:
+                    energies.append(_output_energy(weight, hessian))
                 wanted = [selection.targets[name]] if shares is None else shares
                 targets = tuple(Target(share, tracing.block_size_of(weight, share)) for share in wanted)
                 problems.append(Problem(weight, hessian, targets, name, symmetric=tracing.backend == "native"))
             solved = solve_layers(problems, backend=tracing.backend, **tracing.rules)
-            for (i, name), solutions in zip(keys, solved, strict=True):
-                yield i, name, solutions
+            known = torch.stack(energies).tolist() if energies else [None] * len(keys)  # a GPU is waited for once
+            for (i, name), solutions, energy in zip(keys, solved, known, strict=True):
+                yield Solved(i, name, solutions, () if energy is None else _relative_errors(solutions, energy))
             progress_bar.update(len(keys))
+
+
+def _output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """tr(W H W^T): the square of a layer's outputs without their bias, mean over samples, sum over outputs."""
+    grouped = weight.detach().reshape(hessian.shape[0], -1, hessian.shape[1]).to(hessian.dtype)
+    return ((grouped @ hessian) * grouped).sum(dtype=torch.float64)
+
+
+def _relative_errors(solutions: Sequence[Solution], energy: float) -> tuple[float, ...]:
+    # A loss is half of the squared error. Outputs that are zero have none.
+    return tuple(2 * each.loss / energy if energy else 0.0 for each in solutions)
 
 
 def _solve(tracing: Tracing, observed: Sequence[Observed]) -> list[Trace]:
     """Prune every layer on what was observed: one trace for each."""
-    selection = tracing.selection
-    solutions: list[dict[str, Solution]] = [{} for _ in observed]
-    for i, name, (solution,) in solve_observed(tracing, observed):
-        solutions[i][name] = solution
+    selection, budget = tracing.selection, tracing.budget
+    pruned: list[dict[str, LayerTrace | None]] = [{} for _ in observed]  # by leader; None for one left dense
+    for i, name, solutions, errors in solve_observed(tracing, observed, None if budget is None else budget.shares):
+        if budget is None:
+            pruned[i][name] = LayerTrace.of(solutions[0], selection.targets[name])
+        else:
+            target = budget.target(errors)
+            chosen = LayerTrace.of(solutions[budget.shares.index(target)], target) if target else None
+            pruned[i][name] = chosen
     traces = []
-    for each, by_leader in zip(observed, solutions, strict=True):
-        pruned = {
-            name: LayerTrace.of(by_leader[leader], selection.targets[leader])
-            for name, leader in selection.leaders.items()
-            if leader in by_leader
-        }
-        _warn_of_empty_layers(pruned, last=next(reversed(by_leader), None))
-        traces.append(Trace(pruned, each.dense, tracing.settings(each.images)))
+    for each, by_leader in zip(observed, pruned, strict=True):
+        layers, dense = {}, dict(each.dense)
+        for name, leader in selection.leaders.items():
+            layer = by_leader.get(leader)
+            if layer is not None:
+                layers[name] = layer
+            elif leader in by_leader:
+                dense[name] = "no sparsity is within the error budget"
+        _warn_of_empty_layers(layers, last=next(reversed(by_leader), None))
+        traces.append(Trace(layers, dense, tracing.settings(each.images)))
     return traces
 
 
@@ -630,6 +677,8 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
             f"{type(module).__name__} has no prunable layers: Linear and Conv2d are pruned, it has {kinds}"
         )
     plan = _as_plan(sparsity(module) if callable(sparsity) else sparsity)
+    small = {name for name, layer in prunable.items() if is_depthwise(layer)} - {*(layers or ())}
+    excluded = small if isinstance(sparsity, ErrorBudget) else set()
     if isinstance(layers, str):
         raise InvalidInputError(f"layers must be a sequence of names: pass [{layers!r}]")
     if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(key, str) for key in layers)):
@@ -651,7 +700,7 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
     named = frozenset([*([] if callable(sparsity) else plan.targets), *(layers or ())])
     for name, layer in prunable.items():
         target = plan.target(name)
-        if layers is not None and not any(is_prefix(key, name) for key in layers):
+        if name in excluded or (layers is not None and not any(is_prefix(key, name) for key in layers)):
             target = None
         if not target:
             dense[name] = "not in the plan" if target is None else "target sparsity 0"
@@ -682,9 +731,11 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
     return _Selection(weights, targets, leaders, dense, named, unnamed)
 
 
-def _as_plan(sparsity: float | Mapping[str, float] | SparsityPlan) -> SparsityPlan:
+def _as_plan(sparsity: float | Mapping[str, float] | SparsityPlan | ErrorBudget) -> SparsityPlan:
     if isinstance(sparsity, SparsityPlan):
         return sparsity
+    if isinstance(sparsity, ErrorBudget):
+        return SparsityPlan.uniform(sparsity.shares[-1])
     if isinstance(sparsity, Mapping):
         return SparsityPlan.from_mapping(sparsity)
     return SparsityPlan.uniform(check_sparsity(sparsity, "sparsity"))
@@ -709,7 +760,7 @@ def _reasons_to_stay_dense(selection: _Selection, recorder: InputRecorder) -> di
         del recorder.sums[leader]
     for name, leader in selection.leaders.items():
         if leader == recorder.left_out:
-            dense[name] = "first layer"
+            dense[name] = FIRST_LAYER
         elif leader in idle:
             dense[name] = "called with empty batches only"
         elif leader not in recorder.sums:

@@ -25,9 +25,9 @@ from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import append_line, read_lines, write_folder
 from spade_fast.layers import is_depthwise, prunable_layers
 from spade_fast.models import LoadedModel
-from spade_fast.plans import SparsityPlan, check_prefixes, is_prefix
+from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_shares, is_prefix
 from spade_fast.preparation import Prepared, prepare
-from spade_fast.sweep import Sweep, check_grid, sweep
+from spade_fast.sweep import Sweep, sweep
 from spade_fast.traces import Trace
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 Score: TypeAlias = Callable[[LoadedModel, Case, Tensor], Tensor]
 
 GRID = (0.0, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
-#: Relative output errors of the layers up to which plans by error budget go.
-BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
+#: Of the layers' relative errors, for plans that need no tuning.
+BUDGETS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
 #: Of insertion and deletion, while tuning.
 STEPS = 16
 _LEAST = 4
@@ -186,10 +186,11 @@ def tune(
     """Tune the sparsity of every block for an attribution method (FastSPADE*; SPADE section 4.1).
 
     The Hessians and their factors are made once for each image, and all layers solved for the whole grid. Then plans
-    that need no tuning are tried (uniform, the last half of the blocks, an error budget); from the best of them a
-    search goes through the blocks, from the last to the first, and tries every target of the grid, and then once more
-    the neighbours of each. Candidates race: the best few of a part of the images go on to all of them. In the end, the
-    plan that does best on the held-out images is taken, the dense network among them.
+    that need no tuning are tried: uniform, the last half of the blocks, and by error budget (:class:`ErrorBudget`, with
+    the errors' means over the images). From the best of them a search goes through the blocks, from the last to the
+    first, and tries every target of the grid, and then once more a little less and a little more. Candidates race: the
+    best few of a part of the images go on to all of them. In the end, the plan that does best on the held-out images is
+    taken, the dense network among them.
 
     Parameters
     ----------
@@ -287,7 +288,8 @@ class Tuner:
         self._score = metric if callable(metric) else _score(metric, steps)
         self.metric = metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
         self._seed, self._trace_settings = seed, {"seed": seed, **trace_settings}
-        self._grid = (0.0, *check_grid(grid))
+        self._grid = (0.0, *check_shares(grid))
+        self._shares = check_shares((*self._grid, *ErrorBudget(1).shares))
         self.blocks = _chosen_blocks(model, cases[0], blocks, self._trace_settings)
         self.layers = [layer for layers in self.blocks.values() for layer in layers]
         order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -325,19 +327,26 @@ class Tuner:
     # What a search asks
 
     def moves(self, candidate: _Candidate, block: str, *, neighbours: bool) -> dict[str, _Candidate]:
-        """The candidate with another target for one block, by name: any, or those next to the one it has."""
-        inside = [layer in self.blocks[block] for layer in self.layers]
-        has = {share for share, within in zip(candidate, inside, strict=True) if within}
-        shares = [share for share in self._grid if has != {share}]
-        if neighbours:
-            places = [self._grid.index(share) for share in has]
-            shares = [share for share in shares if min(places) - 1 <= self._grid.index(share) <= max(places) + 1]
-        return {
-            f"{block} at {share:g}": tuple(
-                share if within else other for other, within in zip(candidate, inside, strict=True)
+        """The candidate with other targets for one block, by name: one of the grid, or each layer's next ones."""
+        steps = (0.0, *self._shares)
+
+        def changed(change: Callable[[float], float]) -> _Candidate:
+            inside = self.blocks[block]
+            return tuple(
+                change(share) if layer in inside else share for layer, share in zip(self.layers, candidate, strict=True)
             )
-            for share in shares
-        }
+
+        def always(target: float) -> Callable[[float], float]:
+            return lambda _: target
+
+        if neighbours:
+            found = {
+                f"{block} denser": changed(lambda share: steps[max(steps.index(share) - 1, 0)]),
+                f"{block} sparser": changed(lambda share: steps[min(steps.index(share) + 1, len(steps) - 1)]),
+            }
+        else:
+            found = {f"{block} at {share:g}": changed(always(share)) for share in self._grid}
+        return {name: each for name, each in found.items() if each != candidate}
 
     def untuned_plans(self) -> dict[str, dict[str, _Candidate]]:
         """Plans that need no search, by kind and name."""
@@ -353,8 +362,7 @@ class Tuner:
             },
             "error budget": {
                 f"error budget {budget:g}": tuple(
-                    max((share for share, error in zip(shares, of_layer, strict=True) if error <= budget), default=0.0)
-                    for of_layer in errors
+                    ErrorBudget(budget, self._shares).target(of_layer) for of_layer in errors
                 )
                 for budget in BUDGETS
             },
@@ -373,7 +381,7 @@ class Tuner:
         """The case's layers, solved for the whole grid."""
         if case.name not in self._sweeps:
             self._sweeps[case.name] = sweep(
-                self._model, case.image, self._grid, layers=self.layers, **self._trace_settings
+                self._model, case.image, self._shares, layers=self.layers, **self._trace_settings
             )
         return self._sweeps[case.name]
 

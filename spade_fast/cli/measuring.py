@@ -1,11 +1,11 @@
-"""``spade-fast evaluate``."""
+"""``spade-fast evaluate | tune``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -30,12 +30,13 @@ from spade_fast.cli.shared import (
     read_trojans,
     say,
 )
+from spade_fast.comparison import Metric
 from spade_fast.errors import InvalidInputError, require
 
 if TYPE_CHECKING:
     from spade_fast.arms import Arm
     from spade_fast.cases import Case
-    from spade_fast.comparison import Comparison, Evaluation
+    from spade_fast.comparison import Evaluation
     from spade_fast.implanting import Trojan
     from spade_fast.models import LoadedModel
     from spade_fast.plans import SparsityPlan
@@ -92,8 +93,7 @@ def evaluate(
     from spade_fast.evaluation import attacked_cases, clean_cases
     from spade_fast.evaluation import evaluate as measure
 
-    if metric not in ("trojan", "insertion", "deletion"):
-        raise InvalidInputError(f"there is no metric {metric!r}: choose trojan, insertion or deletion")
+    measured = _read_metric(metric)
     chosen = [name.strip() for name in arms.split(",")]
     if unknown := [name for name in chosen if name not in _ARMS]:
         raise InvalidInputError(f"there is no arm {unknown[0]!r}: choose from {', '.join(_ARMS)}")
@@ -135,9 +135,92 @@ def evaluate(
     if as_json:
         print_json({**result.report(), "files": {name: str(path) for name, path in written.items()}})
         return
-    _print_result(result, metric)
+    _print_result(result, measured)
     for path in written.values():
         Console().print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
+
+
+def tune(
+    metric: Annotated[str, typer.Argument(help="What the plans are to be good for: trojan, insertion or deletion.")],
+    images: Annotated[Path, typer.Argument(help="Folder of photographs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for a plan and its history a method; a run there goes on.")] = Path(
+        "plans"
+    ),
+    methods: Methods = "ten",
+    limit: Annotated[int, typer.Option(help="Images to tune on, drawn at random.")] = 20,
+    held_out: Annotated[float, typer.Option(help="Share of them that the search does not see.")] = 0.25,
+    model: ModelName = None,
+    arch: Arch = None,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    trojan: TrojanFolder = None,
+    patch: PatchClass = None,
+    grid: Annotated[str, typer.Option(help="Sparsities to choose from.")] = "0,0.2,0.5,0.8,0.9,0.95,0.99",
+    blocks: Annotated[
+        str | None, typer.Option(help="Blocks or layers with a sparsity each, separated by commas.", show_default="all")
+    ] = None,
+    num_augmentations: Views = 64,
+    steps: Steps = 16,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Tune the sparsity of each block for attribution methods, one plan a method (FastSPADE*)."""
+    from spade_fast.evaluation import attacked_cases, clean_cases, first_cases
+    from spade_fast.tuning import Tuner
+
+    measured = _read_metric(metric)
+    names = read_methods(methods)
+    shares = _read_grid(grid)
+    require("captum.attr", "interpret")
+    require("matplotlib.figure", "interpret")
+    make_folder(out)
+    network, trojans, _ = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
+    files = unseen_files(images, {})
+    cases = (
+        attacked_cases(network, files, trojans, seed=seed) if metric == "trojan" else clean_cases(network, files, seed)
+    )
+    tuner = Tuner(
+        network,
+        list(first_cases(cases, limit).values()),
+        measured,
+        grid=shares,
+        blocks=None if blocks is None else [name.strip() for name in blocks.split(",")],
+        held_out=held_out,
+        steps=steps,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+        num_augmentations=num_augmentations,
+    )
+    table = Table("method", "plan", "points above dense, held out", "95 % interval", "maps made")
+    reports = {}
+    for name in names:
+        tuning = tuner.tune(name, log=out / f"{name}.log.jsonl")
+        tuning.save(out / f"{name}.json")
+        low, high = tuning.interval
+        table.add_row(name, tuning.name, f"{tuning.gain:+.2f}", f"{low:+.2f} to {high:+.2f}", str(tuning.evaluations))
+        reports[name] = tuning.report()
+    if as_json:
+        print_json(reports)
+        return
+    console = Console()
+    console.print(table)
+    console.print(f"written: {escape(str(out))}", soft_wrap=True, highlight=False)
+
+
+def _read_metric(text: str) -> Metric:
+    known: tuple[Metric, ...] = get_args(Metric)
+    for metric in known:
+        if text == metric:
+            return metric
+    raise InvalidInputError(f"there is no metric {text!r}: choose {', '.join(get_args(Metric))}")
+
+
+def _read_grid(text: str) -> list[float]:
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError as error:
+        raise InvalidInputError(f"--grid {text!r} is no list of numbers, such as 0,0.5,0.9") from error
 
 
 def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, SparsityPlan], dict[str, str]]:
@@ -223,36 +306,28 @@ def _arm(
     return arms.set_arm(network, reference, sparsity, by_class=name == "class", **settings)
 
 
-def _print_result(result: Evaluation, metric: str) -> None:
-    from spade_fast.comparison import TITLES
+def _print_result(result: Evaluation, metric: Metric) -> None:
+    from spade_fast.comparison import MEAN, TITLES
 
     console = Console()
     rows = {(row.method, row.arm): row for row in result.compare() if row.metric == metric}
-    for measured in result.values:
-        if measured != metric:
-            continue
-        table = Table(title=f"{TITLES[measured]}, %, {len(result.images)} images", title_justify="left")
-        table.add_column("method")
-        for arm in result.arms:
-            table.add_column(arm, justify="right")
-        for arm in result.arms[1:]:
-            table.add_column(f"{arm} - {result.arms[0]}", justify="right")
-            table.add_column("better on", justify="right")
-        for method in dict.fromkeys(method for method, _ in rows):
-            found = [rows[method, arm] for arm in result.arms]
-            cells = [f"{row.mean:.2f}" for row in found]
-            for row in found[1:]:
-                cells += [_difference(row), f"{100 * row.wins:.0f} %"]
-            table.add_row(method, *cells, style="bold" if method == "mean" else None)
-        console.print(table)
+    table = Table(title=f"{TITLES[metric]}, %, {len(result.images)} images", title_justify="left")
+    table.add_column("method")
+    for arm in result.arms:
+        table.add_column(arm, justify="right")
+    for arm in result.arms[1:]:
+        table.add_column(f"{arm} - {result.arms[0]}", justify="right")
+        table.add_column("better on", justify="right")
+    for method in dict.fromkeys(method for method, _ in rows):
+        found = [rows[method, arm] for arm in result.arms]
+        cells = [f"{row.mean:.2f}" if row.images else "-" for row in found]
+        for row in found[1:]:
+            cells += [row.shown, f"{100 * row.wins:.0f} %"] if row.images else ["-", "-"]
+        table.add_row(method, *cells, style="bold" if method == MEAN else None)
+    console.print(table)
     for name, reason in list(result.left_out.items())[:10]:
         say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
     if len(result.left_out) > 10:
         say(f"[yellow]left out:[/] {len(result.left_out) - 10} more, listed in summary.json")
     for (image, arm, method), reason in list(result.failures.items())[:10]:
         say(f"[yellow]no figure:[/] {escape(image)}, {escape(arm)}, {escape(method)}: {escape(reason)}")
-
-
-def _difference(row: Comparison) -> str:
-    low, high = row.difference_interval
-    return f"{row.difference:+.2f} ({low:+.2f} to {high:+.2f})"

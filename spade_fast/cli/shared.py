@@ -41,7 +41,7 @@ NumClasses = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cpu")]
 SparsityText = Annotated[
-    str, typer.Option("--sparsity", help="Share to prune (0.8), a plan (FILE.json), or the name of a preset.")
+    str, typer.Option("--sparsity", help="Share to prune (0.8), error budget (budget:0.03), plan (FILE.json), preset.")
 ]
 Views = Annotated[int, typer.Option("--num-augmentations", help="Views of each image to trace on.")]
 
@@ -96,9 +96,9 @@ def read_methods(text: str) -> tuple[str, ...]:
 
 
 def read_sparsity(text: str) -> Sparsity:
-    """A share, the plan in a JSON file, or a preset."""
+    """A share, the plan in a JSON file, an error budget, or a preset."""
     from spade_fast import presets
-    from spade_fast.plans import SparsityPlan, check_sparsity
+    from spade_fast.plans import ErrorBudget, SparsityPlan, check_sparsity
 
     plans: dict[str, Sparsity] = {name: plan for name, plan in vars(presets).items() if isinstance(plan, SparsityPlan)}
     plans["default"] = presets.default
@@ -106,14 +106,17 @@ def read_sparsity(text: str) -> Sparsity:
         return plans[text]
     if text.endswith(".json"):
         return SparsityPlan.from_json(text)
+    kind, _, number = text.rpartition(":")
     try:
-        share = float(text)
-    except ValueError as error:
+        value = float(number) if kind in ("", "budget") else None
+    except ValueError:
+        value = None
+    if value is None:
         raise InvalidInputError(
-            f"--sparsity {text!r} is neither a share within 0..1, nor a .json file, nor a preset "
-            f"({', '.join(sorted(plans))})"
-        ) from error
-    return check_sparsity(share, "--sparsity")
+            f"--sparsity {text!r} is neither a share within 0..1, nor an error budget (budget:0.03), nor a .json file, "
+            f"nor a preset ({', '.join(sorted(plans))})"
+        )
+    return ErrorBudget(value) if kind else check_sparsity(value, "--sparsity")
 
 
 def read_trojans(patches: list[str] | None, network: LoadedModel) -> list[Trojan]:

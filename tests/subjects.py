@@ -1,0 +1,59 @@
+"""A small network that sees where an image is bright, and images to ask it about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from spade_fast.models import LoadedModel
+from spade_fast.preprocessing import Preprocess
+
+SIDE = 16
+
+
+class Quarters(nn.Module):
+    """Says which quarter of an image is brightest, by two blocks of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"wide": nn.Conv2d(4, 8, 3, padding=1), "depthwise":
+            nn.Conv2d(8, 8, 3, padding=1, groups=8), "narrow": nn.Conv2d(8, 4, 1)}) for _ in range(2))  # fmt: skip
+        self.classifier = nn.Linear(16, 4)
+        with torch.no_grad():
+            self.stem.weight.fill_(0.4)
+            self.classifier.weight.copy_(torch.eye(4).repeat_interleave(4, dim=1) + self.classifier.weight / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            y = torch.relu(block["depthwise"](torch.relu(block["wide"](x))))
+            x = x + 0.1 * block["narrow"](y)
+        # [n, 4, 2, 2] to the four channels of each quarter, one quarter after the other.
+        pooled = nn.functional.adaptive_avg_pool2d(x, 2).flatten(2).transpose(1, 2)
+        return 4 * self.classifier(pooled.flatten(1))
+
+
+def quarters() -> LoadedModel:
+    """The network, ready to be asked about images of any size."""
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.25,) * 3, input_size=SIDE, resize_size=SIDE)
+    return LoadedModel("quarters", Quarters().eval(), preprocess, ("a", "b", "c", "d"), "random")
+
+
+def photographs(folder: Path, count: int) -> dict[str, Path]:
+    """Noisy images with one bright quarter each, by name."""
+    generator = np.random.default_rng(0)
+    found = {}
+    for i in range(count):
+        pixels = generator.integers(0, 110, (SIDE, SIDE, 3))
+        row, column = divmod(i % 4, 2)
+        pixels[row * SIDE // 2 : (row + 1) * SIDE // 2, column * SIDE // 2 : (column + 1) * SIDE // 2] += 120
+        path = folder / f"{i:02}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        found[path.name] = path
+    return found

@@ -1,0 +1,147 @@
+"""What figures come to: means, intervals, wins, tables and files, against hand and scipy-free bootstraps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from spade_fast.comparison import Comparison, Evaluation, bootstrap
+from spade_fast.errors import InvalidInputError
+
+VALUES = np.array(
+    [  # images x arms x methods
+        [[0.5, 0.9], [0.6, 0.9], [0.7, 0.7]],
+        [[0.4, 0.8], [0.5, 0.9], [0.4, math.nan]],
+        [[0.6, 0.7], [0.5, 0.9], [0.9, 0.9]],
+        [[0.5, 0.6], [0.8, 0.7], [0.6, 0.6]],
+    ]
+)
+
+
+def evaluation(**values: np.ndarray) -> Evaluation:
+    return Evaluation(
+        kind="faithfulness",
+        methods=("saliency", "lrp"),
+        arms=("dense", "fast", "other"),
+        images=("a", "b", "c", "d"),
+        values=values,
+        failures={("b", "other", "lrp"): "no relevance"},
+        left_out={"e": "unreadable"},
+        settings={"seed": 0},
+    )
+
+
+@pytest.fixture
+def rows() -> dict[tuple[str, str, str], Comparison]:
+    found = evaluation(insertion=VALUES, deletion=1 - VALUES).compare()
+    assert len(found) == len({(row.metric, row.method, row.arm) for row in found}) == 2 * 3 * 3
+    return {(row.metric, row.method, row.arm): row for row in found}
+
+
+def test_means_and_differences_are_of_the_images_that_have_both(rows: dict[tuple[str, str, str], Comparison]) -> None:
+    row = rows["insertion", "saliency", "fast"]
+    assert (row.images, row.mean, row.difference) == (4, pytest.approx(60.0), pytest.approx(10.0))
+    row = rows["insertion", "lrp", "other"]
+    assert (row.images, row.mean) == (3, pytest.approx(220 / 3))
+    assert row.difference == pytest.approx((-20 + 20 + 0) / 3)
+    # The mean over methods is taken image by image, where all methods have a figure.
+    row = rows["insertion", "mean", "other"]
+    assert (row.images, row.difference) == (3, pytest.approx((0 + 25 + 5) / 3))
+    dense = rows["insertion", "saliency", "dense"]
+    assert (dense.difference, dense.difference_interval, dense.wins) == (0.0, (0.0, 0.0), 0.5)
+
+
+def test_wins_count_what_is_better(rows: dict[tuple[str, str, str], Comparison]) -> None:
+    assert rows["insertion", "saliency", "fast"].wins == 3 / 4
+    assert rows["insertion", "lrp", "fast"].wins == (0.5 + 3) / 4  # a tie counts half
+    # Deletion is 1 - insertion here: lower is better, so the same images are won.
+    assert rows["deletion", "saliency", "fast"].wins == 3 / 4
+    assert rows["deletion", "saliency", "fast"].difference == pytest.approx(-10.0)
+
+
+def test_the_interval_is_that_of_bootstrap_means() -> None:
+    values = np.random.default_rng(3).normal(2, 5, 40)
+    mean, (low, high) = bootstrap(values)
+    assert mean == values.mean()
+    # Of so many values the means are normally distributed, with the standard error of the population's variance.
+    error = values.std() / math.sqrt(40)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+    assert bootstrap(values) == bootstrap(values.copy())
+    assert bootstrap(np.full(5, 3.0)) == (3.0, (3.0, 3.0))
+    assert all(map(math.isnan, (bootstrap(np.empty(0))[0], *bootstrap(np.empty(0))[1])))
+
+
+def test_tables_have_the_papers_layout() -> None:
+    insertion, deletion = evaluation(insertion=VALUES, deletion=1 - VALUES).tables().split("\n\n**")
+    assert insertion.startswith("**Insertion AUC, %** (higher is better; 4 images")
+    assert deletion.startswith("Deletion AUC, %** (lower is better; 4 images")
+    lines = insertion.splitlines()
+    assert lines[2] == "| method | dense | fast | other | fast - dense | other - dense |"
+    assert lines[4].startswith("| saliency | 50.00 | 60.00 | 65.00 | +10.00 (")
+    assert lines[4].endswith("), 75 % | +15.00 (+5.00 to +25.00), 88 % |")
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| saliency", "| lrp", "| mean"]
+
+
+def test_files_hold_everything(tmp_path: Path) -> None:
+    whole = evaluation(insertion=VALUES)
+    written = whole.save(tmp_path / "out")
+    assert set(written) == {"values.csv", "tables.md", "summary.json", "comparison.png"}
+    with written["values.csv"].open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == VALUES.size
+    assert table[0] == {"metric": "insertion", "image": "a", "arm": "dense", "method": "saliency", "value": "0.5"}
+    assert [row["value"] for row in table if (row["image"], row["arm"], row["method"]) == ("b", "other", "lrp")] == [""]
+    summary = json.loads(written["summary.json"].read_text())
+    assert summary["failures"] == [{"image": "b", "arm": "other", "method": "lrp", "reason": "no relevance"}]
+    assert summary["left_out"] == {"e": "unreadable"}
+    assert len(summary["comparison"]) == 9
+    assert written["comparison.png"].read_bytes().startswith(b"\x89PNG")
+    assert written["tables.md"].read_text() == whole.tables()
+
+
+def test_a_single_arm_or_method(tmp_path: Path) -> None:
+    alone = Evaluation("trojan", ("lrp",), ("dense",), ("a",), {"trojan": np.array([[[0.7]]])}, {}, {}, {})
+    (row,) = alone.compare()  # no mean over one method
+    assert (row.method, row.mean, row.interval) == ("lrp", 70.0, (70.0, 70.0))
+    assert "comparison.png" not in alone.save(tmp_path)
+    assert "| lrp | 70.00 |" in alone.tables()
+
+
+def test_what_has_no_figure_at_all_is_not_a_number_anywhere(tmp_path: Path) -> None:
+    values = VALUES.copy()
+    values[:, 2, 1] = math.nan
+    whole = evaluation(insertion=values)
+    (row,) = (row for row in whole.compare() if (row.method, row.arm) == ("lrp", "other"))
+    assert row.images == 0
+    assert math.isnan(row.mean)
+    rows = json.loads(whole.save(tmp_path)["summary.json"].read_text())["comparison"]
+    assert len(rows) == 7  # JSON knows no NaN
+    assert "| - |" in whole.tables()
+
+
+def test_the_figure_shows_every_arm() -> None:
+    figure = evaluation(insertion=VALUES, deletion=1 - VALUES).figure()
+    assert isinstance(figure, Figure)
+    panels = figure.axes
+    assert [axes.get_title() for axes in panels] == [
+        "Insertion AUC: right is better",
+        "Deletion AUC: left is better",
+    ]
+    labels = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert labels == ["Gradient  50.0", "LRP  75.0", "Mean  62.5"]
+    drawn = [line for container in panels[0].containers for line in [container.lines[0]]]
+    assert len(drawn) == 2
+    assert list(drawn[0].get_xdata()) == pytest.approx([10.0, 10.0, 10.0])
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InvalidInputError, match="out"):
+        evaluation(insertion=VALUES).save(tmp_path / "out")
