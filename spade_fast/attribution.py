@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, SpadeError, check_whole, first_line
+from spade_fast.heap import kept_heap
 from spade_fast.methods import METHODS, Method, Question, captum
 from spade_fast.models import LoadedModel, bare_module, evaluation_mode
 from spade_fast.preparation import Prepared
@@ -110,7 +111,7 @@ def asked(
         raise InvalidInputError(f"batch_size must be a positive whole number, got {batch_size!r}")
     check_whole("seed", seed, 0)
     # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
-    with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
+    with kept_heap(), evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
         point = like_weights(inputs, module).detach().clone().requires_grad_()
         if prepared is not None:
             yield Question(module, point, target, batch_size, seed, progress, prepared)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from spade_fast.attribution import check_inputs, check_outputs, check_target, like_weights
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, check_whole
+from spade_fast.heap import kept_heap
 from spade_fast.models import LoadedModel, bare_module, evaluation_mode
 
 #: What stands where a pixel is not shown: a blurred image, zero model inputs, or model inputs [c, h, w].
@@ -302,6 +303,7 @@ def _curves(
     found = []
     memory_format = torch.channels_last if before.device.type == "cpu" else torch.contiguous_format
     with (
+        kept_heap(),
         evaluation_mode(module),
         torch.no_grad(),
         tqdm(total=len(places) + 2, desc=title, disable=not progress, leave=False) as bar,
