@@ -105,3 +105,13 @@ def test_resnet50_presets_match_the_network():
         "layer4.2",
         "fc",
     }
+
+
+def test_shares_of_a_plan():
+    assert sf.SparsityPlan({"a": 0.5, "b": 0.2, "c": 0.5}, default=0.9).shares == (0.2, 0.5, 0.9)
+    assert sf.SparsityPlan({"a": 0.5}).shares == (0.5,)
+
+
+def test_a_plan_is_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(sf.InvalidInputError, match="cannot write"):
+        sf.SparsityPlan({}).to_json(tmp_path / "none" / "plan.json")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spade_fast as sf
-from spade_fast import reference
+from spade_fast import reference, solver
 from spade_fast.layers import mask_block_size
 from spade_fast.reference import count_to_prune
 from spade_fast.solver import Problem, Target, lower_factors, refit_kept, solve_layers
@@ -549,3 +549,28 @@ def test_no_layer_is_looked_at_by_itself(layers):
         solutions = solve_layers(problems, backend="native")
     assert len(solutions) == layers
     assert looks.count == 0  # all is fetched by `tolist`
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("mask_rule", ["exact_count", "published"])
+def test_several_sparsities_share_a_factorization(monkeypatch, backend, mask_rule):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(24, 90, generator=generator, dtype=torch.float64)
+    inputs[5] = 0  # dead
+    weight, hessian = torch.randn(7, 24, generator=generator, dtype=torch.float64), inputs @ inputs.T
+    settings = {"block_size": 3, "backend": backend, "mask_rule": mask_rule}
+    shares = [0.9, 0.0, 0.5, 0.9]
+    alone = [sf.solve(weight, hessian, share, **settings) for share in shares]
+    factored = []
+    factor = solver._factor_all
+    monkeypatch.setattr(solver, "_factor_all", lambda *arguments: factored.append(1) or factor(*arguments))
+    together = sf.solve(weight, hessian, shares, **settings)
+    assert len(factored) == 1
+    for one, same in zip(alone, together, strict=True):
+        assert torch.equal(one.weight, same.weight)
+        assert torch.equal(one.mask, same.mask)
+        assert (one.loss, one.damping, one.fallback) == (same.loss, same.damping, same.fallback)
+    assert together[0].loss > together[2].loss > 0
+    assert sf.solve(weight, hessian, [], **settings) == []
+    with pytest.raises(sf.InvalidInputError, match="sparsity must lie within"):
+        sf.solve(weight, hessian, [0.5, 1.5], **settings)
