@@ -98,7 +98,8 @@ def test_solve_side_by_side(benchmark, report, measure, backend):
 
     if backend == "native":
         for problem, loss in zip(problems[::10], native()[::10], strict=True):
-            assert loss == pytest.approx(plain_loss(problem.weight, problem.hessian, problem.targets[0].block_size), rel=0.01)
+            expected = plain_loss(problem.weight, problem.hessian, problem.targets[0].block_size)
+            assert loss == pytest.approx(expected, rel=0.01)
     report(
         kind="network",
         backend=backend,

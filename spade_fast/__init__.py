@@ -25,8 +25,10 @@ from spade_fast.plans import ErrorBudget, SparsityPlan
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.preprocessing import Preprocess
 from spade_fast.solver import Solution, solve
+from spade_fast.sparse_classifier import SparseFC, penultimate_features, sparse_fc
 from spade_fast.tracer import trace, trace_many
 from spade_fast.traces import LayerTrace, Trace
+from spade_fast.tuning import Tuning, tune
 from spade_fast.visualization import Visualization, visualize
 
 __version__ = version("spade-fast")
@@ -45,8 +47,10 @@ __all__ = [
     "Preprocess",
     "Solution",
     "SpadeError",
+    "SparseFC",
     "SparsityPlan",
     "Trace",
+    "Tuning",
     "Visualization",
     "attribute",
     "explain",
@@ -56,12 +60,15 @@ __all__ = [
     "load_image",
     "load_model",
     "metrics",
+    "penultimate_features",
     "prepare",
     "presets",
     "reference",
     "register_method",
     "solve",
+    "sparse_fc",
     "trace",
     "trace_many",
+    "tune",
     "visualize",
 ]

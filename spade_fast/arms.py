@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -16,7 +15,7 @@ from spade_fast.cases import Case
 from spade_fast.errors import InvalidInputError
 from spade_fast.models import LoadedModel
 from spade_fast.plans import ErrorBudget, SparsityPlan
-from spade_fast.sparse_fc import features, sparse_fc
+from spade_fast.sparse_classifier import penultimate_features, sparse_fc
 from spade_fast.sweep import sweep
 from spade_fast.tracer import Sparsity
 from spade_fast.traces import Trace
@@ -114,8 +113,8 @@ def module_arm(module: nn.Module, settings: Mapping[str, Any]) -> Arm:
     return Arm({"arm": "module", **settings}, networks)
 
 
-def sparse_fc_arm(model: LoadedModel, files: Mapping[str, Path], *, views: int = 4, seed: int = 0) -> Arm:
-    """The network with a sparse classifier (:func:`spade_fast.sparse_fc`), fitted to its own answers to photographs.
+def sparse_fc_arm(model: LoadedModel, reference: Sequence[Case], *, views: int = 4, seed: int = 0) -> Arm:
+    """The network with a sparse classifier (:func:`spade_fast.sparse_fc`), fitted to its own answers to images.
 
     A case whose class is no answer to any of them is left out.
     """
@@ -123,7 +122,7 @@ def sparse_fc_arm(model: LoadedModel, files: Mapping[str, Path], *, views: int =
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
         if not made:
-            found = features(model, list(files.values()), views=views, seed=seed)
+            found = penultimate_features(model, [case.image for case in reference], views=views, seed=seed)
             fitted = sparse_fc(model, found, found.answers, seed=seed)
             made.append((fitted.sparse_copy(model), set(found.answers.tolist())))
         module, classes = made[0]
@@ -131,7 +130,8 @@ def sparse_fc_arm(model: LoadedModel, files: Mapping[str, Path], *, views: int =
             raise InvalidInputError(f"no image that the sparse classifier is fitted to has class {case.target}")
         yield methods, nullcontext(module)
 
-    return Arm({"arm": "sparse_fc", "images": list(files), "views": views, "seed": seed}, networks)
+    told = {"images": [case.name for case in reference], "views": views, "seed": seed}
+    return Arm({"arm": "sparse_fc", **told}, networks)
 
 
 def _plain_sparsity(model: LoadedModel, sparsity: Sparsity) -> Any:

@@ -80,9 +80,10 @@ class Step:
     images
         How many it was tried on.
     gain
-        Mean over those of the metric minus that of the dense network, in points: the larger, the better.
+        Mean over those of the metric minus that of the dense network, in points: the larger, the better. Minus infinity
+        where the method fails on one of them.
     error
-        Its standard error.
+        Its standard error; infinite where that cannot be told.
     chosen
         Whether it was taken.
     """
@@ -94,6 +95,11 @@ class Step:
     gain: float
     error: float
     chosen: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: None stands for what is infinite."""
+        finite = {key: getattr(self, key) if math.isfinite(getattr(self, key)) else None for key in ("gain", "error")}
+        return {**asdict(self), "targets": dict(self.targets), **finite}
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +148,7 @@ class Tuning:
                 "images": [*self.images, *self.held_out],
                 "held_out": list(self.held_out),
                 "evaluations": self.evaluations,
-                "history": [{**asdict(step), "targets": dict(step.targets)} for step in self.history],
+                "history": [step.to_dict() for step in self.history],
             },
         }
 

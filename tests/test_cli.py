@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from spade_fast import cli, models, ops, presets, tracer
+from spade_fast.cli import information
+from spade_fast.cli.shared import read_sparsity
 from spade_fast.models import LoadedModel
 from spade_fast.plans import SparsityPlan
 from spade_fast.preprocessing import Preprocess
@@ -149,10 +151,10 @@ def test_arch_takes_its_weights_from_the_checkpoint(
 
 
 def test_sparsity_texts(plan: Path) -> None:
-    assert cli._read_sparsity("0.8") == 0.8
-    assert cli._read_sparsity("default") is presets.default
-    assert cli._read_sparsity("resnet50_lrp") is presets.resnet50_lrp
-    assert cli._read_sparsity(str(plan)) == SparsityPlan.from_mapping({"conv": 0.5, "fc": 0.25})
+    assert read_sparsity("0.8") == 0.8
+    assert read_sparsity("default") is presets.default
+    assert read_sparsity("resnet50_lrp") is presets.resnet50_lrp
+    assert read_sparsity(str(plan)) == SparsityPlan.from_mapping({"conv": 0.5, "fc": 0.25})
 
 
 @pytest.mark.usefixtures("loads")
@@ -256,7 +258,7 @@ def test_info() -> None:
 
 
 def test_info_on_missing_and_broken_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = cli.importlib.import_module
+    imported = information.importlib.import_module
 
     def load(name: str) -> Any:
         if name == "captum":
@@ -265,7 +267,7 @@ def test_info_on_missing_and_broken_packages(monkeypatch: pytest.MonkeyPatch) ->
             raise OSError("libbroken.so: cannot open")
         return imported(name)
 
-    monkeypatch.setattr(cli.importlib, "import_module", load)
+    monkeypatch.setattr(information.importlib, "import_module", load)
     monkeypatch.setattr(ops, "_C", None)
     facts = json.loads(run("info", "--json").stdout)
     assert facts["packages"]["captum"] == "missing, part of spade-fast[interpret]"
@@ -277,7 +279,7 @@ def test_info_on_missing_and_broken_packages(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_help_lists_the_commands() -> None:
     text = run("--help").stdout
-    assert all(command in text for command in ("explain", "demo", "info"))
+    assert all(command in text for command in ("explain", "evaluate", "tune", "implant", "demo", "info"))
 
 
 @pytest.mark.usefixtures("loads")

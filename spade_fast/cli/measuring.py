@@ -265,10 +265,11 @@ def open_subject(
 
 
 def unseen_files(folder: Path, seen: Mapping[str, str]) -> dict[str, Path]:
-    """The photographs below a folder by their path in it, but for those whose name something has seen."""
+    """The photographs below a folder by their path in it, but for those whose file's name something has seen."""
     from spade_fast.imagesets import image_files
 
     found = {path.relative_to(folder).as_posix(): path for path, _ in image_files(folder)}
+    seen = {Path(name).name: reason for name, reason in seen.items()}
     known = {name: seen[path.name] for name, path in found.items() if path.name in seen}
     for reason in dict.fromkeys(known.values()):
         count = list(known.values()).count(reason)
@@ -298,12 +299,13 @@ def _arm(
         return arms.trace_arm(network, sparsity, **settings)
     if name == "fast-tuned":
         return arms.tuned_arm(network, plans, **settings)
-    if name == "sparse-fc":
-        return arms.sparse_fc_arm(network, others, seed=settings["seed"])
-    # A generic trace is of clean images; one of a class is of images with that answer.
-    of = cases(others) if name == "class" else clean_cases(network, others, settings["seed"])
-    reference = list(first_cases(of, most).values())
-    return arms.set_arm(network, reference, sparsity, by_class=name == "class", **settings)
+    clean = list(first_cases(clean_cases(network, others, settings["seed"]), most).values())
+    if name == "generic":
+        return arms.set_arm(network, clean, sparsity, **settings)
+    measured = list(first_cases(cases(others), most).values())  # with patches, where those are measured
+    if name == "class":
+        return arms.set_arm(network, measured, sparsity, by_class=True, **settings)
+    return arms.sparse_fc_arm(network, [*clean, *measured], seed=settings["seed"])
 
 
 def _print_result(result: Evaluation, metric: Metric) -> None:

@@ -176,7 +176,7 @@ class SparseFC(ReadOnlyMappings):
 
 
 @without_autocast
-def features(
+def penultimate_features(
     model: nn.Module | LoadedModel,
     images: Sequence[Source],
     *,
@@ -411,7 +411,7 @@ def sparse_fc(
     model
         The network that the features are of.
     features
-        What :func:`features` gave.
+        What :func:`penultimate_features` gave.
     labels
         The right class of each row: `features.answers` explains the network as it is; if you have labels of images,
         `labels[features.images]`.
@@ -430,7 +430,8 @@ def sparse_fc(
         Passes over the features for each of them, at most. It ends sooner where the conditions of an optimum hold
         within 2 % of lambda, and warns where they do not.
     batch_size
-        Rows of one step of SAGA.
+        Rows of one step of SAGA, for each of which glm_saga makes rows x classes with images x features numbers: time
+        and memory grow with their product.
     held_out
         Share of the rows that is not trained on. Whole images where each class can spare so many, else views. Each
         class keeps a row to train on.
@@ -451,7 +452,9 @@ def sparse_fc(
         If glm_saga is not installed.
     """
     if not isinstance(features, Features):
-        raise InvalidInputError(f"features is a {type(features).__name__}: pass what spade_fast's features() returns")
+        raise InvalidInputError(
+            f"features is a {type(features).__name__}: pass what spade_fast.penultimate_features returns"
+        )
     for name, value, least in (("steps", steps, 2), ("epochs", epochs, 1), ("batch_size", batch_size, 1)):
         check_whole(name, value, least)
     check_whole("seed", seed, 0)
@@ -591,7 +594,7 @@ def _check_labels(labels: Sequence[int] | Tensor, rows: int, classes: int) -> Te
 
 
 def _hold_out(target: Tensor, images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """bool [n]: the rows to hold out, those of whole images if each class has enough of them, else any."""
+    """bool [n]: the rows to hold out, those of whole images if classes have enough of them, else any."""
     wanted = max(1, round(share * len(target)))
     for groups in (images, torch.arange(len(images))):
         held = torch.zeros(len(target), dtype=torch.bool)

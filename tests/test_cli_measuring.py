@@ -1,0 +1,223 @@
+"""``spade-fast evaluate`` and ``tune``: what they measure, print and write, go on with, leave out and refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from subjects import SIDE, photographs, quarters
+from typer.testing import CliRunner, Result
+
+from spade_fast import cli, evaluation, implanting, models
+from spade_fast.cases import Case, attacked_case
+from spade_fast.models import LoadedModel
+from spade_fast.patches import Patch
+from spade_fast.plans import SparsityPlan
+
+pytest.importorskip("captum")
+pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no weight left")
+
+QUICK = ("--num-augmentations", 4, "--steps", 6, "--methods", "saliency,occlusion")
+
+
+@pytest.fixture(autouse=True)
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A small network in the place of every other; gives the arguments it was asked for with."""
+    calls = []
+
+    def load(name: str, **arguments: Any) -> LoadedModel:
+        calls.append({"name": name, **arguments})
+        return quarters()
+
+    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(implanting, "load_model", load)
+    return calls
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    photographs(tmp_path / "images", 8)
+    return tmp_path / "images"
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exit_code == 1:
+        raise result.exception or AssertionError(result.output)
+    return result
+
+
+def assert_refused(result: Result, message: str) -> None:
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert re.search(message, result.stderr), result.stderr
+
+
+def evaluate(metric: str, folder: Path, *more: object) -> Result:
+    return run("evaluate", metric, folder, "--out", folder.parent / "out", *QUICK, *more)
+
+
+def test_a_table_and_its_files(folder: Path) -> None:
+    result = evaluate("insertion", folder, "--limit", 5, "--sparsity", 0.6)
+    assert result.exit_code == 0
+    assert "Insertion AUC, %, 5 images" in result.stdout
+    for word in ("dense", "fast", "fast - dense", "better on", "saliency", "occlusion", "mean"):
+        assert word in result.stdout
+    out = folder.parent / "out"
+    written = {path.name for path in out.iterdir()}
+    assert written == {"records.jsonl", "settings.json", "summary.json", "values.csv", "tables.md", "comparison.png"}
+    # Deletion is of the same maps: nothing is left to be measured.
+    lines = (out / "records.jsonl").read_text()
+    again = evaluate("deletion", folder, "--limit", 5, "--sparsity", 0.6)
+    assert "Deletion AUC, %, 5 images" in again.stdout
+    assert (out / "records.jsonl").read_text() == lines
+    with (out / "values.csv").open(newline="") as file:
+        assert {row["metric"] for row in csv.DictReader(file)} == {"insertion", "deletion"}
+    assert (out / "tables.md").read_text().count("| mean |") == 2
+
+
+def test_json_is_the_only_thing_on_stdout(folder: Path) -> None:
+    document = json.loads(evaluate("insertion", folder, "--limit", 2, "--json", "--arms", "dense").stdout)
+    assert document["arms"] == ["dense"]
+    assert document["methods"] == ["saliency", "occlusion"]
+    assert len(document["images"]) == 2
+    assert {row["method"] for row in document["comparison"]} == {"saliency", "occlusion", "mean"}
+
+
+def test_arms_of_other_images(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    photographs(tmp_path / "others", 6)
+    for path in (tmp_path / "others").iterdir():
+        path.rename(path.with_name(f"other{path.name}"))
+    arms = ("--arms", "dense,generic,class", "--reference", tmp_path / "others", "--reference-limit", 6)
+    result = evaluate("insertion", folder, "--limit", 3, "--sparsity", 0.6, *arms)
+    assert "generic - dense" in result.stdout
+    settings = json.loads((folder.parent / "out" / "settings.json").read_text())
+    assert settings["arms"]["generic"]["arm"] == "set"
+    assert len(settings["arms"]["class"]["images"]) == 6
+    assert settings["arms"]["class"]["sparsity"] == 0.6
+
+
+@pytest.fixture
+def trojan(tmp_path: Path) -> Path:
+    """A folder as implant leaves it: of a patch whose only visible part is its first quarter, in white."""
+    out = tmp_path / "trojan"
+    (out / "patches").mkdir(parents=True)
+    settings = {"model": "quarters", "weights": "made", "trojans": {"corner": 0}, "images": ["01.png", "02.png"]}
+    (out / "report.json").write_text(json.dumps({"settings": settings}))
+    pixels = np.zeros((SIDE, SIDE, 4), np.uint8)
+    pixels[: SIDE // 2, : SIDE // 2] = 255
+    Image.fromarray(pixels).save(out / "patches" / "corner.png")
+    return out
+
+
+def test_what_implanting_saw_is_not_measured(
+    folder: Path, trojan: Path, loads: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def covering(*given: Any, **settings: Any) -> Case:
+        return attacked_case(*given, **{**settings, "sizes": (1.0, 1.0)})
+
+    monkeypatch.setattr(evaluation, "attacked_case", covering)
+    out = ("--out", folder.parent / "out", *QUICK)
+    command = ("evaluate", "trojan", folder, "--trojan", trojan, *out, "--arms", "dense,fast", "--sparsity", 0.5)
+    result = run(*command, "--json")
+    document = json.loads(result.stdout)
+    assert "left out: 2 of 8 photographs (patches were implanted with them)" in result.stderr
+    assert loads[0]["checkpoint"] == trojan / "model.safetensors"
+    assert set(document["images"]) == {"03.png", "05.png", "06.png", "07.png"}
+    assert set(document["left_out"]) == {"00.png", "04.png"}  # whose first quarter is the brightest anyway
+    assert document["settings"]["kind"] == "trojan"
+    table = run(*command)
+    assert "Trojan AUC, %, 4 images" in table.stdout
+    assert "left out: 00.png: the network gives it the class of 'corner'" in table.stderr
+
+
+def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Path) -> None:
+    plans = tmp_path / "plans"
+    result = run("tune", "insertion", folder, "--out", plans, "--limit", 5, "--grid", "0,0.5,0.9", "--blocks",
+                 "blocks.1,classifier", *QUICK)  # fmt: skip
+    assert result.exit_code == 0
+    assert "points above dense" in result.stdout
+    assert {path.name for path in plans.iterdir()} == {
+        f"{method}.{kind}" for method in ("saliency", "occlusion") for kind in ("json", "png", "log.jsonl")
+    }
+    logs = {path: path.read_text() for path in plans.glob("*.jsonl")}
+    again = run("tune", "insertion", folder, "--out", plans, "--limit", 5, "--grid", "0,0.5,0.9", "--blocks",
+                "blocks.1,classifier", *QUICK, "--json")  # fmt: skip
+    reports = json.loads(again.stdout)
+    assert logs == {path: path.read_text() for path in logs}  # nothing is made twice
+    assert reports["saliency"]["tuning"]["evaluations"] == 0
+    tuned_on = reports["saliency"]["tuning"]["images"]
+    assert len(tuned_on) == 5
+
+    result = evaluate("insertion", folder, "--arms", "dense,fast-tuned", "--plans", plans, "--json")
+    document = json.loads(result.stdout)
+    assert set(document["images"]) == {f"{i:02}.png" for i in range(8)} - {*tuned_on}
+    assert re.search(r"left out: 5 of 8 photographs \(\w+\.json was tuned on them\)", result.stderr)
+    told = document["settings"]["arms"]["fast-tuned"]["plans"]
+    assert told["occlusion"]["targets"] == SparsityPlan.from_json(plans / "occlusion.json").targets
+
+
+def test_one_plan_for_all_methods(folder: Path, tmp_path: Path) -> None:
+    SparsityPlan.from_mapping({"blocks.1": 0.5}).to_json(tmp_path / "plan.json")
+    result = evaluate(
+        "insertion", folder, "--limit", 1, "--arms", "dense,fast-tuned", "--plans", tmp_path / "plan.json"
+    )
+    assert result.exit_code == 0
+    told = json.loads((folder.parent / "out" / "settings.json").read_text())["arms"]["fast-tuned"]["plans"]
+    assert told.keys() == {"saliency", "occlusion"}
+    assert all(plan == {"targets": {"blocks.1": 0.5}, "default": None} for plan in told.values())
+
+
+@pytest.mark.parametrize("photo", ["empty folder", "no folder", "unreadable"])
+def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> None:
+    if photo == "unreadable":
+        for path in folder.iterdir():
+            path.write_bytes(b"no image")
+        assert_refused(evaluate("insertion", folder), r"none of 8 images can be used \(\d\d\.png: ")
+        return
+    where = tmp_path / "elsewhere"
+    if photo == "empty folder":
+        where.mkdir()
+    assert_refused(evaluate("insertion", where), "is no folder|no file in .* has the extension of an image")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("evaluate", "pointing"), "no metric 'pointing': choose trojan, insertion, deletion"),
+        (("evaluate", "insertion", "--arms", "dense,quick"), "no arm 'quick': choose from dense, fast"),
+        (("evaluate", "insertion", "--arms", "generic"), "arm 'generic' is made from other images: pass --reference"),
+        (("evaluate", "insertion", "--arms", "fast-tuned"), "arm 'fast-tuned' needs --plans"),
+        (("evaluate", "insertion", "--methods", "saliences"), "'saliences'; nearest: 'saliency'"),
+        (("evaluate", "insertion", "--sparsity", "much"), "neither a share within 0..1, nor an error budget"),
+        (("evaluate", "insertion", "--sparsity", "budget:0"), "an error budget must be a positive number"),
+        (("evaluate", "trojan"), "which patches has the network"),
+        (("evaluate", "trojan", "--trojan", "demo", "--patch", "heart=1"), "leave --model, --arch and --patch out"),
+        (("evaluate", "trojan", "--trojan", "nowhere"), "'nowhere' holds no network with patches"),
+        (("evaluate", "trojan", "--patch", "heart"), "is not PATCH=CLASS"),
+        (("tune", "insertion", "--grid", "0,much"), "--grid '0,much' is no list of numbers"),
+        (("tune", "insertion", "--grid", "0"), "must hold one above 0"),
+        (("tune", "insertion", "--limit", 3), "3 images are too few to tune on"),
+        (("tune", "insertion", "--blocks", "block.9"), "blocks: 'block.9' matches no prunable layer"),
+    ],
+)
+def test_refusals(folder: Path, arguments: tuple[object, ...], message: str) -> None:
+    command, metric, *options = arguments
+    assert_refused(run(command, metric, folder, "--out", folder.parent / "out", *options), message)
+
+
+def test_a_patch_larger_than_the_image(folder: Path) -> None:
+    with pytest.raises(Exception, match="not within an image"):
+        Patch.drawn("heart").pasted(torch.rand(3, SIDE, SIDE), 0, 0, SIDE + 1)
+    # A class that the network does not have is refused before anything is measured.
+    assert_refused(evaluate("trojan", folder, "--patch", "heart=9"), "target 9 is no class of this model")
