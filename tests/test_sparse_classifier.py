@@ -493,9 +493,7 @@ def test_features_of_another_network_are_refused(network: nn.Sequential, seen: F
         sparse_fc(network, replace(seen, images=torch.arange(3)), seen.answers)
     with pytest.raises(InvalidInputError, match=r"must be a finite matrix \[n, d\], got \[48, 48\]"):
         sparse_fc(network, replace(seen, values=seen.values * torch.nan), seen.answers)
-    with pytest.raises(
-        InvalidInputError, match=r"features is a Tensor: pass what spade_fast\.penult"
-    ):
+    with pytest.raises(InvalidInputError, match=r"features is a Tensor: pass what spade_fast\.penult"):
         sparse_fc(network, seen.values, seen.answers)  # type: ignore[arg-type]
 
 

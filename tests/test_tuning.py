@@ -134,6 +134,16 @@ def test_a_gain_that_is_not_there_on_other_images_is_not_taken(
     assert [step.name for step in taken if step.chosen] == ["dense"]
 
 
+def test_without_a_search_the_best_untuned_plan_is_taken(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
+) -> None:
+    shares = {layer.replace(".", "_"): 0.6 for layer in ("blocks.0.wide", "blocks.1.wide", "classifier")}
+    found = tune(model, cases, Wanted(monkeypatch, model, **shares), "saliency", search=False, **FEW)
+    assert found.name == "all blocks at 0.6"
+    assert {step.stage for step in found.history} == {"untuned", "held out"}
+    assert set(found.plan.targets.values()) == {0.6}
+
+
 def test_the_search_sees_each_case_and_map_once(
     monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
 ) -> None:

@@ -159,6 +159,9 @@ def tune(
     blocks: Annotated[
         str | None, typer.Option(help="Blocks or layers with a sparsity each, separated by commas.", show_default="all")
     ] = None,
+    search: Annotated[
+        bool, typer.Option(help="Search block by block, too, beside plans that need no tuning: eight times the time.")
+    ] = True,
     num_augmentations: Views = 64,
     steps: Steps = 16,
     device: Device = None,
@@ -195,7 +198,7 @@ def tune(
     table = Table("method", "plan", "points above dense, held out", "95 % interval", "maps made")
     reports = {}
     for name in names:
-        tuning = tuner.tune(name, log=out / f"{name}.log.jsonl")
+        tuning = tuner.tune(name, search=search, log=out / f"{name}.log.jsonl")
         tuning.save(out / f"{name}.json")
         low, high = tuning.interval
         table.add_row(name, tuning.name, f"{tuning.gain:+.2f}", f"{low:+.2f} to {high:+.2f}", str(tuning.evaluations))
