@@ -15,6 +15,7 @@ from spade_fast.attribution import attribute
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_checkpoint
 from spade_fast.errors import InvalidInputError, MissingDependencyError, SpadeError
+from spade_fast.evaluation import evaluate
 from spade_fast.explanation import Explanation, Prediction, explain
 from spade_fast.figures import gallery
 from spade_fast.images import load_image
@@ -53,6 +54,7 @@ __all__ = [
     "Tuning",
     "Visualization",
     "attribute",
+    "evaluate",
     "explain",
     "gallery",
     "hessian",

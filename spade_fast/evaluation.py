@@ -93,7 +93,7 @@ def _shuffled(names: Collection[str], seed: int) -> list[str]:
 
 def evaluate(
     model: LoadedModel,
-    cases: Mapping[str, Callable[[], Case]],
+    cases: Mapping[str, Callable[[], Case]] | Sequence[Case],
     kind: Kind,
     arms: Mapping[str, Arm],
     out: str | os.PathLike[str],
@@ -114,7 +114,8 @@ def evaluate(
     model
         The network, as :func:`spade_fast.load_model` returns it.
     cases
-        By name, as :func:`clean_cases` or :func:`attacked_cases` give them.
+        What :func:`spade_fast.cases.make_case` and its kin make; or functions that make them, by name, as
+        :func:`clean_cases` and :func:`attacked_cases` give them, which are called once they are needed.
     kind
         "faithfulness": insertion and deletion, by the network itself for the maps of every arm; "trojan": the area
         under the ROC curve of the patch.
@@ -150,6 +151,8 @@ def evaluate(
     check_whole("limit", 1 if limit is None else limit, 1)
     check_whole("steps", steps, 1)
     captum()
+    if not isinstance(cases, Mapping):
+        cases = {case.name: partial(_itself, case) for case in cases}
     folder = Path(out)
     settings = {
         "kind": kind,
@@ -186,6 +189,10 @@ def evaluate(
     values = {metric: records.values(metric, used, tuple(arms), methods) for metric in METRICS[kind]}
     failures = records.failures(used, tuple(arms), methods)
     return Evaluation(kind, methods, tuple(arms), tuple(used), values, failures, left_out, records.settings)
+
+
+def _itself(case: Case) -> Case:
+    return case
 
 
 def _measure(

