@@ -44,9 +44,9 @@ BUDGETS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
 STEPS = 16
 _LEAST = 4
 # Of the images to tune on, the share on which all candidates of a race run; the best few run on the others too.
-_HEAT = 0.25
+_HEAT = 1 / 3
 _LEAST_IN_HEAT = 4
-_FINALISTS = 2
+_FINALISTS = 3
 # A block's target is changed where the gain is at least so many standard errors.
 _STANDARD_ERRORS = 1.0
 _PNG_DPI = 160
@@ -197,8 +197,9 @@ def tune(
     that need no tuning are tried: uniform, the last half of the blocks, and by error budget (:class:`ErrorBudget`, with
     the errors' means over the images). From the best of them a search goes through the blocks, from the last to the
     first, and tries every target of the grid, and then once more a little less and a little more. Candidates race: the
-    best few of a part of the images go on to all of them. In the end, the plan that does best on the held-out images is
-    taken, the dense network among them.
+    best few of a part of the images go on to all of them. In the end, the plan that does best on all images is taken,
+    the dense network among them; but none that is worse than dense on the held-out images, which the search has not
+    seen.
 
     Parameters
     ----------
@@ -574,11 +575,12 @@ class _Search:
         return candidate
 
     def _choose(self, named: Mapping[str, _Candidate]) -> tuple[str, _Candidate]:
-        """What does best on the held-out images; of equals the first."""
-        gains = self._gains(list(named.values()), self._tuner.held_out)
-        means = gains.mean(axis=1)
-        winner = list(named)[int(means.argmax())]
-        for (name, candidate), of_candidate in zip(named.items(), gains, strict=True):
+        """What does best on all images, if on those that were held out it is no worse than the dense network."""
+        candidates = list(named.values())
+        held_out = self._gains(candidates, self._tuner.held_out)
+        everywhere = np.concatenate([self._gains(candidates, self._tuner.cases), held_out], axis=1).mean(axis=1)
+        winner = list(named)[int(np.where(held_out.mean(axis=1) >= 0, everywhere, -math.inf).argmax())]
+        for (name, candidate), of_candidate in zip(named.items(), held_out, strict=True):
             self._tell("held out", name, candidate, of_candidate, chosen=name == winner)
         return winner, named[winner]
 

