@@ -68,12 +68,13 @@ def tuned_arm(model: LoadedModel, plans: Mapping[str, SparsityPlan], **settings:
         for method in methods:
             groups.setdefault(json.dumps(_plain_sparsity(model, plans[method])), []).append(method)
         targets = {share for method in methods for share in plans[method].shares if share}
-        keys = sorted({key for method in methods for key in plans[method].targets})
-        solved = sweep(model, case.image, sorted(targets), layers=keys, **settings) if targets else None
+        keys = {key for method in methods for key in plans[method].targets}
+        has_default = any(plans[method].default is not None for method in methods)
+        layers = None if has_default else sorted(keys)
+        solved = sweep(model, case.image, sorted(targets), layers=layers, **settings) if targets else None
         for group in groups.values():
             plan = plans[group[0]]
-            is_dense = solved is None or not any(plan.shares)
-            trace = Trace({}) if is_dense or solved is None else solved.trace(plan)
+            trace = solved.trace(plan) if solved is not None and any(plan.shares) else Trace({})
             yield tuple(group), trace.applied(model)
 
     told = {method: _plain_sparsity(model, plan) for method, plan in plans.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from spade_fast import metrics
@@ -158,7 +158,7 @@ def evaluate(
         "kind": kind,
         "model": model.name,
         "weights": model.source,
-        "weights_sha256": _weights_digest(model.module),
+        "weights_sha256": _digest(model.module.state_dict()),
         "steps": steps if kind == "faithfulness" else None,
         "seed": seed,
     }
@@ -173,9 +173,12 @@ def evaluate(
             if name not in records.left_out and any(wanted.values()):
                 try:
                     case = make()
+                    if kind == "trojan" and case.patch is None:
+                        raise InvalidInputError("it has no patch: make it with attacked_case")
                 except InvalidInputError as error:
                     records.leave_out(name, str(error))
                 else:
+                    records.check_same(case)
                     for arm, todo in wanted.items():
                         if todo:
                             records.add(_measure(model, case, kind, arm, arms[arm], todo, steps, seed, progress))
@@ -233,6 +236,7 @@ def _measure(
             values["deletion"] = metrics.deletion(*asked_about, steps=steps, progress=progress).auc.tolist()
     return {
         "image": case.name,
+        "inputs_sha256": _digest({"inputs": case.inputs}),
         "arm": name,
         "target": case.target,
         "probability": case.scores.softmax(dim=0)[case.target].item(),
@@ -242,9 +246,9 @@ def _measure(
     }
 
 
-def _weights_digest(module: nn.Module) -> str:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for name, value in tensors.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -257,6 +261,7 @@ class _Records:
         self._file = folder / _RECORDS
         self.left_out: dict[str, str] = {}
         self._found: dict[tuple[str, str], dict[str, Any]] = {}  # by image and arm
+        self._inputs: dict[str, tuple[str, int]] = {}  # by image: what the network saw, and the class to be explained
         known = _read_settings(folder / _SETTINGS)
         told = json.loads(json.dumps({**settings, "arms": {**known.get("arms", {}), **arms}}))
         self.settings: dict[str, Any] = told
@@ -285,6 +290,7 @@ class _Records:
         if "left_out" in record:
             self.left_out[record["image"]] = record["left_out"]
             return
+        self._inputs[record["image"]] = record["inputs_sha256"], record["target"]
         whole = self._found.setdefault((record["image"], record["arm"]), {"values": {}, "failures": {}})
         for metric, values in record["values"].items():
             whole["values"].setdefault(metric, {}).update(values)
@@ -295,6 +301,15 @@ class _Records:
         found = self._found.get((image, arm), {"values": {}, "failures": {}})
         known = {method for values in found["values"].values() for method in values} | found["failures"].keys()
         return tuple(method for method in methods if method not in known)
+
+    def check_same(self, case: Case) -> None:
+        """Refuse a case that differs from the one of that name that was measured before."""
+        now = (_digest({"inputs": case.inputs}), case.target)
+        if self._inputs.get(case.name, now) != now:
+            raise InvalidInputError(
+                f"{case.name} was another image, or was explained for another class, when {os.fspath(self._file)!r} was "
+                "written: choose another folder"
+            )
 
     def add(self, record: dict[str, Any]) -> None:
         append_line(self._file, json.dumps(record, allow_nan=False))

@@ -211,6 +211,14 @@ def test_each_method_has_its_plan(model: LoadedModel, files: dict[str, Path]) ->
         list(arm.networks(case, ("deep_lift",)))
 
 
+def test_a_plan_with_a_default_prunes_all_layers(model: LoadedModel, files: dict[str, Path]) -> None:
+    case = read_case(model, files["02.png"])
+    plans = {"saliency": SparsityPlan.uniform(0.5), "occlusion": SparsityPlan({"classifier": 0.3})}
+    found = networks_of(tuned_arm(model, plans, **FEW), case)
+    for method, plan in plans.items():
+        assert torch.equal(found[method], scores_of(model, case.image, plan, case))
+
+
 def test_a_set_does_not_explain_its_own_images(model: LoadedModel, files: dict[str, Path]) -> None:
     cases = list(first_cases(clean_cases(model, files), 8).values())
     with pytest.raises(InvalidInputError, match="it is among the images that the trace is made from"):
@@ -339,6 +347,27 @@ def test_another_run_is_not_mixed_in(model: LoadedModel, files: dict[str, Path],
         model.module.classifier.weight[0, 0] += 1e-3
     with pytest.raises(InvalidInputError, match="holds a run with weights_sha256"):
         run(model, files, tmp_path / "out", limit=1)
+
+
+def test_another_image_of_the_same_name_is_not_mixed_in(
+    model: LoadedModel, files: dict[str, Path], tmp_path: Path
+) -> None:
+    run(model, files, tmp_path / "out", methods=["saliency"])
+    run(model, files, tmp_path / "out", methods=["saliency"])  # the same again
+    files["03.png"].write_bytes(files["02.png"].read_bytes())
+    with pytest.raises(InvalidInputError, match=r"03\.png was another image"):
+        run(model, files, tmp_path / "out")
+    case = read_case(model, files["01.png"])
+    other = make_case(model, case.image, name="01.png", target=(case.target + 1) % 4)
+    with pytest.raises(InvalidInputError, match=r"01\.png was another image, or was explained for another class"):
+        evaluate(
+            model, [other], "faithfulness", {"dense": dense_arm(model)}, tmp_path / "out", methods=METHODS, steps=8
+        )
+
+
+def test_cases_without_a_patch_have_no_trojan_auc(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="it has no patch: make it with attacked_case"):
+        evaluate(model, [read_case(model, files["01.png"])], "trojan", {"dense": dense_arm(model)}, tmp_path / "out")
 
 
 def test_damaged_records_are_named(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
