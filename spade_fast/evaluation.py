@@ -307,8 +307,8 @@ class _Records:
         now = (_digest({"inputs": case.inputs}), case.target)
         if self._inputs.get(case.name, now) != now:
             raise InvalidInputError(
-                f"{case.name} was another image, or was explained for another class, when {os.fspath(self._file)!r} was "
-                "written: choose another folder"
+                f"{case.name} was another image, or was explained for another class, when {os.fspath(self._file)!r} "
+                "was written: choose another folder"
             )
 
     def add(self, record: dict[str, Any]) -> None:
