@@ -403,7 +403,7 @@ class Tuner:
         return self._sweeps[case.name]
 
     def maps(self, case: Case, method: str, candidates: Sequence[_Candidate]) -> list[Tensor | None]:
-        """A map by each candidate; None where the method fails on it."""
+        """A map by each candidate; None where the method fails on it, which on the dense network is an error."""
         module = self._model.module
         if self._prepared is None:
             self._prepared = prepare(self._model)
@@ -418,7 +418,9 @@ class Tuner:
             ):
                 try:
                     found.append(answer(question, method, find_method(method)))
-                except InvalidInputError:
+                except InvalidInputError as error:
+                    if not any(candidate):
+                        raise InvalidInputError(f"{case.name}, dense network: {error}") from error
                     found.append(None)
         return found
 
@@ -518,8 +520,7 @@ class _Search:
             self._evaluations += len(missing)
             self._bar.update(len(missing))
             dense = self._values[self._dense, case.name]
-            if dense is None:
-                raise InvalidInputError(f"{case.name}: method {self._method!r} fails on the dense network")
+            assert dense is not None
             for i, candidate in enumerate(candidates):
                 value = self._values[candidate, case.name]
                 gains[i, j] = -math.inf if value is None else 100 * (value - dense)

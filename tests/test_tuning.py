@@ -166,15 +166,16 @@ def test_the_search_sees_each_case_and_map_once(
     assert sorted(step.images for step in races) == [4, 4, 9, 9, 9]
 
 
-def test_gains_are_those_of_the_metric(model: LoadedModel, cases: list[Case]) -> None:
-    found = tune(model, cases, "insertion", "saliency", blocks=["blocks.1"], steps=6, **FEW)
+@pytest.mark.parametrize("method", ["saliency", "deep_lift", "lrp", "guided_backprop"])
+def test_gains_are_those_of_the_metric(model: LoadedModel, cases: list[Case], method: str) -> None:
+    found = tune(model, cases, "insertion", method, blocks=["blocks.1"], steps=6, search=False, **FEW)
     step = next(step for step in found.history if step.name == "all blocks at 0.6")
     tuner = Tuner(model, cases, "insertion", blocks=["blocks.1"], steps=6, **FEW)
     gains = []
     for case in tuner.cases[: step.images]:
         plan = SparsityPlan.from_mapping({"blocks.1.wide": 0.6, "blocks.1.narrow": 0.6})
         sparse = sf.trace(model, case.image, plan, num_augmentations=4).pruned_copy(model)
-        maps = [sf.attribute(each, case.inputs, case.target, "saliency") for each in (sparse, model)]
+        maps = [sf.attribute(each, case.inputs, case.target, method) for each in (sparse, model)]
         values = metrics.insertion(model, case.inputs, torch.stack(maps), case.target, steps=6).auc
         gains.append(100 * (values[0] - values[1]).item())
     assert step.gain == pytest.approx(np.mean(gains), abs=1e-4)
@@ -237,7 +238,7 @@ def test_a_candidate_on_which_the_method_fails_is_never_taken(
     assert np.isneginf([step.gain for step in found.history if step.name == "all blocks at 0.9"]).all()
     assert isinstance(found.figure(), Figure)
     monkeypatch.setattr(wanted, "distance", lambda: 0.0)
-    with pytest.raises(InvalidInputError, match=r"\d\d\.png: method 'saliency' fails on the dense network"):
+    with pytest.raises(InvalidInputError, match=r"\d\d\.png, dense network: no map"):
         tune(model, cases, wanted, "saliency", **FEW)
 
 
