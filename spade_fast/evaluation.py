@@ -24,7 +24,7 @@ from spade_fast.attribution import answer, asked, captum, check_methods, find_me
 from spade_fast.cases import Case, attacked_case, read_case
 from spade_fast.comparison import METRICS, Evaluation, Kind, Metric
 from spade_fast.errors import InvalidInputError, SpadeError, check_whole
-from spade_fast.files import append_line, read_lines, write_folder
+from spade_fast.files import append_line, digest, read_lines, write_folder
 from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel
 
@@ -158,7 +158,7 @@ def evaluate(
         "kind": kind,
         "model": model.name,
         "weights": model.source,
-        "weights_sha256": _digest(model.module.state_dict()),
+        "weights_sha256": digest(model.module.state_dict()),
         "steps": steps if kind == "faithfulness" else None,
         "seed": seed,
     }
@@ -236,7 +236,7 @@ def _measure(
             values["deletion"] = metrics.deletion(*asked_about, steps=steps, progress=progress).auc.tolist()
     return {
         "image": case.name,
-        "inputs_sha256": _digest({"inputs": case.inputs}),
+        "inputs_sha256": digest({"inputs": case.inputs}),
         "arm": name,
         "target": case.target,
         "probability": case.scores.softmax(dim=0)[case.target].item(),
@@ -244,14 +244,6 @@ def _measure(
         "failures": failures,
         "seconds": {"maps": explained - start, "metrics": time.perf_counter() - explained},
     }
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class _Records:
@@ -304,7 +296,7 @@ class _Records:
 
     def check_same(self, case: Case) -> None:
         """Refuse a case that differs from the one of that name that was measured before."""
-        now = (_digest({"inputs": case.inputs}), case.target)
+        now = (digest({"inputs": case.inputs}), case.target)
         if self._inputs.get(case.name, now) != now:
             raise InvalidInputError(
                 f"{case.name} was another image, or was explained for another class, when {os.fspath(self._file)!r} "

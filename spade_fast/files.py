@@ -10,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def write_tensors(
         If the file cannot be written.
     """
     whole = {"format": _FORMAT, **header}
-    whole["sha256"] = _digest(whole, tensors)
+    whole["sha256"] = digest(tensors, whole)
     write_whole(path, save(dict(tensors), metadata={key: json.dumps(whole)}))
 
 
@@ -180,7 +181,7 @@ def read_tensors(
         header = json.loads(metadata[key])
         if header["format"] != _FORMAT:
             raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
-        if header.pop("sha256") != _digest(header, tensors):
+        if header.pop("sha256") != digest(tensors, header):
             raise ValueError("its checksum does not fit its contents")
         del header["format"]
         yield header, tensors
@@ -191,10 +192,10 @@ def read_tensors(
         ) from error
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all that a file holds."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """SHA-256 of tensors, in the order of their names, and of plain JSON values before them."""
+    found = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

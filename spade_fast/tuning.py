@@ -22,7 +22,7 @@ from spade_fast.attribution import answer, asked, captum, find_method
 from spade_fast.cases import Case, make_case
 from spade_fast.comparison import Metric, bootstrap
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import append_line, read_lines, write_folder
+from spade_fast.files import append_line, digest, read_lines, write_folder
 from spade_fast.layers import is_depthwise, prunable_layers
 from spade_fast.models import LoadedModel
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_shares, is_prefix
@@ -316,11 +316,15 @@ class Tuner:
         self._settings = {
             "model": model.name,
             "weights": model.source,
+            "weights_sha256": digest(model.module.state_dict()),
             "metric": self.metric,
             "steps": steps,
-            "grid": list(self._grid),
+            "seed": seed,
+            "shares": list(self._shares),
             "layers": self.layers,
             "images": [case.name for case in cases],
+            "targets": [case.target for case in cases],
+            "inputs_sha256": digest({case.name: case.inputs for case in cases}),
             "trace": {key: repr(value) for key, value in self._trace_settings.items()},
         }
         self._sweeps: dict[str, Sweep] = {}

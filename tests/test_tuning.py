@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,9 @@ def test_a_run_that_was_cut_short_goes_on(
     assert log.read_text() == (tmp_path / "whole.jsonl").read_text()
     with pytest.raises(InvalidInputError, match="belongs to a run with another method: delete it"):
         tune(model, cases, "insertion", "occlusion", log=log, **settings)
+    others = [*cases[:-1], replace(cases[-1], inputs=cases[-1].inputs / 2)]
+    with pytest.raises(InvalidInputError, match="belongs to a run with another inputs_sha256: delete it"):
+        tune(model, others, "insertion", "saliency", log=log, **settings)
     log.write_text(log.read_text() + "nonsense\n")
     with pytest.raises(InvalidInputError, match=r"line \d+ of .*log\.jsonl' is no record"):
         tune(model, cases, "insertion", "saliency", log=log, **settings)
