@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spade_fast import ops
@@ -15,6 +16,8 @@ from spade_fast.errors import InvalidInputError
 
 _TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 _DRAWS = 2 * _TRIES + 6
+# Parts of a view are hidden cell by cell: so many in a row and in a column.
+_CELLS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -33,6 +36,8 @@ class Views:
         float64 in -0.5..0.5, in turns of the colour circle.
     hue_first
         bool, whether hue shifts before brightness; the order matters where brightness saturates.
+    hidden
+        bool [n, 8, 8], the cells of the view of which nothing is shown.
     """
 
     top: Tensor
@@ -43,6 +48,7 @@ class Views:
     brightness_factor: Tensor
     hue_shift: Tensor
     hue_first: Tensor
+    hidden: Tensor
 
     def __len__(self) -> int:
         """Give the number of views."""
@@ -61,7 +67,8 @@ class Augmentation:
 
     The same distribution as torchvision's ``RandomResizedCrop(size, scale, ratio)``,
     ``RandomHorizontalFlip(flip_probability)`` and ``ColorJitter(brightness=brightness, hue=hue)`` in a row,
-    with antialiased bilinear resizing.
+    with antialiased bilinear resizing. If asked to, it hides parts of views, as methods and metrics do that ask about
+    images with something missing (occlusion, LIME, insertion, baselines of zero).
 
     Parameters
     ----------
@@ -77,6 +84,11 @@ class Augmentation:
         Factors are uniform in ``max(0, 1 - brightness)..1 + brightness``.
     hue
         Shifts are uniform in ``-hue..hue``, in turns of the colour circle; in 0..0.5.
+    hide
+        Probability that parts of a view are hidden, in 0..1: each of 8 x 8 cells then is with a probability that is
+        uniform in 0..1 from view to view. The published views hide nothing.
+    hidden_colour
+        What stands there instead: red, green and blue in 0..1. As a rule the mean that the preprocessing subtracts.
 
     Raises
     ------
@@ -90,16 +102,21 @@ class Augmentation:
     flip_probability: float = 0.5
     brightness: float = 0.5
     hue: float = 0.3
+    hide: float = 0.0
+    hidden_colour: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
         _check_size("size", (self.size, self.size) if isinstance(self.size, int) else self.size)
         _check_range("scale", self.scale, 1.0)
         _check_range("ratio", self.ratio, math.inf)
-        for name, top in (("flip_probability", 1.0), ("brightness", math.inf), ("hue", 0.5)):
+        for name, top in (("flip_probability", 1.0), ("brightness", math.inf), ("hue", 0.5), ("hide", 1.0)):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= top:
                 allowed = "a finite number of at least 0" if top == math.inf else f"a number in 0..{top:g}"
                 raise InvalidInputError(f"{name} is {value!r}: pass {allowed}")
+        colour = self.hidden_colour
+        if not isinstance(colour, tuple) or len(colour) != 3 or not all(_is_number(c) and 0 <= c <= 1 for c in colour):
+            raise InvalidInputError(f"hidden_colour is {colour!r}: pass red, green and blue, numbers in 0..1")
 
     def sample(self, image_size: tuple[int, int], count: int, generator: torch.Generator) -> Views:
         """Draw the random numbers of `count` views.
@@ -135,8 +152,13 @@ class Augmentation:
             raise InvalidInputError(
                 f"generator is a {type(generator).__name__}{device}: pass a CPU generator, torch.Generator()"
             )
-        uniform = torch.rand(count, _DRAWS, generator=generator, dtype=torch.float64, device="cpu")
-        top, left, flip, brightness, hue, order = uniform[:, 2 * _TRIES :].unbind(1)
+        draws = _DRAWS + (2 + _CELLS**2 if self.hide else 0)
+        uniform = torch.rand(count, draws, generator=generator, dtype=torch.float64, device="cpu")
+        top, left, flip, brightness, hue, order = uniform[:, 2 * _TRIES : _DRAWS].unbind(1)
+        hidden = torch.zeros(count, _CELLS, _CELLS, dtype=torch.bool)
+        if self.hide:
+            is_partial, share = uniform[:, _DRAWS : _DRAWS + 2, None, None].unbind(1)
+            hidden = (is_partial < self.hide) & (uniform[:, _DRAWS + 2 :].view(hidden.shape) < share)
         height, width = self._crop_sizes(image_size, uniform[:, :_TRIES], uniform[:, _TRIES : 2 * _TRIES])
 
         # A crop by fallback is not placed at random but in the centre.
@@ -155,6 +177,7 @@ class Augmentation:
             brightness_factor=darkest + (1 + self.brightness - darkest) * brightness,
             hue_shift=(2 * hue - 1) * self.hue,
             hue_first=order < 0.5,
+            hidden=hidden,
         )
 
     def _crop_sizes(
@@ -184,7 +207,7 @@ class Augmentation:
 
     @without_autocast
     def render(self, image: Tensor, views: Views, *, backend: ops.Backend = "auto") -> Tensor:
-        """Render views of an image: crop, resize, flip, then brightness and hue in each view's order.
+        """Render views of an image: crop, resize, flip, then brightness and hue in each view's order; then hide.
 
         Rendering ``views[a:b]`` gives the same values, to rounding. The plain PyTorch implementation is differentiable
         with respect to the image and is what images that want a gradient get: two batched matrix products,
@@ -229,9 +252,13 @@ class Augmentation:
         before, after = torch.where(views.hue_first, 1.0, factor), torch.where(views.hue_first, factor, 1.0)
         colours = torch.stack([before, views.hue_shift, after], 1).to(image, non_blocking=True)
         differentiable = torch.is_grad_enabled() and image.requires_grad
-        if not differentiable and ops.resolve_backend(backend, image.device) == "native":
-            return ops.render_views(image, *rows, *columns, colours)
-        return _render(image, rows, columns, colours)
+        native = not differentiable and ops.resolve_backend(backend, image.device) == "native"
+        pixels = ops.render_views(image, *rows, *columns, colours) if native else _render(image, rows, columns, colours)
+        if not views.hidden.any():
+            return pixels
+        cells = views.hidden[:, None].to(image, non_blocking=True)
+        colour = torch.tensor(self.hidden_colour, dtype=image.dtype).to(image.device, non_blocking=True)
+        return torch.where(F.interpolate(cells, (height, width)) > 0, colour[:, None, None], pixels)
 
     def __call__(self, image: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Draw and render `count` views of an image.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from spade_fast import ops
 from spade_fast.augmentation import Augmentation, Views
 from spade_fast.errors import InvalidInputError
 
-FIELDS = [field.name for field in fields(Views)]
+FIELDS = [field.name for field in fields(Views) if field.name != "hidden"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -44,7 +45,8 @@ def one_view(image_height: int, image_width: int, **changes: float) -> Views:
         "hue_first": False,
     }
     dtypes = {bool: torch.bool, int: torch.int64, float: torch.float64}
-    return Views(**{name: torch.tensor([v], dtype=dtypes[type(v)]) for name, v in {**plain, **changes}.items()})
+    tensors = {name: torch.tensor([v], dtype=dtypes[type(v)]) for name, v in {**plain, **changes}.items()}
+    return Views(**tensors, hidden=torch.zeros(1, 8, 8, dtype=torch.bool))
 
 
 def torchvision_view(image: torch.Tensor, views: Views, index: int, size: tuple[int, int]) -> torch.Tensor:
@@ -242,6 +244,20 @@ def test_cuda_equals_cpu():
     torch.testing.assert_close(on_cuda.cpu(), on_cpu, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(32, 40), (37, 21), (5, 8)], ids=str)
+def test_hidden_cells_have_their_colour_and_all_else_is_as_it_was(size, backend):
+    image, colour = picture(50, 60), (0.1, 0.2, 0.9)
+    augmentation = Augmentation(size=size, hide=0.7, hidden_colour=colour)
+    views = augmentation.sample((50, 60), 9, seeded())
+    found = augmentation.render(image, views, backend=backend)
+    whole = augmentation.render(image, replace(views, hidden=torch.zeros_like(views.hidden)), backend=backend)
+    rows, columns = (torch.arange(side) * 8 // side for side in size)
+    hidden = views.hidden[:, rows][:, :, columns]
+    assert 0 < hidden.sum() < hidden.numel()
+    expected = torch.where(hidden[:, None], torch.tensor(colour, dtype=image.dtype)[:, None, None], whole)
+    assert torch.equal(found, expected)
+
+
 # Random numbers.
 
 
@@ -273,6 +289,31 @@ def test_fewer_views_are_the_first_of_more(few):
     small, large = (augmentation.sample((40, 50), count, seeded()) for count in (few, 100))
     for name in FIELDS:
         assert torch.equal(getattr(small, name), getattr(large[:few], name))
+
+
+@pytest.mark.parametrize("hide", [0.25, 1.0])
+def test_so_many_views_are_hidden_in_part(hide):
+    views = Augmentation(size=24, hide=hide).sample((40, 50), 4000, seeded())
+    counts = views.hidden.flatten(1).sum(1)
+    # Of those that are, one in 65 happens to show everything: a share that is uniform makes all counts as likely.
+    rate = hide * 64 / 65
+    assert (counts > 0).double().mean().item() == pytest.approx(rate, abs=4 * math.sqrt(rate / 4000))
+    some = counts[counts > 0].double()
+    assert some.mean().item() == pytest.approx(32.5, abs=4 * 18.5 / math.sqrt(len(some)))
+    assert some.std().item() == pytest.approx(18.47, rel=0.06)  # uniform over 1..64
+    cells = views.hidden.double().mean(0)
+    assert (cells - cells.mean()).abs().max() < 5 * math.sqrt(0.25 / 4000)
+    assert not torch.equal(views.hidden[counts > 0][0], views.hidden[counts > 0][1])
+
+
+def test_what_is_hidden_does_not_depend_on_how_many_views_there_are():
+    augmentation = Augmentation(size=24, hide=0.5)
+    small, large = (augmentation.sample((40, 50), count, seeded()) for count in (7, 50))
+    assert torch.equal(small.hidden, large.hidden[:7])
+    assert torch.equal(small.top, large.top[:7])
+    plain = Augmentation(size=24).sample((40, 50), 7, seeded())
+    assert not plain.hidden.any()
+    assert plain.hidden.shape == (7, 8, 8)
 
 
 def test_views_have_the_types_they_promise():
@@ -475,6 +516,9 @@ def test_pixel_statistics_are_torchvisions(kind):
         ({"brightness": "0.5"}, "brightness is '0.5'"),
         ({"hue": 0.6}, r"hue is 0\.6: pass a number in 0\.\.0\.5"),
         ({"hue": True}, "hue is True"),
+        ({"hide": 1.1}, r"hide is 1\.1: pass a number in 0\.\.1"),
+        ({"hidden_colour": (0, 0, 2)}, r"hidden_colour is \(0, 0, 2\): pass red, green and blue, numbers in 0\.\.1"),
+        ({"hidden_colour": 0.5}, r"hidden_colour is 0\.5"),
     ],
 )
 def test_field_refusals(change, said):
