@@ -18,6 +18,7 @@ _TRIES = 10  # torchvision's RandomResizedCrop gives up after as many
 _DRAWS = 2 * _TRIES + 6
 # Parts of a view are hidden cell by cell: so many in a row and in a column.
 _CELLS = 8
+_MORE_DRAWS = 4 + _CELLS**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,6 +39,8 @@ class Views:
         bool, whether hue shifts before brightness; the order matters where brightness saturates.
     hidden
         bool [n, 8, 8], the cells of the view of which nothing is shown.
+    strength
+        float64 in 0..1, what is left of all colours' distance from the hidden one; 1 changes nothing.
     """
 
     top: Tensor
@@ -49,6 +52,7 @@ class Views:
     hue_shift: Tensor
     hue_first: Tensor
     hidden: Tensor
+    strength: Tensor
 
     def __len__(self) -> int:
         """Give the number of views."""
@@ -67,8 +71,9 @@ class Augmentation:
 
     The same distribution as torchvision's ``RandomResizedCrop(size, scale, ratio)``,
     ``RandomHorizontalFlip(flip_probability)`` and ``ColorJitter(brightness=brightness, hue=hue)`` in a row,
-    with antialiased bilinear resizing. If asked to, it hides parts of views, as methods and metrics do that ask about
-    images with something missing (occlusion, LIME, insertion, baselines of zero).
+    with antialiased bilinear resizing. If asked to, it hides parts of views and fades them, as methods and metrics do
+    that ask about images with something missing (occlusion, LIME, insertion) or between image and baseline (integrated
+    gradients): see :meth:`partial`.
 
     Parameters
     ----------
@@ -87,6 +92,9 @@ class Augmentation:
     hide
         Probability that parts of a view are hidden, in 0..1: each of 8 x 8 cells then is with a probability that is
         uniform in 0..1 from view to view. The published views hide nothing.
+    fade
+        Probability that all colours of a view are drawn towards the hidden one, in 0..1: to a share of their distance
+        that is uniform in 0..1.
     hidden_colour
         What stands there instead: red, green and blue in 0..1. As a rule the mean that the preprocessing subtracts.
 
@@ -103,13 +111,20 @@ class Augmentation:
     brightness: float = 0.5
     hue: float = 0.3
     hide: float = 0.0
+    fade: float = 0.0
     hidden_colour: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
         _check_size("size", (self.size, self.size) if isinstance(self.size, int) else self.size)
         _check_range("scale", self.scale, 1.0)
         _check_range("ratio", self.ratio, math.inf)
-        for name, top in (("flip_probability", 1.0), ("brightness", math.inf), ("hue", 0.5), ("hide", 1.0)):
+        for name, top in (
+            ("flip_probability", 1.0),
+            ("brightness", math.inf),
+            ("hue", 0.5),
+            ("hide", 1.0),
+            ("fade", 1.0),
+        ):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value <= top:
                 allowed = "a finite number of at least 0" if top == math.inf else f"a number in 0..{top:g}"
@@ -117,6 +132,13 @@ class Augmentation:
         colour = self.hidden_colour
         if not isinstance(colour, tuple) or len(colour) != 3 or not all(_is_number(c) and 0 <= c <= 1 for c in colour):
             raise InvalidInputError(f"hidden_colour is {colour!r}: pass red, green and blue, numbers in 0..1")
+
+    @classmethod
+    def partial(
+        cls, size: int | tuple[int, int], hidden_colour: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    ) -> Augmentation:
+        """The published views, of which every second has hidden parts, and every second is faded."""
+        return cls(size=size, hide=0.5, fade=0.5, hidden_colour=hidden_colour)
 
     def sample(self, image_size: tuple[int, int], count: int, generator: torch.Generator) -> Views:
         """Draw the random numbers of `count` views.
@@ -152,13 +174,15 @@ class Augmentation:
             raise InvalidInputError(
                 f"generator is a {type(generator).__name__}{device}: pass a CPU generator, torch.Generator()"
             )
-        draws = _DRAWS + (2 + _CELLS**2 if self.hide else 0)
+        draws = _DRAWS + (_MORE_DRAWS if self.hide or self.fade else 0)
         uniform = torch.rand(count, draws, generator=generator, dtype=torch.float64, device="cpu")
         top, left, flip, brightness, hue, order = uniform[:, 2 * _TRIES : _DRAWS].unbind(1)
-        hidden = torch.zeros(count, _CELLS, _CELLS, dtype=torch.bool)
-        if self.hide:
-            is_partial, share = uniform[:, _DRAWS : _DRAWS + 2, None, None].unbind(1)
-            hidden = (is_partial < self.hide) & (uniform[:, _DRAWS + 2 :].view(hidden.shape) < share)
+        hidden, strength = torch.zeros(count, _CELLS, _CELLS, dtype=torch.bool), torch.ones(count, dtype=torch.float64)
+        if self.hide or self.fade:
+            is_faded, left, is_partial, share = uniform[:, _DRAWS : _DRAWS + 4].unbind(1)
+            strength = torch.where(is_faded < self.fade, left, strength)
+            cells = uniform[:, _DRAWS + 4 :].view(hidden.shape)
+            hidden = (is_partial < self.hide)[:, None, None] & (cells < share[:, None, None])
         height, width = self._crop_sizes(image_size, uniform[:, :_TRIES], uniform[:, _TRIES : 2 * _TRIES])
 
         # A crop by fallback is not placed at random but in the centre.
@@ -178,6 +202,7 @@ class Augmentation:
             hue_shift=(2 * hue - 1) * self.hue,
             hue_first=order < 0.5,
             hidden=hidden,
+            strength=strength,
         )
 
     def _crop_sizes(
@@ -207,7 +232,8 @@ class Augmentation:
 
     @without_autocast
     def render(self, image: Tensor, views: Views, *, backend: ops.Backend = "auto") -> Tensor:
-        """Render views of an image: crop, resize, flip, then brightness and hue in each view's order; then hide.
+        """Render views of an image: crop, resize, flip, then brightness and hue in each view's order; fade and
+        hide.
 
         Rendering ``views[a:b]`` gives the same values, to rounding. The plain PyTorch implementation is differentiable
         with respect to the image and is what images that want a gradient get: two batched matrix products,
@@ -254,11 +280,11 @@ class Augmentation:
         differentiable = torch.is_grad_enabled() and image.requires_grad
         native = not differentiable and ops.resolve_backend(backend, image.device) == "native"
         pixels = ops.render_views(image, *rows, *columns, colours) if native else _render(image, rows, columns, colours)
-        if not views.hidden.any():
+        if not views.hidden.any() and bool((views.strength == 1).all()):
             return pixels
-        cells = views.hidden[:, None].to(image, non_blocking=True)
+        shown = torch.where(views.hidden, 0.0, views.strength[:, None, None])[:, None].to(image, non_blocking=True)
         colour = torch.tensor(self.hidden_colour, dtype=image.dtype).to(image.device, non_blocking=True)
-        return torch.where(F.interpolate(cells, (height, width)) > 0, colour[:, None, None], pixels)
+        return torch.lerp(colour[:, None, None].expand_as(pixels), pixels, F.interpolate(shown, (height, width)))
 
     def __call__(self, image: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Draw and render `count` views of an image.

@@ -15,7 +15,7 @@ from spade_fast import ops
 from spade_fast.augmentation import Augmentation, Views
 from spade_fast.errors import InvalidInputError
 
-FIELDS = [field.name for field in fields(Views) if field.name != "hidden"]
+FIELDS = [field.name for field in fields(Views) if field.name not in ("hidden", "strength")]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -46,7 +46,8 @@ def one_view(image_height: int, image_width: int, **changes: float) -> Views:
     }
     dtypes = {bool: torch.bool, int: torch.int64, float: torch.float64}
     tensors = {name: torch.tensor([v], dtype=dtypes[type(v)]) for name, v in {**plain, **changes}.items()}
-    return Views(**tensors, hidden=torch.zeros(1, 8, 8, dtype=torch.bool))
+    shown = {"hidden": torch.zeros(1, 8, 8, dtype=torch.bool), "strength": torch.ones(1, dtype=torch.float64)}
+    return Views(**tensors, **shown)
 
 
 def torchvision_view(image: torch.Tensor, views: Views, index: int, size: tuple[int, int]) -> torch.Tensor:
@@ -247,15 +248,21 @@ def test_cuda_equals_cpu():
 @pytest.mark.parametrize("size", [(32, 40), (37, 21), (5, 8)], ids=str)
 def test_hidden_cells_have_their_colour_and_all_else_is_as_it_was(size, backend):
     image, colour = picture(50, 60), (0.1, 0.2, 0.9)
-    augmentation = Augmentation(size=size, hide=0.7, hidden_colour=colour)
+    augmentation = Augmentation(size=size, hide=0.7, fade=0.5, hidden_colour=colour)
     views = augmentation.sample((50, 60), 9, seeded())
     found = augmentation.render(image, views, backend=backend)
-    whole = augmentation.render(image, replace(views, hidden=torch.zeros_like(views.hidden)), backend=backend)
+    plain = {"hidden": torch.zeros_like(views.hidden), "strength": torch.ones_like(views.strength)}
+    whole = augmentation.render(image, replace(views, **plain), backend=backend)
     rows, columns = (torch.arange(side) * 8 // side for side in size)
     hidden = views.hidden[:, rows][:, :, columns]
     assert 0 < hidden.sum() < hidden.numel()
-    expected = torch.where(hidden[:, None], torch.tensor(colour, dtype=image.dtype)[:, None, None], whole)
-    assert torch.equal(found, expected)
+    grey = torch.tensor(colour, dtype=image.dtype)[:, None, None]
+    strength = views.strength.to(image)[:, None, None, None]
+    assert 0 < (strength < 1).sum() < 9
+    expected = torch.where(hidden[:, None], grey, grey + strength * (whole - grey))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    unfaded = (views.strength == 1).nonzero()[:, 0]
+    assert torch.equal(found[unfaded], torch.where(hidden[:, None], grey, whole)[unfaded])
 
 
 # Random numbers.
@@ -314,6 +321,23 @@ def test_what_is_hidden_does_not_depend_on_how_many_views_there_are():
     plain = Augmentation(size=24).sample((40, 50), 7, seeded())
     assert not plain.hidden.any()
     assert plain.hidden.shape == (7, 8, 8)
+    assert (plain.strength == 1).all()
+
+
+def test_so_many_views_are_faded():
+    strength = Augmentation(size=24, fade=0.3).sample((40, 50), 4000, seeded()).strength
+    faded = strength[strength < 1]
+    assert len(faded) / 4000 == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 4000))
+    assert faded.mean().item() == pytest.approx(0.5, abs=4 * math.sqrt(1 / 12 / len(faded)))
+    assert faded.std().item() == pytest.approx(math.sqrt(1 / 12), rel=0.05)
+
+
+def test_partial_views():
+    augmentation = Augmentation.partial(24, (0.1, 0.2, 0.3))
+    assert augmentation == Augmentation(size=24, hide=0.5, fade=0.5, hidden_colour=(0.1, 0.2, 0.3))
+    views = augmentation.sample((40, 50), 4000, seeded())
+    both = (views.hidden.flatten(1).any(1) & (views.strength < 1)).double().mean().item()
+    assert both == pytest.approx(0.25 * 64 / 65, abs=0.03)  # independent of each other
 
 
 def test_views_have_the_types_they_promise():
