@@ -16,6 +16,7 @@ from subjects import SIDE, photographs, quarters
 from typer.testing import CliRunner, Result
 
 from spade_fast import cli, evaluation, implanting, models
+from spade_fast.augmentation import Augmentation
 from spade_fast.cases import Case, attacked_case
 from spade_fast.models import LoadedModel
 from spade_fast.patches import Patch
@@ -102,6 +103,7 @@ def test_arms_of_other_images(folder: Path, tmp_path: Path) -> None:
     result = evaluate("insertion", folder, "--limit", 3, "--sparsity", 0.6, *arms)
     assert "generic - dense" in result.stdout
     settings = json.loads((folder.parent / "out" / "settings.json").read_text())
+    assert settings["arms"]["generic"]["augment"] is None
     assert settings["arms"]["generic"]["arm"] == "set"
     assert len(settings["arms"]["class"]["images"]) == 6
     assert settings["arms"]["class"]["sparsity"] == 0.6
@@ -167,6 +169,14 @@ def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Pa
     assert told["occlusion"]["targets"] == SparsityPlan.from_json(plans / "occlusion.json").targets
 
 
+def test_partial_views_reach_the_traces(folder: Path) -> None:
+    result = evaluate("insertion", folder, "--limit", 1, "--sparsity", "budget:0.1", "--views", "partial")
+    assert result.exit_code == 0
+    settings = json.loads((folder.parent / "out" / "settings.json").read_text())["arms"]["fast"]
+    assert settings["sparsity"]["error_budget"] == 0.1
+    assert settings["augment"] == repr(Augmentation.partial(SIDE, (0.5, 0.5, 0.5)))
+
+
 def test_one_plan_for_all_methods(folder: Path, tmp_path: Path) -> None:
     SparsityPlan.from_mapping({"blocks.1": 0.5}).to_json(tmp_path / "plan.json")
     result = evaluate(
@@ -201,6 +211,7 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
         (("evaluate", "insertion", "--methods", "saliences"), "'saliences'; nearest: 'saliency'"),
         (("evaluate", "insertion", "--sparsity", "much"), "neither a share within 0..1, nor an error budget"),
         (("evaluate", "insertion", "--sparsity", "budget:0"), "an error budget must be a positive number"),
+        (("evaluate", "insertion", "--views", "some"), "--views 'some' is unknown: choose published or partial"),
         (("evaluate", "trojan"), "which patches has the network"),
         (("evaluate", "trojan", "--trojan", "demo", "--patch", "heart=1"), "leave --model, --arch and --patch out"),
         (("evaluate", "trojan", "--trojan", "nowhere"), "'nowhere' holds no network with patches"),

@@ -23,6 +23,7 @@ from spade_fast.cli.shared import (
     NumClasses,
     Out,
     SparsityText,
+    ViewKind,
     Views,
     make_folder,
     open_network,
@@ -30,6 +31,7 @@ from spade_fast.cli.shared import (
     read_methods,
     read_network,
     read_sparsity,
+    read_views,
     say,
 )
 from spade_fast.errors import InvalidInputError, require
@@ -56,6 +58,7 @@ def explain(
     out: Out = Path("explanation"),
     sparsity: SparsityText = "default",
     num_augmentations: Views = 64,
+    views: ViewKind = "published",
     batch_size: Annotated[
         int | None,
         typer.Option(help="Views that go through the network at a time.", show_default="16 on a CPU, else 64"),
@@ -88,6 +91,7 @@ def explain(
         target=target,
         sparsity=read_sparsity(sparsity),
         num_augmentations=num_augmentations,
+        views=views,
         batch_size=batch_size,
         refit=refit,
         hessian_dtype=_read_hessian_dtype(hessian_dtype),
@@ -119,6 +123,7 @@ def _explain(
     methods: str = _DEFAULT_METHODS,
     save_trace: Path | None = None,
     device: str | None = None,
+    views: str = "published",
     **settings: Any,
 ) -> None:
     # What needs no network is checked before one is loaded, what is written is prepared before it is computed.
@@ -134,6 +139,7 @@ def _explain(
         make_folder(save_trace.parent)
 
     model = open_network(network, device)
+    settings["augment"] = read_views(views, model)
     say(f"[dim]explaining {escape(str(photo))}[/]")
     explanation = explain(model, image, methods=names, progress=sys.stderr.isatty(), **settings)
     files = explanation.save(out)

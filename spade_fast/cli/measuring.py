@@ -20,6 +20,7 @@ from spade_fast.cli.shared import (
     ModelName,
     NumClasses,
     SparsityText,
+    ViewKind,
     Views,
     make_folder,
     open_network,
@@ -28,6 +29,7 @@ from spade_fast.cli.shared import (
     read_network,
     read_sparsity,
     read_trojans,
+    read_views,
     say,
 )
 from spade_fast.comparison import Metric
@@ -84,6 +86,7 @@ def evaluate(
     ] = None,
     reference_limit: Annotated[int, typer.Option(help="How many of those, drawn at random.")] = 64,
     num_augmentations: Views = 64,
+    views: ViewKind = "published",
     steps: Steps = 32,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
@@ -110,7 +113,7 @@ def evaluate(
 
     files = unseen_files(images, {**seen, **trained})
     others = {} if reference is None else unseen_files(reference, {})
-    settings = {"num_augmentations": num_augmentations, "seed": seed}
+    settings = {"num_augmentations": num_augmentations, "augment": read_views(views, network), "seed": seed}
 
     def cases(of: Mapping[str, Path]) -> dict[str, Callable[[], Case]]:
         return attacked_cases(network, of, trojans, seed=seed) if metric == "trojan" else clean_cases(network, of, seed)
@@ -163,6 +166,7 @@ def tune(
         bool, typer.Option(help="Search block by block, too, beside plans that need no tuning: eight times the time.")
     ] = True,
     num_augmentations: Views = 64,
+    views: ViewKind = "published",
     steps: Steps = 16,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
@@ -197,6 +201,7 @@ def tune(
         seed=seed,
         progress=sys.stderr.isatty(),
         num_augmentations=num_augmentations,
+        augment=read_views(views, network),
     )
     table = Table("method", "plan", "points above dense, held out", "95 % interval", "maps made")
     reports = {}

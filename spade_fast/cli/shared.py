@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from spade_fast.errors import InvalidInputError, SpadeError
 
 if TYPE_CHECKING:
+    from spade_fast.augmentation import Augmentation
     from spade_fast.implanting import Trojan
     from spade_fast.models import LoadedModel
     from spade_fast.tracer import Sparsity
@@ -44,6 +45,11 @@ SparsityText = Annotated[
     str, typer.Option("--sparsity", help="Share to prune (0.8), error budget (budget:0.03), plan (FILE.json), preset.")
 ]
 Views = Annotated[int, typer.Option("--num-augmentations", help="Views of each image to trace on.")]
+
+ViewKind = Annotated[
+    str,
+    typer.Option("--views", help="published, or partial: with hidden parts and faded, as methods and metrics ask."),
+]
 
 
 class Group(TyperGroup):
@@ -93,6 +99,16 @@ def read_methods(text: str) -> tuple[str, ...]:
     if text in ("all", "ten"):
         return tuple(METHODS) if text == "all" else TEN_METHODS
     return check_methods([name.strip() for name in text.split(",")])
+
+
+def read_views(kind: str, network: LoadedModel) -> Augmentation | None:
+    """The augmentation of that kind at the network's size; None for the published one."""
+    from spade_fast.augmentation import Augmentation
+
+    if kind not in ("published", "partial"):
+        raise InvalidInputError(f"--views {kind!r} is unknown: choose published or partial")
+    preprocess = network.preprocess
+    return Augmentation.partial(preprocess.input_size, preprocess.mean) if kind == "partial" else None
 
 
 def read_sparsity(text: str) -> Sparsity:
