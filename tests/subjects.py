@@ -27,7 +27,8 @@ class Quarters(nn.Module):
         self.classifier = nn.Linear(16, 4)
         with torch.no_grad():
             self.stem.weight.fill_(0.4)
-            self.classifier.weight.copy_(torch.eye(4).repeat_interleave(4, dim=1) + self.classifier.weight / 4)
+            self.classifier.weight.copy_(4 * torch.eye(4).repeat_interleave(4, dim=1) + self.classifier.weight)
+            self.classifier.bias.mul_(4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -36,7 +37,7 @@ class Quarters(nn.Module):
             x = x + 0.1 * block["narrow"](y)
         # [n, 4, 2, 2] to the four channels of each quarter, one quarter after the other.
         pooled = nn.functional.adaptive_avg_pool2d(x, 2).flatten(2).transpose(1, 2)
-        return 4 * self.classifier(pooled.flatten(1))
+        return self.classifier(pooled.flatten(1))
 
 
 def quarters() -> LoadedModel:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import spade_fast as sf
 from spade_fast import arms, evaluation, metrics
-from spade_fast.arms import Arm, dense_arm, module_arm, set_arm, trace_arm, tuned_arm
+from spade_fast.arms import Arm, dense_arm, module_arm, set_arm, sparse_fc_arm, trace_arm, tuned_arm
 from spade_fast.cases import Case, attacked_case, make_case, read_case
 from spade_fast.comparison import Evaluation
 from spade_fast.errors import InvalidInputError
@@ -188,6 +188,28 @@ def test_arms_ask_the_network_that_they_say(model: LoadedModel, files: dict[str,
         doubled = other.module(case.inputs)
     assert torch.equal(networks_of(module_arm(other.module, {}), case)["saliency"], doubled)
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+
+
+def test_a_sparse_classifier_is_fitted_once_and_knows_its_classes(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, files: dict[str, Path]
+) -> None:
+    pytest.importorskip("glm_saga")
+    cases = list(first_cases(clean_cases(model, files), 8).values())
+    reference = [each for each in cases if each.target != 3]
+    fitted = []
+    fit = arms.sparse_fc
+    monkeypatch.setattr(arms, "sparse_fc", lambda *given, **more: fitted.append(fit(*given, **more)) or fitted[-1])
+    arm = sparse_fc_arm(model, reference, views=6)
+    for case in reference[:2]:
+        found = networks_of(arm, case)["occlusion"]
+        with torch.no_grad():
+            assert torch.equal(found, fitted[0].sparse_copy(model)(case.inputs))
+        assert found.argmax() == case.target
+    assert len(fitted) == 1
+    assert 0 < fitted[0].nonzeros.sum() < fitted[0].weight.numel() / 2
+    unknown = next(each for each in cases if each.target == 3)
+    with pytest.raises(InvalidInputError, match="no image that the sparse classifier is fitted to has class 3"):
+        list(sparse_fc_arm(model, reference, views=1).networks(unknown, METHODS))
 
 
 def test_each_method_has_its_plan(model: LoadedModel, files: dict[str, Path]) -> None:
