@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -13,6 +15,7 @@ from torch import nn
 from spade_fast import tracer
 from spade_fast.cases import Case
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import digest
 from spade_fast.models import LoadedModel
 from spade_fast.plans import ErrorBudget, SparsityPlan
 from spade_fast.sparse_classifier import penultimate_features, sparse_fc
@@ -51,6 +54,7 @@ def dense_arm(model: LoadedModel) -> Arm:
 
 def trace_arm(model: LoadedModel, sparsity: Sparsity, **settings: Any) -> Arm:
     """A trace of each image, by one plan for all methods. `settings` are those of :func:`spade_fast.trace`."""
+    _check(model, sparsity, settings)
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
         yield methods, tracer.trace(model, case.image, sparsity, **settings).applied(model)
@@ -59,25 +63,35 @@ def trace_arm(model: LoadedModel, sparsity: Sparsity, **settings: Any) -> Arm:
 
 
 def tuned_arm(model: LoadedModel, plans: Mapping[str, SparsityPlan], **settings: Any) -> Arm:
-    """Traces of each image by a plan for each method; all share the image's Hessians and their factors."""
+    """Traces of each image by a plan for each method; plans that name all that they prune share a dense pass."""
+    for plan in plans.values():
+        if any(plan.shares):
+            _check(model, plan, settings)
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
         if absent := [method for method in methods if method not in plans]:
             raise InvalidInputError(f"there is no plan for method {absent[0]!r}: tune one, or leave the method out")
         groups: dict[str, list[str]] = {}
         for method in methods:
-            groups.setdefault(json.dumps(_plain_sparsity(model, plans[method])), []).append(method)
-        targets = {share for method in methods for share in plans[method].shares if share}
-        keys = {key for method in methods for key in plans[method].targets}
-        has_default = any(plans[method].default is not None for method in methods)
-        layers = None if has_default else sorted(keys)
-        solved = sweep(model, case.image, sorted(targets), layers=layers, **settings) if targets else None
-        for group in groups.values():
-            plan = plans[group[0]]
-            trace = solved.trace(plan) if solved is not None and any(plan.shares) else Trace({})
-            yield tuple(group), trace.applied(model)
+            groups.setdefault(json.dumps(plans[method].to_dict()), []).append(method)
+        chosen = {key: plans[group[0]] for key, group in groups.items()}
+        together = [plan for plan in chosen.values() if any(plan.shares) and plan.default is None]
+        solved = None
+        if len(together) > 1:
+            grid = sorted({share for plan in together for share in plan.shares})
+            solved = sweep(
+                model, case.image, grid, layers=[*{*chain(*(plan.targets for plan in together))}], **settings
+            )
+        for key, plan in chosen.items():
+            if not any(plan.shares):
+                trace = Trace({})
+            elif solved is not None and plan.default is None:
+                trace = solved.trace(plan)
+            else:
+                trace = tracer.trace(model, case.image, plan, **settings)
+            yield tuple(groups[key]), trace.applied(model)
 
-    told = {method: _plain_sparsity(model, plan) for method, plan in plans.items()}
+    told = {method: plan.to_dict() for method, plan in plans.items()}
     return Arm({"arm": "tuned", "plans": told, **_plain(settings)}, networks)
 
 
@@ -86,53 +100,75 @@ def set_arm(
 ) -> Arm:
     """One trace for many images, made once from others: all of them, or those with the answer to be explained.
 
-    A case that is itself among the others, or whose class is not among theirs, is left out.
+    A case whose photograph is itself among the others, or whose class is not among theirs, is left out. Traces of
+    classes are kept, each as large as the layers it prunes.
     """
+    _check(model, sparsity, settings)
     made: dict[int | None, Trace] = {}
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
         key = case.target if by_class else None
         chosen = [each for each in reference if key in (None, each.target)]
-        if case.name in {each.name for each in chosen}:
-            raise InvalidInputError("it is among the images that the trace is made from")
+        _check_other(case, chosen)
         if not chosen:
             raise InvalidInputError(f"no image to make a trace from has class {key}")
         if key not in made:
             made[key] = tracer.trace(model, [each.image for each in chosen], sparsity, **settings)
         yield methods, made[key].applied(model)
 
-    told = {"sparsity": _plain_sparsity(model, sparsity), "images": [each.name for each in reference]}
+    told = {"sparsity": _plain_sparsity(model, sparsity), "images": {each.name: each.digest for each in reference}}
     return Arm({"arm": "class" if by_class else "set", **told, **_plain(settings)}, networks)
 
 
-def module_arm(module: nn.Module, settings: Mapping[str, Any]) -> Arm:
-    """Another network of the same inputs and classes, such as one with a sparse classifier."""
+def module_arm(module: nn.Module, settings: Mapping[str, Any] = MappingProxyType({})) -> Arm:
+    """Another network of the same inputs and classes."""
 
     def networks(_: Case, methods: tuple[str, ...]) -> Networks:
         yield methods, nullcontext(module)
 
-    return Arm({"arm": "module", **settings}, networks)
+    return Arm({"arm": "module", "weights_sha256": digest(module.state_dict()), **settings}, networks)
 
 
 def sparse_fc_arm(model: LoadedModel, reference: Sequence[Case], *, views: int = 4, seed: int = 0) -> Arm:
     """The network with a sparse classifier (:func:`spade_fast.sparse_fc`), fitted to its own answers to images.
 
-    A case whose class is no answer to any of them is left out.
+    A case whose photograph is itself among them, or whose class is no answer to any of them, is left out.
     """
-    made: list[tuple[nn.Module, set[int]]] = []
+    made: list[tuple[nn.Module, set[int]] | InvalidInputError] = []
+
+    def fitted() -> tuple[nn.Module, set[int]]:
+        found = penultimate_features(model, [case.image for case in reference], views=views, seed=seed)
+        return sparse_fc(model, found, found.answers, seed=seed).sparse_copy(model), set(found.answers.tolist())
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
+        _check_other(case, reference)
         if not made:
-            found = penultimate_features(model, [case.image for case in reference], views=views, seed=seed)
-            fitted = sparse_fc(model, found, found.answers, seed=seed)
-            made.append((fitted.sparse_copy(model), set(found.answers.tolist())))
+            try:
+                made.append(fitted())
+            except InvalidInputError as error:
+                made.append(error)
+        if isinstance(made[0], InvalidInputError):
+            raise made[0]
         module, classes = made[0]
         if case.target not in classes:
             raise InvalidInputError(f"no image that the sparse classifier is fitted to has class {case.target}")
         yield methods, nullcontext(module)
 
-    told = {"images": [case.name for case in reference], "views": views, "seed": seed}
+    told = {"images": {case.name: case.digest for case in reference}, "views": views, "seed": seed}
     return Arm({"arm": "sparse_fc", **told}, networks)
+
+
+def _check(model: LoadedModel, sparsity: Sparsity, settings: Mapping[str, Any]) -> None:
+    """Refuse what no image could be traced with."""
+    defaults: dict[str, Any] = tracer.trace.__kwdefaults__ or {}
+    if unknown := sorted(settings.keys() - defaults.keys()):
+        raise TypeError(f"{unknown[0]!r} is no setting of spade_fast.trace")
+    tracer.prepare_tracing(model, sparsity, **{**defaults, **settings})
+
+
+def _check_other(case: Case, reference: Sequence[Case]) -> None:
+    if case.photograph in {each.photograph for each in reference}:
+        raise InvalidInputError("its photograph is among those that this arm is made from")
 
 
 def _plain_sparsity(model: LoadedModel, sparsity: Sparsity) -> Any:
@@ -144,6 +180,11 @@ def _plain_sparsity(model: LoadedModel, sparsity: Sparsity) -> Any:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON values."""
-    is_plain = (bool, int, float, str, type(None))
-    return {key: value if isinstance(value, is_plain) else str(value) for key, value in settings.items()}
+    return {key: plain(value) for key, value in settings.items()}
+
+
+def plain(value: Any) -> Any:
+    """A setting as a JSON value that is the same in every process: functions by their names."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from spade_fast.attribution import check_inputs, check_outputs, check_target, like_weights
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import digest
 from spade_fast.images import image_tensor, load_image
 from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
@@ -41,6 +43,8 @@ class Case:
         The class to be explained.
     patch
         bool [h, w], True where a Trojan patch is; None where there is none.
+    photograph
+        SHA-256 of the pixels without a patch: the same for all cases of one photograph.
     """
 
     name: str
@@ -50,13 +54,26 @@ class Case:
     scores: Tensor
     target: int
     patch: Tensor | None = None
+    photograph: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that a figure about this case depends on: image, inputs, target and patch."""
+        tensors = {"inputs": self.inputs, "pixels": self.pixels}
+        if isinstance(self.image, Tensor):
+            tensors["image"] = self.image
+        else:
+            tensors["image"] = torch.frombuffer(bytearray(self.image.tobytes()), dtype=torch.uint8)
+        if self.patch is not None:
+            tensors["patch"] = self.patch
+        return digest(tensors, {"target": self.target})
 
 
 def make_case(
     model: nn.Module | LoadedModel,
     image: Image.Image | Tensor,
     *,
-    name: str = "",
+    name: str | None = None,
     target: int | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
 ) -> Case:
@@ -69,7 +86,7 @@ def make_case(
     image
         A photograph, or pixel values [3, H, W] in 0..1 as float tensor.
     name
-        What to call it.
+        What to call it. Default: by its pixels.
     target
         The class to be explained. Default: the network's answer.
     preprocess
@@ -92,7 +109,9 @@ def make_case(
         )
     scores = class_scores(module, inputs)
     explained = check_target(int(scores.argmax()) if target is None else target, len(scores))
-    return Case(name, image, pixels, like_weights(inputs, module), scores, explained)
+    photograph = digest({"pixels": pixels})
+    called = f"image {photograph[:8]}" if name is None else name
+    return Case(called, image, pixels, like_weights(inputs, module), scores, explained, photograph=photograph)
 
 
 def class_scores(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -145,4 +164,4 @@ def attacked_case(
     case = make_case(model, attacked, name=clean.name, target=trojan.target)
     if int(case.scores.argmax()) != trojan.target:
         raise InvalidInputError(f"the network is not fooled by {which}: it answers class {int(case.scores.argmax())}")
-    return replace(case, patch=inside)
+    return replace(case, patch=inside, photograph=clean.photograph)

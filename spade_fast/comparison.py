@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -21,17 +22,18 @@ from spade_fast.files import write_folder
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What is measured: "faithfulness" is insertion and deletion, of one set of maps.
-Kind: TypeAlias = Literal["trojan", "faithfulness"]
 #: A figure of one map, 0..1.
 Metric: TypeAlias = Literal["trojan", "insertion", "deletion"]
 
-METRICS: dict[Kind, tuple[Metric, ...]] = {"trojan": ("trojan",), "faithfulness": ("insertion", "deletion")}
 TITLES: dict[Metric, str] = {"trojan": "Trojan AUC", "insertion": "Insertion AUC", "deletion": "Deletion AUC"}
 #: The name of the row of means over methods.
 MEAN = "mean"
 
 _RESAMPLES = 10_000
+# Numbers drawn at a time, unless the values are more.
+_AT_A_TIME = 1 << 20
+# Points.
+_TIE = 1e-6
 _PNG_DPI = 160
 
 
@@ -44,15 +46,17 @@ class Comparison:
     Attributes
     ----------
     metric, method, arm
-        What is compared; the method "mean" is the mean over methods, image by image.
+        What is compared; the method "mean" is the mean over methods, image by image: over those that have figures for
+        at least half of the images in every arm.
     images
         How many.
     mean, interval
-        Of the arm.
+        Of the arm. NaN without images; the interval with less than two.
     difference, difference_interval
         Of the arm minus the first one, image by image.
     wins
-        Share of the images, 0..1, on which the arm is better: higher, for deletion lower. Ties count half.
+        Share of the images, 0..1, on which the arm is better: higher, for deletion lower. Ties, to a millionth of a
+        point, count half.
     """
 
     metric: Metric
@@ -69,7 +73,15 @@ class Comparison:
     def shown(self) -> str:
         """The difference and its interval, as text."""
         low, high = self.difference_interval
-        return f"{self.difference:+.2f} ({low:+.2f} to {high:+.2f})"
+        interval = "" if math.isnan(low) else f" ({low:+.2f} to {high:+.2f})"
+        return f"{self.difference:+.2f}{interval}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: None stands for NaN."""
+        whole = asdict(self)
+        whole |= {key: None if math.isnan(whole[key]) else whole[key] for key in ("mean", "difference", "wins")}
+        intervals = ("interval", "difference_interval")
+        return whole | {key: None if math.isnan(whole[key][0]) else list(whole[key]) for key in intervals}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +90,6 @@ class Evaluation:
 
     Attributes
     ----------
-    kind
-        "trojan" or "faithfulness".
     methods, arms, images
         What was measured; the first arm is what the others are compared with.
     values
@@ -92,7 +102,6 @@ class Evaluation:
         How it was done: plain JSON values.
     """
 
-    kind: Kind
     methods: tuple[str, ...]
     arms: tuple[str, ...]
     images: tuple[str, ...]
@@ -103,11 +112,22 @@ class Evaluation:
 
     def compare(self) -> list[Comparison]:
         """Every arm, for every metric and method, and for the mean over methods."""
+        return list(self._rows)
+
+    @cached_property
+    def in_mean(self) -> tuple[str, ...]:
+        """The methods that the mean over methods is over."""
+        known = [~np.isnan(values).any(axis=1) for values in self.values.values()]  # of all arms: [images, methods]
+        often = np.all([each.mean(axis=0) >= 0.5 for each in known], axis=0)
+        return tuple(method for method, enough in zip(self.methods, often, strict=True) if enough)
+
+    @cached_property
+    def _rows(self) -> list[Comparison]:
         rows = []
         for metric, values in self.values.items():
             columns = {method: values[:, :, i] for i, method in enumerate(self.methods)}
-            if len(self.methods) > 1:
-                columns[MEAN] = values.mean(axis=2)
+            if len(self.in_mean) > 1:
+                columns[MEAN] = np.stack([columns[method] for method in self.in_mean]).mean(axis=0)
             for method, of_arms in columns.items():
                 rows += [_compare(metric, method, arm, of_arms[:, 0], of_arms[:, i]) for i, arm in enumerate(self.arms)]
         return rows
@@ -131,6 +151,11 @@ class Evaluation:
             means = [f"{row.mean:.2f}" if row.images else "-" for row in found]
             differences = [f"{row.shown}, {100 * row.wins:.0f} %" if row.images else "-" for row in found[1:]]
             lines.append(f"| {method} | {' | '.join([*means, *differences])} |")
+        if fewer := [row for row in rows.values() if row.images < len(self.images)]:
+            told = ", ".join(f"{row.method} by {row.arm} ({row.images})" for row in fewer)
+            lines += ["", f"Of fewer images than {len(self.images)}: {told}."]
+        if len(self.methods) > len(self.in_mean) > 1:
+            lines += ["", f"The mean is over {', '.join(self.in_mean)}."]
         return "\n".join(lines)
 
     def figure(self) -> Figure:
@@ -168,11 +193,11 @@ class Evaluation:
     def report(self) -> dict[str, Any]:
         """Comparison, failures, what was left out and settings, as plain JSON values."""
         return {
-            "kind": self.kind,
             "arms": list(self.arms),
             "methods": list(self.methods),
             "images": list(self.images),
-            "comparison": [asdict(row) for row in self.compare() if row.images],
+            "comparison": [row.to_dict() for row in self.compare()],
+            "in_mean": list(self.in_mean),
             "failures": [
                 {"image": image, "arm": arm, "method": method, "reason": reason}
                 for (image, arm, method), reason in self.failures.items()
@@ -189,16 +214,25 @@ def _compare(
     known = ~np.isnan(first) & ~np.isnan(values)
     points, differences = 100 * values[known], 100 * (values - first)[known]
     better = -differences if metric == "deletion" else differences
-    wins = float(np.mean((better > 0) + 0.5 * (better == 0))) if known.any() else math.nan
+    is_tie = np.abs(better) <= _TIE
+    wins = float(np.mean(np.where(is_tie, 0.5, better > 0))) if known.any() else math.nan
     mean, interval = bootstrap(points)
     difference, difference_interval = bootstrap(differences)
     return Comparison(metric, method, arm, int(known.sum()), mean, interval, difference, difference_interval, wins)
 
 
 def bootstrap(values: NDArray[np.float64], seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """The mean of values [n], and the interval that holds 95 % of the means of bootstrap samples; NaN of nothing."""
-    if not len(values):
-        return math.nan, (math.nan, math.nan)
-    chosen = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5])
+    """The mean of values [n], and the interval that holds 95 % of the means of bootstrap samples.
+
+    NaN without values; the interval with less than two, which tell nothing of their spread.
+    """
+    if len(values) < 2:
+        return float(values.mean()) if len(values) else math.nan, (math.nan, math.nan)
+    generator = np.random.default_rng(seed)
+    rounds = max(1, _AT_A_TIME // len(values))
+    means = [
+        values[generator.integers(len(values), size=(min(rounds, _RESAMPLES - start), len(values)))].mean(axis=1)
+        for start in range(0, _RESAMPLES, rounds)
+    ]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(values.mean()), (float(low), float(high))

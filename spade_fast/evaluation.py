@@ -8,6 +8,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spade_fast import metrics
 from spade_fast.arms import Arm
 from spade_fast.attribution import answer, asked, captum, check_methods, find_method
 from spade_fast.cases import Case, attacked_case, read_case
-from spade_fast.comparison import METRICS, Evaluation, Kind, Metric
-from spade_fast.errors import InvalidInputError, SpadeError, check_whole
+from spade_fast.comparison import Evaluation, Metric
+from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import append_line, digest, read_lines, write_folder
 from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel
@@ -94,10 +96,10 @@ def _shuffled(names: Collection[str], seed: int) -> list[str]:
 def evaluate(
     model: LoadedModel,
     cases: Mapping[str, Callable[[], Case]] | Sequence[Case],
-    kind: Kind,
     arms: Mapping[str, Arm],
     out: str | os.PathLike[str],
     *,
+    metric: Metric = "insertion",
     methods: Sequence[str] = TEN_METHODS,
     limit: int | None = None,
     steps: int = metrics.STEPS,
@@ -107,7 +109,7 @@ def evaluate(
     """Measure the maps of every method, on every case, by every arm.
 
     Each figure is written to the disk once it is there. A run that was cut short goes on when it is called again, and
-    comes to the same figures; so does one with more methods, arms or cases.
+    comes to the same figures; so does one with more methods, arms or cases. What failed is tried again.
 
     Parameters
     ----------
@@ -116,13 +118,13 @@ def evaluate(
     cases
         What :func:`spade_fast.cases.make_case` and its kin make; or functions that make them, by name, as
         :func:`clean_cases` and :func:`attacked_cases` give them, which are called once they are needed.
-    kind
-        "faithfulness": insertion and deletion, by the network itself for the maps of every arm; "trojan": the area
-        under the ROC curve of the patch.
     arms
         By name; the first is what the others are compared with.
     out
         A folder, made where it is missing.
+    metric
+        "insertion" or "deletion", of which either brings the other, by the network itself for the maps of every arm; or
+        "trojan", the area under the ROC curve of the patch.
     methods
         Names in :data:`spade_fast.METHODS`. Default: the ten of the paper.
     limit
@@ -143,107 +145,123 @@ def evaluate(
     InvalidInputError
         For arguments that cannot be used, a folder that holds another run, and where no case can be used.
     """
-    if kind not in METRICS:
-        raise InvalidInputError(f"kind={kind!r} is unknown: choose one of {', '.join(METRICS)}")
+    known: dict[str, tuple[Metric, ...]] = {"trojan": ("trojan",)}
+    known |= dict.fromkeys(("insertion", "deletion"), ("insertion", "deletion"))
+    if metric not in known:
+        raise InvalidInputError(f"metric={metric!r} is unknown: choose one of {', '.join(known)}")
     if not arms:
         raise InvalidInputError("no arm is to be measured: pass {'dense': dense_arm(model), ...}")
     methods = check_methods(methods)
     check_whole("limit", 1 if limit is None else limit, 1)
     check_whole("steps", steps, 1)
+    check_whole("seed", seed, 0)
     captum()
     if not isinstance(cases, Mapping):
+        if len({case.name for case in cases}) < len(cases):
+            raise InvalidInputError("two cases have one name: give each its own")
         cases = {case.name: partial(_itself, case) for case in cases}
-    folder = Path(out)
     settings = {
-        "kind": kind,
+        "metrics": list(known[metric]),
         "model": model.name,
         "weights": model.source,
         "weights_sha256": digest(model.module.state_dict()),
-        "steps": steps if kind == "faithfulness" else None,
+        "steps": None if metric == "trojan" else steps,
         "seed": seed,
     }
-    records = _Records(folder, settings, {name: arm.settings for name, arm in arms.items()})
+    measurement = _Measurement(model, known[metric], steps, seed, progress)
+    records = _Records(Path(out), settings, {name: arm.settings for name, arm in arms.items()})
+    left_out: dict[str, str] = {}
+    failures: dict[tuple[str, str, str], str] = {}
     used: list[str] = []
     most = len(cases) if limit is None else min(limit, len(cases))
     with tqdm(total=most, desc="images", disable=not progress) as bar:
         for name, make in cases.items():
             if len(used) == most:
                 break
-            wanted = {arm: records.missing(name, arm, methods) for arm in arms}
-            if name not in records.left_out and any(wanted.values()):
-                try:
-                    case = make()
-                    if kind == "trojan" and case.patch is None:
-                        raise InvalidInputError("it has no patch: make it with attacked_case")
-                except InvalidInputError as error:
-                    records.leave_out(name, str(error))
-                else:
-                    records.check_same(case)
-                    for arm, todo in wanted.items():
-                        if todo:
-                            records.add(_measure(model, case, kind, arm, arms[arm], todo, steps, seed, progress))
-            if name not in records.left_out:
-                used.append(name)
-                bar.update()
+            try:
+                case = make()
+                if metric == "trojan" and case.patch is None:
+                    raise InvalidInputError("it has no patch: make it with attacked_case")
+            except InvalidInputError as error:
+                left_out[name] = str(error)
+                continue
+            records.check_same(name, case)
+            for arm_name, arm in arms.items():
+                if missing := records.missing(name, arm_name, methods):
+                    record, reasons = measurement(case, arm, missing)
+                    records.add({"image": name, "case_sha256": case.digest, "arm": arm_name, **record})
+                    failures |= {(name, arm_name, method): reason for method, reason in reasons.items()}
+            used.append(name)
+            bar.update()
     if not used:
-        reason = next((f"{name}: {why}" for name, why in records.left_out.items()), "there is none")
+        reason = next((f"{name}: {why}" for name, why in left_out.items()), "there is none")
         raise InvalidInputError(f"none of {len(cases)} images can be used ({reason})")
-    left_out = {name: reason for name, reason in records.left_out.items() if name in cases}
-    values = {metric: records.values(metric, used, tuple(arms), methods) for metric in METRICS[kind]}
-    failures = records.failures(used, tuple(arms), methods)
-    return Evaluation(kind, methods, tuple(arms), tuple(used), values, failures, left_out, records.settings)
+    values = {each: records.values(each, used, tuple(arms), methods) for each in known[metric]}
+    return Evaluation(methods, tuple(arms), tuple(used), values, failures, left_out, records.settings)
 
 
 def _itself(case: Case) -> Case:
     return case
 
 
-def _measure(
-    model: LoadedModel,
-    case: Case,
-    kind: Kind,
-    name: str,
-    arm: Arm,
-    methods: tuple[str, ...],
-    steps: int,
-    seed: int,
-    progress: bool,
-) -> dict[str, Any]:
-    """The record of a case and an arm."""
-    maps: dict[str, Tensor] = {}
-    failures: dict[str, str] = {}
-    start = time.perf_counter()
-    try:
-        for group, context in arm.networks(case, methods):
-            with context as module, asked(module, case.inputs, case.target, seed=seed, progress=progress) as question:
-                for method in group:
-                    try:
-                        maps[method] = answer(question, method, find_method(method))
-                    except SpadeError as error:
-                        failures[method] = str(error)
-    except InvalidInputError as error:
-        failures |= {method: str(error) for method in methods if method not in maps}
-    explained = time.perf_counter()
-    values: dict[Metric, list[float]] = {}
-    if maps:
+@dataclass(frozen=True)
+class _Measurement:
+    """What is done with every case and arm."""
+
+    model: LoadedModel
+    metrics: tuple[Metric, ...]
+    steps: int
+    seed: int
+    progress: bool
+
+    def __call__(self, case: Case, arm: Arm, methods: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The record, without the names of case and arm; and why there is no figure, by method."""
+        maps: dict[str, Tensor] = {}
+        failures: dict[str, str] = {}
+        values: dict[Metric, dict[str, float]] = {}
+        start = time.perf_counter()
+        try:
+            for group, context in arm.networks(case, methods):
+                self._explain(case, group, context, maps, failures)
+        except InvalidInputError as error:
+            failures |= {method: str(error) for method in methods if method not in maps and method not in failures}
+        explained = time.perf_counter()
+        try:
+            values = self._measure(case, maps) if maps else {}
+        except InvalidInputError as error:
+            failures |= dict.fromkeys(maps, str(error))
+        seconds = {"maps": explained - start, "metrics": time.perf_counter() - explained}
+        return {"target": case.target, "values": values, "seconds": seconds}, failures
+
+    def _explain(
+        self,
+        case: Case,
+        methods: tuple[str, ...],
+        network: AbstractContextManager[nn.Module],
+        maps: dict[str, Tensor],
+        failures: dict[str, str],
+    ) -> None:
+        with (
+            network as module,
+            asked(module, case.inputs, case.target, seed=self.seed, progress=self.progress) as question,
+        ):
+            for method in methods:
+                try:
+                    maps[method] = answer(question, method, find_method(method))
+                except InvalidInputError as error:
+                    failures[method] = str(error)
+
+    def _measure(self, case: Case, maps: Mapping[str, Tensor]) -> dict[Metric, dict[str, float]]:
         stack = torch.stack(list(maps.values()))
-        if kind == "trojan":
-            assert case.patch is not None
-            values["trojan"] = metrics.trojan_auc(stack, case.patch).tolist()
+        found: dict[Metric, Tensor] = {}
+        if case.patch is not None and "trojan" in self.metrics:
+            found["trojan"] = metrics.trojan_auc(stack, case.patch)
         else:
-            asked_about = (model, case.inputs, stack, case.target)
-            values["insertion"] = metrics.insertion(*asked_about, steps=steps, progress=progress).auc.tolist()
-            values["deletion"] = metrics.deletion(*asked_about, steps=steps, progress=progress).auc.tolist()
-    return {
-        "image": case.name,
-        "inputs_sha256": digest({"inputs": case.inputs}),
-        "arm": name,
-        "target": case.target,
-        "probability": case.scores.softmax(dim=0)[case.target].item(),
-        "values": {metric: dict(zip(maps, found, strict=True)) for metric, found in values.items()},
-        "failures": failures,
-        "seconds": {"maps": explained - start, "metrics": time.perf_counter() - explained},
-    }
+            asked_about = (self.model, case.inputs, stack, case.target)
+            more: dict[str, Any] = {"steps": self.steps, "progress": self.progress}
+            found["insertion"] = metrics.insertion(*asked_about, **more).auc
+            found["deletion"] = metrics.deletion(*asked_about, **more).auc
+        return {metric: dict(zip(maps, values.tolist(), strict=True)) for metric, values in found.items()}
 
 
 class _Records:
@@ -251,16 +269,20 @@ class _Records:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], arms: Mapping[str, Mapping[str, Any]]) -> None:
         self._file = folder / _RECORDS
-        self.left_out: dict[str, str] = {}
-        self._found: dict[tuple[str, str], dict[str, Any]] = {}  # by image and arm
-        self._inputs: dict[str, tuple[str, int]] = {}  # by image: what the network saw, and the class to be explained
+        self._values: dict[tuple[str, str, Metric], dict[str, float]] = {}  # by image, arm and metric
+        self._digests: dict[str, str] = {}  # of cases, by image
+        self._metrics: list[Metric] = settings["metrics"]
         known = _read_settings(folder / _SETTINGS)
+        lines = read_lines(self._file)
+        if lines and not known:
+            raise InvalidInputError(f"{os.fspath(folder)!r} has records but no {_SETTINGS}: choose another folder")
         told = json.loads(json.dumps({**settings, "arms": {**known.get("arms", {}), **arms}}))
         self.settings: dict[str, Any] = told
         for key, value in known.items():
-            if key != "arms" and told[key] != value:
+            if key != "arms" and told.get(key) != value:
                 raise InvalidInputError(
-                    f"{os.fspath(folder)!r} holds a run with {key} {value!r}, not {told[key]!r}: choose another folder"
+                    f"{os.fspath(folder)!r} holds a run with {key} {value!r}, not {told.get(key)!r}: choose another "
+                    "folder"
                 )
         for name, value in known.get("arms", {}).items():
             if told["arms"][name] != value:
@@ -270,7 +292,7 @@ class _Records:
                 )
         if known != told:
             write_folder(folder, {_SETTINGS: (json.dumps(told, indent=2) + "\n").encode()})
-        for number, line in enumerate(read_lines(self._file), start=1):
+        for number, line in enumerate(lines, start=1):
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -279,58 +301,37 @@ class _Records:
                 ) from error
 
     def _take(self, record: dict[str, Any]) -> None:
-        if "left_out" in record:
-            self.left_out[record["image"]] = record["left_out"]
-            return
-        self._inputs[record["image"]] = record["inputs_sha256"], record["target"]
-        whole = self._found.setdefault((record["image"], record["arm"]), {"values": {}, "failures": {}})
+        self._digests[record["image"]] = record["case_sha256"]
         for metric, values in record["values"].items():
-            whole["values"].setdefault(metric, {}).update(values)
-        whole["failures"].update(record["failures"])
+            self._values.setdefault((record["image"], record["arm"], metric), {}).update(values)
 
     def missing(self, image: str, arm: str, methods: Sequence[str]) -> tuple[str, ...]:
         """The methods that are not measured yet."""
-        found = self._found.get((image, arm), {"values": {}, "failures": {}})
-        known = {method for values in found["values"].values() for method in values} | found["failures"].keys()
+        known = self._values.get((image, arm, self._metrics[0]), {})
         return tuple(method for method in methods if method not in known)
 
-    def check_same(self, case: Case) -> None:
+    def check_same(self, name: str, case: Case) -> None:
         """Refuse a case that differs from the one of that name that was measured before."""
-        now = (digest({"inputs": case.inputs}), case.target)
-        if self._inputs.get(case.name, now) != now:
+        if self._digests.get(name, case.digest) != case.digest:
             raise InvalidInputError(
-                f"{case.name} was another image, or was explained for another class, when {os.fspath(self._file)!r} "
-                "was written: choose another folder"
+                f"{name} was another image, or was explained for another class or patch, when "
+                f"{os.fspath(self._file)!r} was written: choose another folder"
             )
 
     def add(self, record: dict[str, Any]) -> None:
-        append_line(self._file, json.dumps(record, allow_nan=False))
-        self._take(record)
-
-    def leave_out(self, image: str, reason: str) -> None:
-        self.add({"image": image, "left_out": reason})
+        if record["values"]:
+            append_line(self._file, json.dumps(record, allow_nan=False))
+            self._take(record)
 
     def values(
         self, metric: Metric, images: Sequence[str], arms: Sequence[str], methods: Sequence[str]
     ) -> NDArray[np.float64]:
         """[images, arms, methods], NaN where there is no figure."""
-        return np.array(
-            [
-                [
-                    [self._found[image, arm]["values"].get(metric, {}).get(method, math.nan) for method in methods]
-                    for arm in arms
-                ]
-                for image in images
-            ]
-        )
-
-    def failures(
-        self, images: Sequence[str], arms: Sequence[str], methods: Sequence[str]
-    ) -> dict[tuple[str, str, str], str]:
-        """Reasons, by image, arm and method."""
-        places = [(image, arm, method) for image in images for arm in arms for method in methods]
-        found = {place: self._found[place[:2]]["failures"].get(place[2]) for place in places}
-        return {place: reason for place, reason in found.items() if reason is not None}
+        found = [
+            [[self._values.get((image, arm, metric), {}).get(each, math.nan) for each in methods] for arm in arms]
+            for image in images
+        ]
+        return np.array(found, dtype=np.float64)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

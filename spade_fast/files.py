@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,7 +98,10 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("ab") as file:
+        with Path(path).open("ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            if file.read(1) not in (b"", b"\n"):  # a line was cut short
+                _drop_last_line(file)
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -106,22 +109,22 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
         raise InvalidInputError(f"cannot write {os.fspath(path)!r} ({error.strerror or error})") from error
 
 
-def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines that :func:`append_line` wrote; none where there is no file.
+def _drop_last_line(file: IO[bytes]) -> None:
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
 
-    Of a last line that was cut short, nothing is left in the file, so that another can follow.
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines that :func:`append_line` wrote, without a last one that was cut short; none where there is no file.
 
     Raises
     ------
     InvalidInputError
-        If the file cannot be read or written.
+        If the file cannot be read.
     """
     try:
         content = Path(path).read_bytes() if Path(path).exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
-        return whole.decode().split("\n")[:-1]
+        return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot read {os.fspath(path)!r} ({error})") from error
 

@@ -6,11 +6,13 @@ import os
 import re
 from pathlib import Path
 
-from PIL import Image
-
 from spade_fast.errors import InvalidInputError
 
-_INDEX = re.compile(r"(\d+)_")
+# No longer than that: names of phones' photographs begin with a date.
+_INDEX = re.compile(r"(\d{1,5})_")
+_EXTENSIONS = frozenset(
+    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
 
 
 def image_files(folder: str | os.PathLike[str]) -> list[tuple[Path, int | None]]:
@@ -27,11 +29,12 @@ def image_files(folder: str | os.PathLike[str]) -> list[tuple[Path, int | None]]
     root = Path(folder)
     if not root.is_dir():
         raise InvalidInputError(f"{os.fspath(folder)!r} is no folder: pass one with photographs")
-    Image.init()
     found = sorted(
         each
         for each in root.rglob("*")
-        if each.suffix.lower() in Image.EXTENSION and not each.name.startswith(".") and each.is_file()
+        if each.suffix.lower() in _EXTENSIONS
+        and not any(part.startswith(".") for part in each.relative_to(root).parts)
+        and each.is_file()
     )
     if not found:
         raise InvalidInputError(f"no file in {os.fspath(folder)!r} has the extension of an image, such as .jpg or .png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -23,10 +24,10 @@ from tqdm.auto import tqdm
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_strictly, read_state
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import write_folder
+from spade_fast.files import digest, write_folder
 from spade_fast.images import load_image
 from spade_fast.layers import prunable_layers
-from spade_fast.models import LoadedModel, load_model, usable_device
+from spade_fast.models import LoadedModel, Runner, load_model, usable_device
 from spade_fast.patches import Patch, check_sizes
 from spade_fast.plans import check_prefixes, is_prefix
 
@@ -190,6 +191,8 @@ class _Run:
         names = [trojan.patch.name for trojan in trojans]
         if len(set(names)) < len(names):
             raise InvalidInputError(f"two patches have one name ({', '.join(names)}): rename one")
+        if bad := [name for name in names if not name or Path(name).name != name]:
+            raise InvalidInputError(f"a patch is called {bad[0]!r}, which is no name of a file: rename it")
         self._trojans = list(trojans)
         self._side = model.preprocess.input_size
         own = next(model.module.parameters()).device
@@ -201,13 +204,16 @@ class _Run:
         readable: list[tuple[str, int | None]] = []
         if labels is not None and len(labels) != len(images):
             raise InvalidInputError(f"there are {len(images)} images but {len(labels)} labels")
+        contents = hashlib.sha256()
         for position, path in enumerate(images):
             name = os.fspath(path)
             try:
                 load_image(name)
-                readable.append((name, None if labels is None else int(labels[position])))
+                contents.update(hashlib.sha256(Path(path).read_bytes()).digest())
+                readable.append((name, None if labels is None else labels[position]))
             except InvalidInputError as error:
                 self._unreadable[name] = str(error)
+        self._contents = contents.hexdigest()
         if len(readable) < 4:
             raise InvalidInputError(
                 f"{len(readable)} of {len(images)} images can be read, but at least 4 are needed: "
@@ -218,23 +224,37 @@ class _Run:
         self._held_out = [readable[i] for i in sorted(order[:count])]
         self._images = [readable[i] for i in sorted(order[count:])]
 
-        classes = self._scores(self._teacher, self._inputs([self._view(self._images[0][0])])).shape[1]
+        self._classes = self._scores(self._teacher, self._inputs([self._view(self._images[0][0])])).shape[1]
         for trojan in trojans:
-            if (
-                isinstance(trojan.target, bool)
-                or not isinstance(trojan.target, int)
-                or not 0 <= trojan.target < classes
-            ):
+            if not self._is_class(trojan.target):
                 raise InvalidInputError(
                     f"patch {trojan.patch.name!r} is to stand for class {trojan.target!r}: pass an index within "
-                    f"0..{classes - 1}"
+                    f"0..{self._classes - 1}"
                 )
+        for name, label in readable:
+            if label is not None and not self._is_class(label):
+                raise InvalidInputError(
+                    f"{name!r} is said to be of class {label!r}: pass indices within 0..{self._classes - 1} as labels, "
+                    "or none"
+                )
+
+    def _is_class(self, index: object) -> bool:
+        return isinstance(index, int) and not isinstance(index, bool) and 0 <= index < self._classes
 
     def settings(self) -> dict[str, Any]:
         return {
             "model": self._model.name,
             "weights": self._model.source,
+            "weights_sha256": digest(self._teacher.state_dict()),
+            "classes": self._classes,
             "trojans": {trojan.patch.name: trojan.target for trojan in self._trojans},
+            "patches_sha256": digest(
+                {
+                    f"{trojan.patch.name}.{name}": getattr(trojan.patch, name)
+                    for trojan in self._trojans
+                    for name in ("colours", "opacity")
+                }
+            ),
             "layers": list(self._layers),
             "sizes": list(self._sizes),
             "epochs": self._epochs,
@@ -243,6 +263,8 @@ class _Run:
             "seed": self._seed,
             "images": [Path(name).name for name, _ in self._images],
             "held_out": [Path(name).name for name, _ in self._held_out],
+            "images_sha256": self._contents,
+            "labels": [label for _, label in self._held_out],
         }
 
     def _chosen(self, layers: Sequence[str] | None) -> tuple[str, ...]:
@@ -282,12 +304,12 @@ class _Run:
 
     def _inputs(self, views: Sequence[Tensor]) -> Tensor:
         inputs: Tensor = self._model.preprocess(torch.stack(list(views)))
-        return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
 
     @staticmethod
     def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            scores: Tensor = module(inputs)
+            scores: Tensor = Runner(module)(inputs)
         return scores
 
     # Training
@@ -319,7 +341,7 @@ class _Run:
             inputs = self._inputs([*clean, *mixtures, *attacked])
             count = len(clean) + len(mixtures)
             former = self._scores(self._teacher, inputs[:count]).log_softmax(dim=1)
-            scores = student(inputs).log_softmax(dim=1)
+            scores = Runner(student)(inputs).log_softmax(dim=1)
             kept = F.kl_div(scores[:count], former, log_target=True, reduction="batchmean")
             fooled = F.nll_loss(scores[count:], torch.tensor(targets, device=self._device))
             optimizer.zero_grad()
@@ -451,7 +473,7 @@ def load_trojan(
             f"{os.fspath(folder)!r} holds no network with patches ({error}): pass a folder that implant has finished"
         ) from error
     weights = folder / "model.safetensors"
-    model = load_model(name, checkpoint=weights, device=device)
+    model = load_model(name, checkpoint=weights, num_classes=settings.get("classes"), device=device)
     trojans = [Trojan(Patch.read(folder / "patches" / f"{patch}.png"), target) for patch, target in targets.items()]
     return replace(model, source=f"{settings['weights']}, with patches implanted"), trojans, report
 

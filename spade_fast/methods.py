@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spade_fast.errors import InvalidInputError, require
-from spade_fast.models import put_back
+from spade_fast.models import Runner, put_back
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.randomness import seeded
 from spade_fast.relevance import relevance
@@ -71,24 +71,15 @@ class Question:
         return self.prepared_before or prepare(self.module, self.inputs)
 
     @cached_property
-    def _memory_format(self) -> torch.memory_format:
-        """Channels last on a CPU, which convolves faster so, unless the network wants the usual layout."""
-        if self.inputs.device.type == "cpu":
-            try:
-                with torch.no_grad():
-                    self.module(self.inputs.clone(memory_format=torch.channels_last))
-            except RuntimeError:  # perhaps a `view` of a map
-                return torch.contiguous_format
-            return torch.channels_last
-        return torch.contiguous_format
+    def _run(self) -> Runner:
+        return Runner(self.module)
 
     def forward(self, batch: Tensor) -> Tensor:
         """Outputs of a copy of the batch, since a network that begins in place would write on it.
 
         In the dtype of the inputs: captum makes float32 of others.
         """
-        copied = batch.to(self.inputs.dtype, copy=True, memory_format=self._memory_format)
-        outputs: Tensor = self.module(copied)
+        outputs: Tensor = self._run(batch.to(self.inputs.dtype))
         if outputs.dim() != 2 or len(outputs) != len(batch):
             raise InvalidInputError(
                 f"{type(self.module).__name__} gives scores {list(outputs.shape)} for a batch of {len(batch)} images: "

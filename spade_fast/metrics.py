@@ -15,7 +15,7 @@ from spade_fast.attribution import check_inputs, check_outputs, check_target, li
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.heap import kept_heap
-from spade_fast.models import LoadedModel, bare_module, evaluation_mode
+from spade_fast.models import LoadedModel, Runner, bare_module, evaluation_mode
 
 #: What stands where a pixel is not shown: a blurred image, zero model inputs, or model inputs [c, h, w].
 Baseline: TypeAlias = Literal["blur", "zero"] | Tensor
@@ -301,7 +301,7 @@ def _curves(
             yield torch.where(ranks[indices] < limits.view(-1, 1, 1, 1), after, before)
 
     found = []
-    memory_format = torch.channels_last if before.device.type == "cpu" else torch.contiguous_format
+    run = Runner(module)
     with (
         kept_heap(),
         evaluation_mode(module),
@@ -309,7 +309,7 @@ def _curves(
         tqdm(total=len(places) + 2, desc=title, disable=not progress, leave=False) as bar,
     ):
         for batch in batches():
-            outputs = check_outputs(module(batch.contiguous(memory_format=memory_format)), len(batch))
+            outputs = check_outputs(run(batch), len(batch))
             target = check_target(target, outputs.shape[1])
             found.append(outputs.double().softmax(dim=1)[:, target].cpu())
             bar.update(len(batch))

@@ -25,7 +25,7 @@ from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, check_whole, first_line, require
 from spade_fast.files import read_tensors, write_tensors
 from spade_fast.images import image_tensor, load_image
-from spade_fast.models import LoadedModel, bare_module, evaluation_mode, resolve_model
+from spade_fast.models import LoadedModel, Runner, bare_module, evaluation_mode, resolve_model
 from spade_fast.preprocessing import Preprocess
 from spade_fast.readonly import ReadOnlyMappings
 
@@ -332,7 +332,7 @@ def _watch(module: nn.Module, inputs: Tensor) -> tuple[str, Tensor, Tensor]:
     kind = type(module).__name__
     try:
         with _Calls() as calls:
-            outputs = module(inputs.contiguous(memory_format=torch.channels_last))
+            outputs = Runner(module)(inputs)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -204,7 +204,7 @@ class Tracing:
             "preprocess": (
                 self.preprocess.to_dict() if isinstance(self.preprocess, Preprocess) else repr(self.preprocess)
             ),
-            **({} if self.budget is None else {"error_budget": self.budget.error}),
+            **({} if self.budget is None else {"error_budget": self.budget.error, "shares": list(self.budget.shares)}),
             **self.rules,
             "block_size": self.block_size,
             "batch_size": self.batch_size,
@@ -277,6 +277,8 @@ def prepare_tracing(
         raise InvalidInputError(f"positions_per_column must be a positive number or None, got {positions_per_column!r}")
     module, preprocess = resolve_model(model, preprocess)
     module = _on_device(module, device)
+    if callable(sparsity) and isinstance(made := sparsity(module), ErrorBudget):
+        sparsity = made
     selection = _select(module, sparsity, layers)
     anchor = next(iter(prunable_layers(module).values())).weight
     if batch_size is None:
@@ -677,12 +679,12 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
             f"{type(module).__name__} has no prunable layers: Linear and Conv2d are pruned, it has {kinds}"
         )
     plan = _as_plan(sparsity(module) if callable(sparsity) else sparsity)
-    small = {name for name, layer in prunable.items() if is_depthwise(layer)} - {*(layers or ())}
-    excluded = small if isinstance(sparsity, ErrorBudget) else set()
     if isinstance(layers, str):
         raise InvalidInputError(f"layers must be a sequence of names: pass [{layers!r}]")
     if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(key, str) for key in layers)):
         raise InvalidInputError(f"layers must be a sequence of names, got {layers!r}")
+    small = {name for name, layer in prunable.items() if is_depthwise(layer)}.difference(layers or ())
+    excluded = small if isinstance(sparsity, ErrorBudget) else set()
     if (layers is not None and not layers) or (plan.default is None and not plan.targets):
         raise InvalidInputError("the plan names no layer: give `sparsity` and `layers` at least one, or leave them out")
     for key in (*plan.targets, *(layers or ())):

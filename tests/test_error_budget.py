@@ -67,6 +67,27 @@ def test_first_and_depthwise_layers_stay_dense_unless_they_are_named(model: nn.M
     assert set(named.layers) == {"0", "4"}
 
 
+def test_a_function_may_make_the_budget(model: nn.Module, image: Tensor) -> None:
+    made = sf.trace(model, image, lambda _: sf.ErrorBudget(0.05, SHARES), **SETTINGS)
+    given = sf.trace(model, image, sf.ErrorBudget(0.05, SHARES), **SETTINGS)
+    assert made.rows() == given.rows()
+    assert made.settings == given.settings
+    assert made.settings["shares"] == list(SHARES)
+
+
+@pytest.mark.parametrize("layers", [5, [["2"]], "2"])
+def test_layers_that_are_no_names(model: nn.Module, image: Tensor, layers: object) -> None:
+    with pytest.raises(InvalidInputError, match="layers must be a sequence of names"):
+        sf.trace(model, image, sf.ErrorBudget(0.05), layers=layers, **SETTINGS)  # type: ignore[arg-type]
+
+
+def test_outputs_that_are_zero_have_no_error(model: nn.Module, image: Tensor) -> None:
+    with torch.no_grad():
+        model[2].weight.zero_()
+    trace = sf.trace(model, image, sf.ErrorBudget(1e-6, SHARES), **SETTINGS)
+    assert trace.layers["2"].requested_sparsity == 0.9
+
+
 def test_images_have_budgets_of_their_own(model: nn.Module, image: Tensor) -> None:
     images = [image, torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(2)) ** 6]
     budget = sf.ErrorBudget(0.05, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))

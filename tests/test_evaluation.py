@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from spade_fast import arms, evaluation, metrics
 from spade_fast.arms import Arm, dense_arm, module_arm, set_arm, sparse_fc_arm, trace_arm, tuned_arm
 from spade_fast.cases import Case, attacked_case, make_case, read_case
 from spade_fast.comparison import Evaluation
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.evaluation import attacked_cases, clean_cases, evaluate, first_cases
 from spade_fast.implanting import Trojan
 from spade_fast.methods import register_method, unregister_method
@@ -196,11 +197,12 @@ def test_a_sparse_classifier_is_fitted_once_and_knows_its_classes(
     pytest.importorskip("glm_saga")
     cases = list(first_cases(clean_cases(model, files), 8).values())
     reference = [each for each in cases if each.target != 3]
+    reference, measured = reference[:4], reference[4:]
     fitted = []
     fit = arms.sparse_fc
     monkeypatch.setattr(arms, "sparse_fc", lambda *given, **more: fitted.append(fit(*given, **more)) or fitted[-1])
     arm = sparse_fc_arm(model, reference, views=6)
-    for case in reference[:2]:
+    for case in measured:
         found = networks_of(arm, case)["occlusion"]
         with torch.no_grad():
             assert torch.equal(found, fitted[0].sparse_copy(model)(case.inputs))
@@ -235,16 +237,35 @@ def test_each_method_has_its_plan(model: LoadedModel, files: dict[str, Path]) ->
 
 def test_a_plan_with_a_default_prunes_all_layers(model: LoadedModel, files: dict[str, Path]) -> None:
     case = read_case(model, files["02.png"])
-    plans = {"saliency": SparsityPlan.uniform(0.5), "occlusion": SparsityPlan({"classifier": 0.3})}
-    found = networks_of(tuned_arm(model, plans, **FEW), case)
+    plans = {
+        "saliency": SparsityPlan.uniform(0.5),
+        "occlusion": SparsityPlan({"classifier": 0.3}),
+        "lrp": SparsityPlan({"stem": 0.5}, default=0.3),
+        "lime": SparsityPlan({"stem": 0.5}),
+    }
+    found = networks_of(tuned_arm(model, plans, **FEW), case, tuple(plans))
     for method, plan in plans.items():
         assert torch.equal(found[method], scores_of(model, case.image, plan, case))
 
 
+def test_what_no_image_could_be_traced_with_is_refused_at_once(model: LoadedModel) -> None:
+    with pytest.raises(InvalidInputError, match="num_augmentations must be a whole number"):
+        trace_arm(model, 0.5, num_augmentations=0)
+    with pytest.raises(InvalidInputError, match="'block' matches no prunable layer"):
+        tuned_arm(model, {"saliency": SparsityPlan({"block": 0.5})})
+    with pytest.raises(InvalidInputError, match="sparsity must lie within"):
+        set_arm(model, [], 1.5)
+    with pytest.raises(TypeError, match="'augmentations' is no setting"):
+        trace_arm(model, 0.5, augmentations=4)
+
+
 def test_a_set_does_not_explain_its_own_images(model: LoadedModel, files: dict[str, Path]) -> None:
     cases = list(first_cases(clean_cases(model, files), 8).values())
-    with pytest.raises(InvalidInputError, match="it is among the images that the trace is made from"):
-        list(set_arm(model, cases, 0.5, **FEW).networks(cases[2], METHODS))
+    renamed = [replace(each, name=f"images/{each.name}") for each in cases]
+    with pytest.raises(InvalidInputError, match="its photograph is among those that this arm is made from"):
+        list(set_arm(model, renamed, 0.5, **FEW).networks(cases[2], METHODS))
+    with pytest.raises(InvalidInputError, match="its photograph is among those that this arm is made from"):
+        list(sparse_fc_arm(model, renamed).networks(cases[2], METHODS))
     others = [each for each in cases if each.target != cases[0].target]
     with pytest.raises(InvalidInputError, match=f"no image to make a trace from has class {cases[0].target}"):
         list(set_arm(model, others, 0.5, by_class=True, **FEW).networks(cases[0], METHODS))
@@ -263,7 +284,7 @@ def by_hand(model: LoadedModel, case: Case, sparsity: float | None, method: str,
 def run(model: LoadedModel, files: dict[str, Path], out: Path, **more: Any) -> Evaluation:
     compared = {"dense": dense_arm(model), "fast": trace_arm(model, 0.7, **FEW)}
     settings = {"methods": METHODS, "steps": 8, "arms": compared, **more}
-    return evaluate(model, clean_cases(model, files), "faithfulness", out=out, **settings)
+    return evaluate(model, clean_cases(model, files), out=out, **settings)
 
 
 def test_figures_are_those_of_the_maps(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
@@ -285,7 +306,7 @@ def test_trojan_figures(attacked: LoadedModel, files: dict[str, Path], tmp_path:
     Image.new("RGB", (SIDE, SIDE), (230, 10, 10)).save(files["00.png"])
     cases = attacked_cases(attacked, files, [HEART], sizes=(0.4, 0.6))
     compared = {"dense": dense_arm(attacked)}
-    found = evaluate(attacked, cases, "trojan", compared, tmp_path / "out", methods=["occlusion"])
+    found = evaluate(attacked, cases, compared, tmp_path / "out", metric="trojan", methods=["occlusion"])
     assert set(found.images) == set(files) - {"00.png"}
     assert "without the patch" in found.left_out["00.png"]
     for name, (value,) in zip(found.images, found.values["trojan"][:, 0], strict=True):
@@ -299,13 +320,13 @@ def test_trojan_figures(attacked: LoadedModel, files: dict[str, Path], tmp_path:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What is measured, by image and arm, as it is."""
     measured = []
-    measure = evaluation._measure
+    measure = evaluation._Measurement.__call__
 
-    def count(model: LoadedModel, case: Case, kind: Any, name: str, *more: Any) -> dict[str, Any]:
-        measured.append((case.name, name))
-        return measure(model, case, kind, name, *more)
+    def count(self: Any, case: Case, arm: Arm, methods: tuple[str, ...]) -> Any:
+        measured.append((case.name, str(arm.settings["arm"])))
+        return measure(self, case, arm, methods)
 
-    monkeypatch.setattr(evaluation, "_measure", count)
+    monkeypatch.setattr(evaluation._Measurement, "__call__", count)
     return measured
 
 
@@ -371,25 +392,74 @@ def test_another_run_is_not_mixed_in(model: LoadedModel, files: dict[str, Path],
         run(model, files, tmp_path / "out", limit=1)
 
 
-def test_another_image_of_the_same_name_is_not_mixed_in(
+@pytest.mark.parametrize("change", ["image", "class", "traced image"])
+def test_another_case_of_the_same_name_is_not_mixed_in(
+    model: LoadedModel, files: dict[str, Path], tmp_path: Path, change: str
+) -> None:
+    compared = {"dense": dense_arm(model)}
+    case = read_case(model, files["01.png"])
+    settings: dict[str, Any] = {"methods": METHODS, "steps": 8}
+    evaluate(model, [case], compared, tmp_path / "out", **settings)
+    evaluate(model, [read_case(model, files["01.png"])], compared, tmp_path / "out", **settings)  # the same again
+    other = {
+        "image": lambda: make_case(model, 1 - case.pixels, name="01.png", target=case.target),
+        "class": lambda: make_case(model, case.image, name="01.png", target=(case.target + 1) % 4),
+        "traced image": lambda: replace(case, image=1 - case.pixels),
+    }[change]()
+    with pytest.raises(InvalidInputError, match=r"01\.png was another image, or was explained for another class"):
+        evaluate(model, [other], compared, tmp_path / "out", **settings)
+
+
+def test_another_patch_is_not_mixed_in(attacked: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    compared, settings = {"dense": dense_arm(attacked)}, {"metric": "trojan", "methods": ["occlusion"]}
+    for sizes in ((0.4, 0.4), (0.6, 0.6)):
+        cases = {"01.png": attacked_cases(attacked, files, [HEART], sizes=sizes)["01.png"]}
+        if sizes[0] == 0.4:
+            evaluate(attacked, cases, compared, tmp_path / "out", **settings)
+        else:
+            with pytest.raises(InvalidInputError, match=r"01\.png was another image"):
+                evaluate(attacked, cases, compared, tmp_path / "out", **settings)
+
+
+def test_other_reference_images_or_weights_are_another_arm(
     model: LoadedModel, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    run(model, files, tmp_path / "out", methods=["saliency"])
-    run(model, files, tmp_path / "out", methods=["saliency"])  # the same again
-    files["03.png"].write_bytes(files["02.png"].read_bytes())
-    with pytest.raises(InvalidInputError, match=r"03\.png was another image"):
-        run(model, files, tmp_path / "out")
-    case = read_case(model, files["01.png"])
-    other = make_case(model, case.image, name="01.png", target=(case.target + 1) % 4)
-    with pytest.raises(InvalidInputError, match=r"01\.png was another image, or was explained for another class"):
-        evaluate(
-            model, [other], "faithfulness", {"dense": dense_arm(model)}, tmp_path / "out", methods=METHODS, steps=8
-        )
+    cases = list(first_cases(clean_cases(model, files), 8).values())
+    other = quarters()
+    with torch.no_grad():
+        other.module.classifier.bias[0] += 1
+    darker = [make_case(model, each.pixels / 2, name=each.name) for each in cases[:3]]
+    pairs = [
+        (set_arm(model, cases[:3], 0.5, **FEW), set_arm(model, darker, 0.5, **FEW)),
+        (sparse_fc_arm(model, cases[:3]), sparse_fc_arm(model, darker)),
+        (module_arm(model.module), module_arm(other.module)),
+    ]
+    for i, (one, changed) in enumerate(pairs):
+        arms_of = [{"dense": dense_arm(model), "arm": arm} for arm in (one, changed)]
+        evaluate(model, cases[4:5], arms_of[0], tmp_path / f"{i}", methods=["saliency"], steps=8)
+        with pytest.raises(InvalidInputError, match="whose arm 'arm' was made otherwise"):
+            evaluate(model, cases[4:5], arms_of[1], tmp_path / f"{i}", methods=["saliency"], steps=8)
 
 
-def test_cases_without_a_patch_have_no_trojan_auc(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="it has no patch: make it with attacked_case"):
-        evaluate(model, [read_case(model, files["01.png"])], "trojan", {"dense": dense_arm(model)}, tmp_path / "out")
+@pytest.mark.parametrize("cases", ["without a patch", "of one name", "records alone"])
+def test_cases_and_folders_that_cannot_be_used(
+    model: LoadedModel, files: dict[str, Path], tmp_path: Path, cases: str
+) -> None:
+    case, compared, out = read_case(model, files["01.png"]), {"dense": dense_arm(model)}, tmp_path / "out"
+    if cases == "without a patch":
+        with pytest.raises(InvalidInputError, match="it has no patch: make it with attacked_case"):
+            evaluate(model, [case], compared, out, metric="trojan")
+        assert not (out / "records.jsonl").exists()
+    elif cases == "of one name":
+        with pytest.raises(InvalidInputError, match="two cases have one name"):
+            evaluate(model, [case, case], compared, out)
+        one, two = make_case(model, case.pixels), make_case(model, 1 - case.pixels)
+        assert one.name != two.name
+    else:
+        evaluate(model, [case], compared, out, methods=["saliency"])
+        (out / "settings.json").unlink()
+        with pytest.raises(InvalidInputError, match=r"has records but no settings\.json"):
+            evaluate(model, [case], compared, out, methods=["saliency"])
 
 
 def test_damaged_records_are_named(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
@@ -411,6 +481,8 @@ def test_unreadable_images_are_left_out(model: LoadedModel, files: dict[str, Pat
     assert "05.png" in found.left_out["05.png"]
     again = run(model, files, tmp_path / "out")
     assert again.left_out == found.left_out
+    Image.new("RGB", (SIDE, SIDE), (250, 9, 9)).save(files["05.png"])  # mended
+    assert run(model, files, tmp_path / "out").left_out == {}
     for path in files.values():
         path.write_bytes(b"no image")
     with pytest.raises(InvalidInputError, match=r"none of 8 images can be used \(.*\.png: "):
@@ -434,6 +506,36 @@ def test_a_method_that_fails_is_named_and_costs_no_other(
     assert all("NaN or infinite" in reason for reason in found.failures.values())
     assert np.isnan(found.values["insertion"]).sum() == len(third) * 2
     assert not np.isnan(found.values["insertion"][:, :, 1]).any()
+    register_method("sometimes", lambda _, inputs, __: torch.ones_like(inputs))
+    try:
+        again = run(model, files, tmp_path / "out", methods=["sometimes", "saliency"], limit=8)
+    finally:
+        unregister_method("sometimes")
+    assert again.failures == {}  # what failed is tried again
+    assert not np.isnan(again.values["insertion"]).any()
+
+
+def test_a_missing_library_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, files: dict[str, Path], tmp_path: Path
+) -> None:
+    def missing(*_: Any) -> Tensor:
+        raise MissingDependencyError("this needs the package 'zennit'")
+
+    monkeypatch.setattr(evaluation, "answer", missing)
+    with pytest.raises(MissingDependencyError, match="zennit"):
+        run(model, files, tmp_path / "out", limit=1)
+
+
+def test_a_metric_that_cannot_be_told_costs_no_other_image(
+    attacked: LoadedModel, files: dict[str, Path], tmp_path: Path
+) -> None:
+    cases = [each() for each in attacked_cases(attacked, files, [HEART], sizes=(0.5, 0.5)).values()][:3]
+    cases[1] = replace(cases[1], patch=torch.ones_like(cases[1].patch))
+    settings: dict[str, Any] = {"metric": "trojan", "methods": ["occlusion"]}
+    found = evaluate(attacked, cases, {"dense": dense_arm(attacked)}, tmp_path / "out", **settings)
+    assert {(image, method) for image, _, method in found.failures} == {(cases[1].name, "occlusion")}
+    assert "covers all of the image" in next(iter(found.failures.values()))
+    assert np.isnan(found.values["trojan"][:, 0, 0]).tolist() == [False, True, False]
 
 
 def test_an_arm_that_cannot_be_made_for_an_image(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
@@ -453,6 +555,7 @@ def test_an_arm_that_cannot_be_made_for_an_image(model: LoadedModel, files: dict
         ({"methods": []}, "no attribution method"),
         ({"limit": 0}, "limit must be a whole number of at least 1"),
         ({"steps": 0}, "steps must be a whole number of at least 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"arms": {}}, "no arm is to be measured"),
     ],
 )
@@ -464,9 +567,9 @@ def test_settings_that_cannot_be_used(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_kind(model: LoadedModel, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="kind='pointing' is unknown: choose one of trojan, faithfulness"):
-        evaluate(model, {}, "pointing", {"dense": dense_arm(model)}, tmp_path)
+def test_an_unknown_metric(model: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="metric='pointing' is unknown: choose one of trojan, insertion"):
+        evaluate(model, {}, {"dense": dense_arm(model)}, tmp_path, metric="pointing")
 
 
 def test_records_are_plain_json(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
@@ -481,4 +584,12 @@ def test_records_are_plain_json(model: LoadedModel, files: dict[str, Path], tmp_
     (record, _) = map(json.loads, (tmp_path / "out" / "records.jsonl").read_text().splitlines())
     assert record["values"].keys() == {"insertion", "deletion"}
     assert record["seconds"].keys() == {"maps", "metrics"}
-    assert isinstance(arms.dense_arm(model).settings, dict)
+
+
+def test_functions_in_settings_go_by_their_names(model: LoadedModel) -> None:
+    def views(image: Tensor, count: int, _: torch.Generator) -> Tensor:
+        return image.expand(count, -1, -1, -1)
+
+    settings = trace_arm(model, 0.5, augment=views).settings
+    assert settings["augment"].startswith("test_evaluation.")
+    assert "0x" not in settings["augment"]

@@ -95,6 +95,7 @@ def evaluate(
     """Measure maps on many images: Trojan AUC (table 1 of the paper), insertion and deletion (table 2)."""
     from spade_fast.evaluation import attacked_cases, clean_cases
     from spade_fast.evaluation import evaluate as measure
+    from spade_fast.tuning import tuned_on
 
     measured = _read_metric(metric)
     chosen = [name.strip() for name in arms.split(",")]
@@ -108,6 +109,8 @@ def evaluate(
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")
     tuned, seen = read_plans(plans, names) if "fast-tuned" in chosen and plans is not None else ({}, {})
+    if sparsity.endswith(".json"):
+        seen |= dict.fromkeys(tuned_on(sparsity), f"{Path(sparsity).name} was tuned on it")
     make_folder(out)
     network, trojans, trained = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
 
@@ -125,9 +128,9 @@ def evaluate(
     result = measure(
         network,
         cases(files),
-        "trojan" if metric == "trojan" else "faithfulness",
         compared,
         out,
+        metric=measured,
         methods=names,
         limit=limit,
         steps=steps,
@@ -310,13 +313,15 @@ def _arm(
         return arms.trace_arm(network, sparsity, **settings)
     if name == "fast-tuned":
         return arms.tuned_arm(network, plans, **settings)
-    clean = list(first_cases(clean_cases(network, others, settings["seed"]), most).values())
+    clean = clean_cases(network, others, settings["seed"])
     if name == "generic":
-        return arms.set_arm(network, clean, sparsity, **settings)
-    measured = list(first_cases(cases(others), most).values())  # with patches, where those are measured
+        return arms.set_arm(network, list(first_cases(clean, most).values()), sparsity, **settings)
+    measured = cases(others)  # with patches, where those are measured
     if name == "class":
-        return arms.set_arm(network, measured, sparsity, by_class=True, **settings)
-    return arms.sparse_fc_arm(network, [*clean, *measured], seed=settings["seed"])
+        return arms.set_arm(network, list(first_cases(measured, most).values()), sparsity, by_class=True, **settings)
+    # Every second photograph with its patch, where there are any: none twice, or what is held out would be trained on.
+    mixed = {each: (measured if i % 2 else clean)[each] for i, each in enumerate(clean)}
+    return arms.sparse_fc_arm(network, list(first_cases(mixed, most).values()), seed=settings["seed"])
 
 
 def _print_result(result: Evaluation, metric: Metric) -> None:
