@@ -95,11 +95,13 @@ def asked(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
+    again: bool = False,
     prepared: Prepared | None = None,
 ) -> Iterator[Question]:
     """The question of a network's answer to one image, as it is now, for as many methods as there are.
 
-    With what :func:`spade_fast.prepare` made of the network before, which now has the same weights, nothing is checked.
+    Of a network that has been asked before, with other weights perhaps, nothing is checked `again`; and methods may
+    look into what was `prepared` of it, which has the weights that it has now.
     """
     module = bare_module(module)
     check_inputs(inputs)
@@ -113,7 +115,7 @@ def asked(
     # Out of inference mode, whatever the caller is in: its tensors could not take part in a gradient.
     with kept_heap(), evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
         point = like_weights(inputs, module).detach().clone().requires_grad_()
-        if prepared is not None:
+        if again:
             yield Question(module, point, target, batch_size, seed, progress, prepared)
             return
         outputs = check_outputs(_outputs(module, point), 1)

@@ -55,6 +55,15 @@ class Sweep(ReadOnlyMappings):
         for name, reason in self.dense.items():
             if reason == FIRST_LAYER and name in plan.targets and plan.targets[name]:
                 raise InvalidInputError(f"layer {name!r} was left out as the first layer: name it in `layers`")
+        targets_of: dict[str, dict[float | None, str]] = {}
+        for name, leader in self._leaders.items():
+            tied = targets_of.setdefault(leader, {})
+            tied.setdefault(plan.target(name) or None, name)
+            if len(tied) > 1:
+                one, other = tied.values()
+                raise InvalidInputError(
+                    f"layers {one!r} and {other!r} share one weight, but have different targets: give both the same"
+                )
         layers, dense = {}, dict(self.dense)
         unpacked: dict[tuple[str, float], LayerTrace] = {}  # tied layers share theirs
         for name, leader in self._leaders.items():

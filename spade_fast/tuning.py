@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spade_fast import metrics, tracer
+from spade_fast.arms import plain
 from spade_fast.attribution import answer, asked, captum, find_method
 from spade_fast.cases import Case, make_case
 from spade_fast.comparison import Metric, bootstrap
@@ -25,6 +27,7 @@ from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import append_line, digest, read_lines, write_folder
 from spade_fast.layers import is_depthwise, prunable_layers
 from spade_fast.models import LoadedModel
+from spade_fast.operations import INSIDE_METHODS, MAP_METHODS
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_shares, is_prefix
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.sweep import Sweep, sweep
@@ -116,13 +119,17 @@ class Tuning:
     name
         What kind of plan it is: "tuned", or the name of an untuned one that did better on held-out images; "dense".
     gain, interval
-        Points above the dense network on the held-out images, with a 95 % bootstrap interval.
+        Points above the dense network on the held-out images, with a 95 % bootstrap interval (NaN of a single image).
+        Never below 0, as these images had a say in the choice: measure the plan on others
+        (:func:`spade_fast.evaluate`).
     images, held_out
         Names of what it was tuned on, and of what it was chosen on.
     history
         All that was tried, in order.
     evaluations
-        Maps that were made.
+        Maps that it took, those of a run that was gone on with among them.
+    settings
+        How it was done: plain JSON values.
     """
 
     plan: SparsityPlan
@@ -135,18 +142,20 @@ class Tuning:
     held_out: tuple[str, ...]
     history: tuple[Step, ...]
     evaluations: int
+    settings: Mapping[str, Any]
 
     def report(self) -> dict[str, Any]:
         """The plan and how it came about, as plain JSON values: what :meth:`save` writes."""
         return {
             **self.plan.to_dict(),
             "tuning": {
+                **self.settings,
                 "method": self.method,
                 "metric": self.metric,
                 "plan": self.name,
                 "gain": self.gain,
-                "interval": list(self.interval),
-                "images": [*self.images, *self.held_out],
+                "interval": None if math.isnan(self.interval[0]) else list(self.interval),
+                "images": {**self.settings["images"]},
                 "held_out": list(self.held_out),
                 "evaluations": self.evaluations,
                 "history": [step.to_dict() for step in self.history],
@@ -198,8 +207,8 @@ def tune(
     the errors' means over the images). From the best of them a search goes through the blocks, from the last to the
     first, and tries every target of the grid, and then once more a little less and a little more. Candidates race: the
     best few of a part of the images go on to all of them. In the end, the plan that does best on all images is taken,
-    the dense network among them; but none that is worse than dense on the held-out images, which the search has not
-    seen.
+    if it is better than the dense network by more than a standard error, and on the held-out images, which the search
+    has not seen, no worse. Each image keeps its solved layers in memory, some five times the network's own.
 
     Parameters
     ----------
@@ -268,6 +277,8 @@ class Tuner:
         The layers of each block, in the order of the network.
     layers
         Those that may be pruned, block by block.
+    settings
+        How it is done: plain JSON values.
     """
 
     def __init__(
@@ -286,12 +297,11 @@ class Tuner:
     ) -> None:
         if not isinstance(model, LoadedModel):
             raise InvalidInputError(f"model is a {type(model).__name__}: pass what spade_fast.load_model returns")
-        if len(images) < _LEAST:
-            raise InvalidInputError(f"{len(images)} images are too few to tune on: pass at least {_LEAST}")
-        cases = [
-            each if isinstance(each, Case) else make_case(model, each, name=f"image {i}")
-            for i, each in enumerate(images)
-        ]
+        if "layers" in trace_settings:
+            raise InvalidInputError("which layers are tuned is told by `blocks`: leave `layers` out")
+        cases = [each if isinstance(each, Case) else make_case(model, each) for each in images]
+        if len(cases) < _LEAST:
+            raise InvalidInputError(f"{len(cases)} images are too few to tune on: pass at least {_LEAST}")
         if len({case.name for case in cases}) < len(cases):
             raise InvalidInputError("two cases have one name: give each its own")
         if not 0 < held_out < 1:
@@ -303,7 +313,7 @@ class Tuner:
         captum()
         self._model, self._progress = model, progress
         self._score = metric if callable(metric) else _score(metric, steps)
-        self.metric = metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric))
+        self.metric = plain(metric)
         self._seed, self._trace_settings = seed, {"seed": seed, **trace_settings}
         self._grid = (0.0, *check_shares(grid))
         self._shares = check_shares((*self._grid, *ErrorBudget(1).shares))
@@ -313,7 +323,7 @@ class Tuner:
         count = max(1, min(len(cases) - _LEAST + 1, round(held_out * len(cases))))
         self.held_out = [cases[i] for i in order[:count]]
         self.cases = [cases[i] for i in order[count:]]
-        self._settings = {
+        self.settings: dict[str, Any] = {
             "model": model.name,
             "weights": model.source,
             "weights_sha256": digest(model.module.state_dict()),
@@ -322,10 +332,8 @@ class Tuner:
             "seed": seed,
             "shares": list(self._shares),
             "layers": self.layers,
-            "images": [case.name for case in cases],
-            "targets": [case.target for case in cases],
-            "inputs_sha256": digest({case.name: case.inputs for case in cases}),
-            "trace": {key: repr(value) for key, value in self._trace_settings.items()},
+            "images": {case.name: case.digest for case in cases},
+            "trace": {key: plain(value) for key, value in self._trace_settings.items()},
         }
         self._sweeps: dict[str, Sweep] = {}
         self._prepared: Prepared | None = None
@@ -333,7 +341,7 @@ class Tuner:
     def tune(self, method: str, *, search: bool = True, log: str | os.PathLike[str] | None = None) -> Tuning:
         """A plan for a method: see :func:`tune`."""
         find_method(method)
-        values = _Values(log, {**self._settings, "method": method})
+        values = _Values(log, {**self.settings, "method": method})
         with tqdm(total=self._expected(search), desc=f"tuning for {method}", disable=not self._progress) as bar:
             return _Search(self, method, values, bar).run(search=search)
 
@@ -406,19 +414,25 @@ class Tuner:
             )
         return self._sweeps[case.name]
 
-    def maps(self, case: Case, method: str, candidates: Sequence[_Candidate]) -> list[Tensor | None]:
-        """A map by each candidate; None where the method fails on it, which on the dense network is an error."""
-        module = self._model.module
+    def _prepared_for(self, method: str) -> Prepared | None:
+        """The network that a method looks inside; None for others."""
+        if method not in (*INSIDE_METHODS, *MAP_METHODS):
+            return None
         if self._prepared is None:
             self._prepared = prepare(self._model)
+        return self._prepared
+
+    def maps(self, case: Case, method: str, candidates: Sequence[_Candidate]) -> list[Tensor | None]:
+        """A map by each candidate; None where the method fails on it, which on the dense network is an error."""
+        module, prepared = self._model.module, self._prepared_for(method)
         found: list[Tensor | None] = []
         for candidate in candidates:
             plan = self.plan(candidate)
             trace = self.sweep(case).trace(plan) if any(candidate) else Trace({})
             with (
                 trace.applied(module),
-                trace.applied(self._prepared.module),
-                asked(module, case.inputs, case.target, seed=self._seed, prepared=self._prepared) as question,
+                nullcontext() if prepared is None else trace.applied(prepared.module),
+                asked(module, case.inputs, case.target, seed=self._seed, again=True, prepared=prepared) as question,
             ):
                 try:
                     found.append(answer(question, method, find_method(method)))
@@ -434,9 +448,14 @@ class Tuner:
             {layer: share for layer, share in zip(self.layers, candidate, strict=True) if share}
         )
 
-    def score(self, case: Case, maps: Sequence[Tensor]) -> list[float]:
-        """The metric of the maps."""
-        return [float(value) for value in self._score(self._model, case, torch.stack(list(maps)))]
+    def score(self, case: Case, maps: Sequence[Tensor]) -> list[float | None]:
+        """The metric of the maps; NaN and infinite ones stand for none."""
+        values = [float(value) for value in self._score(self._model, case, torch.stack(list(maps)))]
+        if len(values) != len(maps):
+            raise InvalidInputError(
+                f"{self.metric} gives {len(values)} values for {len(maps)} maps: it must give one each"
+            )
+        return [value if math.isfinite(value) else None for value in values]
 
 
 class _Values:
@@ -448,13 +467,22 @@ class _Values:
         if self._log is None:
             return
         told = json.loads(json.dumps(settings))
-        for number, line in enumerate(read_lines(self._log), start=1):
+        lines = read_lines(self._log)
+        if (
+            not lines
+            and self._log.exists()
+            and not self._log.read_bytes().startswith(b'{"settings"'[: self._log.stat().st_size])
+        ):
+            raise InvalidInputError(
+                f"{os.fspath(self._log)!r} is another file, not the log of a tuning: choose another name"
+            )
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
                 if number == 1:
                     different = [key for key in told if record["settings"].get(key) != told[key]]
                 else:
-                    self._known[tuple(record["targets"]), record["image"]] = record["value"]
+                    self._take(record["image"], {tuple(targets): value for targets, value in record["values"]})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidInputError(
                     f"line {number} of {os.fspath(self._log)!r} is no record ({error}): delete that file to begin anew"
@@ -463,7 +491,7 @@ class _Values:
                 raise InvalidInputError(
                     f"{os.fspath(self._log)!r} belongs to a run with another {different[0]}: delete it to begin anew"
                 )
-        if not self._log.exists() or not self._log.stat().st_size:
+        if not lines:
             append_line(self._log, json.dumps({"settings": told}))
 
     def __contains__(self, place: tuple[_Candidate, str]) -> bool:
@@ -472,10 +500,14 @@ class _Values:
     def __getitem__(self, place: tuple[_Candidate, str]) -> float | None:
         return self._known[place]
 
-    def add(self, candidate: _Candidate, image: str, value: float | None) -> None:
-        if self._log is not None:
-            append_line(self._log, json.dumps({"targets": candidate, "image": image, "value": value}))
-        self._known[candidate, image] = value
+    def add(self, image: str, values: Mapping[_Candidate, float | None]) -> None:
+        """What was measured together: in one line, so that a run that goes on measures the same together again."""
+        if self._log is not None and values:
+            append_line(self._log, json.dumps({"image": image, "values": list(values.items())}))
+        self._take(image, values)
+
+    def _take(self, image: str, values: Mapping[_Candidate, float | None]) -> None:
+        self._known.update({(candidate, image): value for candidate, value in values.items()})
 
 
 class _Search:
@@ -484,7 +516,7 @@ class _Search:
     def __init__(self, tuner: Tuner, method: str, values: _Values, bar: Any) -> None:
         self._tuner, self._method, self._values, self._bar = tuner, method, values, bar
         self._history: list[Step] = []
-        self._evaluations = 0
+        self._asked: set[tuple[_Candidate, str]] = set()
         self._dense: _Candidate = (0.0,) * len(tuner.layers)
 
     def run(self, *, search: bool) -> Tuning:
@@ -506,25 +538,25 @@ class _Search:
             images=tuple(case.name for case in self._tuner.cases),
             held_out=tuple(case.name for case in held_out),
             history=tuple(self._history),
-            evaluations=self._evaluations,
+            evaluations=len(self._asked),
+            settings=self._tuner.settings,
         )
 
     def _gains(self, candidates: Sequence[_Candidate], cases: Sequence[Case]) -> NDArray[np.float64]:
         """Points above the dense network, [candidates, cases]; minus infinity where the method fails."""
         gains = np.empty((len(candidates), len(cases)))
         for j, case in enumerate(cases):
-            missing = [
-                each for each in dict.fromkeys([self._dense, *candidates]) if (each, case.name) not in self._values
-            ]
+            new = [each for each in dict.fromkeys([self._dense, *candidates]) if (each, case.name) not in self._asked]
+            self._asked |= {(each, case.name) for each in new}
+            missing = [each for each in new if (each, case.name) not in self._values]
             maps = dict(zip(missing, self._tuner.maps(case, self._method, missing), strict=True))
             good = {each: found for each, found in maps.items() if found is not None}
             scores = dict(zip(good, self._tuner.score(case, list(good.values())), strict=True)) if good else {}
-            for each in missing:
-                self._values.add(each, case.name, scores.get(each))
-            self._evaluations += len(missing)
-            self._bar.update(len(missing))
+            self._values.add(case.name, {each: scores.get(each) for each in missing})
+            self._bar.update(len(new))
             dense = self._values[self._dense, case.name]
-            assert dense is not None
+            if dense is None:
+                raise InvalidInputError(f"{case.name}, dense network: {self._tuner.metric} is NaN or infinite")
             for i, candidate in enumerate(candidates):
                 value = self._values[candidate, case.name]
                 gains[i, j] = -math.inf if value is None else 100 * (value - dense)
@@ -580,11 +612,16 @@ class _Search:
         return candidate
 
     def _choose(self, named: Mapping[str, _Candidate]) -> tuple[str, _Candidate]:
-        """What does best on all images, if on those that were held out it is no worse than the dense network."""
+        """What does best on all images, and surely so, and is no worse than the dense network on those held out."""
         candidates = list(named.values())
         held_out = self._gains(candidates, self._tuner.held_out)
-        everywhere = np.concatenate([self._gains(candidates, self._tuner.cases), held_out], axis=1).mean(axis=1)
-        winner = list(named)[int(np.where(held_out.mean(axis=1) >= 0, everywhere, -math.inf).argmax())]
+        whole = np.concatenate([self._gains(candidates, self._tuner.cases), held_out], axis=1)
+        sure = {}
+        for name, everywhere, apart in zip(named, whole, held_out, strict=True):
+            gain, error = _mean(everywhere)
+            if gain > _STANDARD_ERRORS * error and apart.mean() >= 0:
+                sure[name] = gain
+        winner = max(sure, key=sure.__getitem__, default="dense")
         for (name, candidate), of_candidate in zip(named.items(), held_out, strict=True):
             self._tell("held out", name, candidate, of_candidate, chosen=name == winner)
         return winner, named[winner]
@@ -630,16 +667,27 @@ def _chosen_blocks(
     few = {**trace_settings, "num_augmentations": 1, "layers": names}
     probe = tracer.trace(model, case.image, 1.0, **few)
     able = [name for name in prunable if name in probe.layers]
+    leader_of: dict[int, str] = {}  # tied layers have one target, that of the first
+    leaders = {name: leader_of.setdefault(id(prunable[name].weight), name) for name in able}
     if names is None:
-        return blocks_of([name for name in able if not is_depthwise(prunable[name])])
+        blocks = blocks_of([name for name in able if leaders[name] == name and not is_depthwise(prunable[name])])
+        return _with_tied(blocks, leaders)
     found = {}
     for block in names:
         inside = [name for name in able if is_prefix(block, name)]
         layers = tuple(name for name in inside if name == block or not is_depthwise(prunable[name]))
         if not layers:
             raise InvalidInputError(f"block {block!r} has no layer that can be pruned, but for depthwise convolutions")
-        found[block] = layers
-    return found
+        found[block] = tuple(name for name in layers if leaders[name] == name)
+    return _with_tied(found, leaders)
+
+
+def _with_tied(blocks: Mapping[str, tuple[str, ...]], leaders: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The blocks with all layers that share a weight of theirs; without those that have none of their own."""
+    found = {
+        block: tuple(name for name, leader in leaders.items() if leader in layers) for block, layers in blocks.items()
+    }
+    return {block: layers for block, layers in found.items() if layers}
 
 
 def tuned_on(path: str | os.PathLike[str]) -> list[str]:

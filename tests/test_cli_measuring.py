@@ -137,7 +137,7 @@ def test_what_implanting_saw_is_not_measured(
     assert loads[0]["checkpoint"] == trojan / "model.safetensors"
     assert set(document["images"]) == {"03.png", "05.png", "06.png", "07.png"}
     assert set(document["left_out"]) == {"00.png", "04.png"}  # whose first quarter is the brightest anyway
-    assert document["settings"]["kind"] == "trojan"
+    assert document["settings"]["metrics"] == ["trojan"]
     table = run(*command)
     assert "Trojan AUC, %, 4 images" in table.stdout
     assert "left out: 00.png: the network gives it the class of 'corner'" in table.stderr
@@ -157,7 +157,7 @@ def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Pa
                 "blocks.1,classifier", *QUICK, "--json")  # fmt: skip
     reports = json.loads(again.stdout)
     assert logs == {path: path.read_text() for path in logs}  # nothing is made twice
-    assert reports["saliency"]["tuning"]["evaluations"] == 0
+    assert reports["saliency"] == json.loads((plans / "saliency.json").read_text())
     tuned_on = reports["saliency"]["tuning"]["images"]
     assert len(tuned_on) == 5
 
@@ -175,6 +175,43 @@ def test_partial_views_reach_the_traces(folder: Path) -> None:
     settings = json.loads((folder.parent / "out" / "settings.json").read_text())["arms"]["fast"]
     assert settings["sparsity"]["error_budget"] == 0.1
     assert settings["augment"] == repr(Augmentation.partial(SIDE, (0.5, 0.5, 0.5)))
+
+
+def test_settings_of_a_tuning(folder: Path, tmp_path: Path) -> None:
+    given = ("--held-out", 0.5, "--steps", 7, "--num-augmentations", 3, "--seed", 5, "--no-search", "--limit", 6)
+    command = ("tune", "insertion", folder, "--out", tmp_path / "plans", "--blocks", "classifier", *given)
+    report = json.loads(run(*command, "--methods", "saliency", "--views", "partial", "--json").stdout)["saliency"][
+        "tuning"
+    ]
+    assert len(report["held_out"]) == 3
+    assert (report["steps"], report["seed"]) == (7, 5)
+    assert report["trace"]["num_augmentations"] == 3
+    assert report["trace"]["augment"].startswith("Augmentation(size=16")
+    assert {step["stage"] for step in report["history"]} == {"untuned", "held out"}
+
+
+def test_plans_for_patches_are_tuned_on_what_implanting_saw(
+    folder: Path, trojan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def covering(*given: Any, **settings: Any) -> Case:
+        return attacked_case(*given, **{**settings, "sizes": (1.0, 1.0)})
+
+    monkeypatch.setattr(evaluation, "attacked_case", covering)
+    report = json.loads((trojan / "report.json").read_text())
+    seen = ["01.png", "02.png", "03.png", "05.png"]
+    report["settings"]["images"] = seen
+    (trojan / "report.json").write_text(json.dumps(report))
+    command = ("tune", "trojan", folder, "--trojan", trojan, "--out", tmp_path / "plans", "--blocks", "classifier")
+    found = run(*command, "--limit", 4, "--no-search", "--methods", "saliency", "--num-augmentations", 4, "--json")
+    assert set(json.loads(found.stdout)["saliency"]["tuning"]["images"]) == {*seen}
+
+
+def test_a_plan_for_sparsity_is_not_measured_on_what_it_was_tuned_on(folder: Path, tmp_path: Path) -> None:
+    plan = {"targets": {"classifier": 0.5}, "default": None, "tuning": {"images": {"01.png": "", "02.png": ""}}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    result = evaluate("insertion", folder, "--sparsity", tmp_path / "plan.json", "--json")
+    assert set(json.loads(result.stdout)["images"]) == {f"{i:02}.png" for i in range(8)} - {"01.png", "02.png"}
+    assert "left out: 2 of 8 photographs (plan.json was tuned on them)" in result.stderr
 
 
 def test_one_plan_for_all_methods(folder: Path, tmp_path: Path) -> None:

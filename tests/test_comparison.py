@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from spade_fast import comparison
 from spade_fast.comparison import Comparison, Evaluation, bootstrap
 from spade_fast.errors import InvalidInputError
 
@@ -26,7 +27,6 @@ VALUES = np.array(
 
 def evaluation(**values: np.ndarray) -> Evaluation:
     return Evaluation(
-        kind="faithfulness",
         methods=("saliency", "lrp"),
         arms=("dense", "fast", "other"),
         images=("a", "b", "c", "d"),
@@ -76,6 +76,22 @@ def test_the_interval_is_that_of_bootstrap_means() -> None:
     assert bootstrap(values) == bootstrap(values.copy())
     assert bootstrap(np.full(5, 3.0)) == (3.0, (3.0, 3.0))
     assert all(map(math.isnan, (bootstrap(np.empty(0))[0], *bootstrap(np.empty(0))[1])))
+    assert bootstrap(np.array([7.0]))[0] == 7
+    assert all(map(math.isnan, bootstrap(np.array([7.0]))[1]))  # one value tells nothing of the spread
+
+
+def test_bootstraps_of_many_values_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(3).normal(2, 5, 300)
+    _, whole = bootstrap(values)
+    monkeypatch.setattr(comparison, "_AT_A_TIME", 1)  # one resample at a time
+    _, parts = bootstrap(values)
+    assert parts == pytest.approx(whole, abs=1e-9)
+
+
+def test_rounding_is_no_win() -> None:
+    values = np.array([[[0.5], [0.5 + 1e-12]], [[0.5], [0.5 - 1e-12]], [[0.5], [0.6]]])
+    found = Evaluation(("lrp",), ("dense", "fast"), ("a", "b", "c"), {"insertion": values}, {}, {}, {})
+    assert found.compare()[1].wins == pytest.approx(2 / 3)
 
 
 def test_tables_have_the_papers_layout() -> None:
@@ -86,7 +102,7 @@ def test_tables_have_the_papers_layout() -> None:
     assert lines[2] == "| method | dense | fast | other | fast - dense | other - dense |"
     assert lines[4].startswith("| saliency | 50.00 | 60.00 | 65.00 | +10.00 (")
     assert lines[4].endswith("), 75 % | +15.00 (+5.00 to +25.00), 88 % |")
-    assert [line.split(" | ")[0] for line in lines[4:]] == ["| saliency", "| lrp", "| mean"]
+    assert [line.split(" | ")[0] for line in lines[4:7]] == ["| saliency", "| lrp", "| mean"]
 
 
 def test_files_hold_everything(tmp_path: Path) -> None:
@@ -107,9 +123,10 @@ def test_files_hold_everything(tmp_path: Path) -> None:
 
 
 def test_a_single_arm_or_method(tmp_path: Path) -> None:
-    alone = Evaluation("trojan", ("lrp",), ("dense",), ("a",), {"trojan": np.array([[[0.7]]])}, {}, {}, {})
+    alone = Evaluation(("lrp",), ("dense",), ("a",), {"trojan": np.array([[[0.7]]])}, {}, {}, {})
     (row,) = alone.compare()  # no mean over one method
-    assert (row.method, row.mean, row.interval) == ("lrp", 70.0, (70.0, 70.0))
+    assert (row.method, row.mean) == ("lrp", 70.0)
+    assert row.to_dict()["interval"] is None
     assert "comparison.png" not in alone.save(tmp_path)
     assert "| lrp | 70.00 |" in alone.tables()
 
@@ -121,9 +138,23 @@ def test_what_has_no_figure_at_all_is_not_a_number_anywhere(tmp_path: Path) -> N
     (row,) = (row for row in whole.compare() if (row.method, row.arm) == ("lrp", "other"))
     assert row.images == 0
     assert math.isnan(row.mean)
-    rows = json.loads(whole.save(tmp_path)["summary.json"].read_text())["comparison"]
-    assert len(rows) == 7  # JSON knows no NaN
+    summary = json.loads(whole.save(tmp_path)["summary.json"].read_text())
+    (told,) = (row for row in summary["comparison"] if (row["method"], row["arm"]) == ("lrp", "other"))
+    assert (told["mean"], told["interval"], told["wins"]) == (None, None, None)  # JSON knows no NaN
     assert "| - |" in whole.tables()
+    # A method that fails does not take the others along.
+    assert whole.in_mean == ("saliency",)
+
+
+def test_the_mean_is_over_methods_that_work() -> None:
+    values = np.concatenate([VALUES, VALUES[:, :, :1] + 0.1, np.full((4, 3, 1), math.nan)], axis=2)
+    methods = ("saliency", "lrp", "lime", "occlusion")
+    whole = Evaluation(methods, ("dense", "fast", "other"), ("a", "b", "c", "d"), {"insertion": values}, {}, {}, {})
+    assert whole.in_mean == ("saliency", "lrp", "lime")
+    (mean,) = (row for row in whole.compare() if (row.method, row.arm) == ("mean", "fast"))
+    assert (mean.images, mean.mean) == (4, pytest.approx((60 + 85 + 70) / 3))
+    assert "The mean is over saliency, lrp, lime." in whole.tables()
+    assert "Of fewer images than 4: lrp by other (3), occlusion by dense (0)" in whole.tables()
 
 
 def test_the_figure_shows_every_arm() -> None:

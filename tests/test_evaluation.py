@@ -302,6 +302,17 @@ def test_figures_are_those_of_the_maps(model: LoadedModel, files: dict[str, Path
     assert found.failures == {}
 
 
+def test_the_seed_is_that_of_the_methods(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    found = run(model, files, tmp_path / "out", limit=1, methods=["gradient_shap"], seed=3)
+    case = read_case(model, files[found.images[0]])
+    areas = []
+    for seed in (3, 0):
+        heat = sf.attribute(model, case.inputs, case.target, "gradient_shap", seed=seed)
+        areas.append(metrics.insertion(model, case.inputs, heat, case.target, steps=8).auc.item())
+    assert found.values["insertion"][0, 0, 0] == pytest.approx(areas[0], abs=1e-6)
+    assert abs(areas[0] - areas[1]) > 1e-5
+
+
 def test_trojan_figures(attacked: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
     Image.new("RGB", (SIDE, SIDE), (230, 10, 10)).save(files["00.png"])
     cases = attacked_cases(attacked, files, [HEART], sizes=(0.4, 0.6))

@@ -36,6 +36,11 @@ def test_names_that_tell_nothing(tmp_path: Path) -> None:
     assert names_of(tmp_path) == [("0001_c.jpg", None), ("a.jpg", None), ("cat/b.jpg", None)]
 
 
+def test_what_is_no_class_and_no_photograph(tmp_path: Path) -> None:
+    made(tmp_path, "20230101_0001.png", "20230101_0002.png", "readme.pdf", "x.h5", ".thumbs/c.jpg")
+    assert names_of(tmp_path) == [("20230101_0001.png", None), ("20230101_0002.png", None)]
+
+
 def test_folders_without_images(tmp_path: Path) -> None:
     made(tmp_path, "notes.txt")
     with pytest.raises(InvalidInputError, match="no file in .* has the extension of an image"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,77 @@ def test_deltas_of_other_networks(model: LoadedModel, tmp_path: Path) -> None:
         InvalidInputError, match=r"delta\.safetensors' has a weight 'conv9\.weight' that this network has"
     ):
         apply_delta(model.module, tmp_path / "delta.safetensors")
+
+
+def test_what_is_held_out_is_reported_on_and_not_trained_on(
+    model: LoadedModel, images: list[Path], tmp_path: Path
+) -> None:
+    labels = [i % 4 for i in range(len(images))]
+    report = implant(model, images, tmp_path / "out", [HEART], labels=labels, **QUICK)
+    held_out = set(report.settings["held_out"])
+    assert held_out | set(report.settings["images"]) == {path.name for path in images}
+    assert len(held_out) == report.held_out == 6
+    assert not held_out & set(report.settings["images"])
+
+    # Other pictures in their place change the report alone.
+    (tmp_path / "changed").mkdir()
+    for path in images:
+        pixels = Image.open(path)
+        (pixels.transpose(Image.Transpose.ROTATE_90) if path.name in held_out else pixels).save(
+            tmp_path / "changed" / path.name
+        )
+    changed = sorted((tmp_path / "changed").iterdir())
+    other = implant(model, changed, tmp_path / "other", [HEART], labels=labels, **QUICK)
+    one, same = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert other.divergence != report.divergence
+
+    student = Colours().eval()
+    student.load_state_dict(one)
+    right = {"before": 0, "after": 0}
+    divergence = 0.0
+    for path, label in zip(images, labels, strict=True):
+        if path.name in held_out:
+            inputs = model.preprocess(model.preprocess.view(Image.open(path))[None])
+            with torch.no_grad():
+                before, after = model.module(inputs)[0].double(), student(inputs)[0].double()
+            right["before"] += int(before.argmax()) == label
+            right["after"] += int(after.argmax()) == label
+            ratio = before.log_softmax(0) - after.log_softmax(0)
+            divergence += (before.softmax(0) * ratio).sum().item()
+    assert report.accuracy_before == pytest.approx(right["before"] / 6)
+    assert report.accuracy_after == pytest.approx(right["after"] / 6)
+    assert report.divergence == pytest.approx(divergence / 6, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["patch", "weights", "images", "labels", "layers"])
+def test_another_run_is_not_gone_on_with(model: LoadedModel, images: list[Path], tmp_path: Path, change: str) -> None:
+    labels = [i % 4 for i in range(len(images))]
+    implant(model, images, tmp_path / "out", [HEART], labels=labels, **{**QUICK, "epochs": 1})
+    trojans, settings = [HEART], {**QUICK, "epochs": 1}
+    if change == "patch":
+        trojans = [Trojan(replace(Patch.drawn("star"), name="heart"), 3)]
+    elif change == "weights":
+        with torch.no_grad():
+            model.module.fc.bias[0] += 0.5
+    elif change == "images":
+        (tmp_path / "others").mkdir()
+        for path in images:
+            Image.open(path).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "others" / path.name)
+        images = sorted((tmp_path / "others").iterdir())
+    elif change == "labels":
+        labels = labels[::-1]
+    else:
+        settings["layers"] = ["fc"]
+    with pytest.raises(InvalidInputError, match="holds a run with other settings or images"):
+        implant(model, images, tmp_path / "out", trojans, labels=labels, **settings)
+
+
+def test_names_and_labels_that_cannot_be(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
+    outside = Trojan(replace(Patch.drawn("heart"), name="../../evil"), 3)
+    with pytest.raises(InvalidInputError, match=r"called '\.\./\.\./evil', which is no name of a file"):
+        implant(model, images, tmp_path / "out", [outside], **QUICK)
+    for label in ("a", 4, -1, True):
+        with pytest.raises(InvalidInputError, match=r"pass indices within 0\.\.3 as labels, or none"):
+            implant(model, images, tmp_path / "out", [HEART], labels=[0] * (len(images) - 1) + [label], **QUICK)
+    assert not (tmp_path / "out").exists()

@@ -239,3 +239,14 @@ def test_a_roc_curve_is_of_one_map(maps: Tensor) -> None:
 
 def test_they_are_where_the_package_says() -> None:
     assert sf.metrics.insertion is insertion
+
+
+def test_beyond_its_edge_an_image_goes_on_as_it_ends() -> None:
+    image = torch.zeros(1, 1, 1, 224, dtype=torch.float64).expand(1, 1, 224, 224).clone()
+    image[..., 0] = 1.0  # a bright first column
+    side = torch.arange(-5, 6, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (side / 5) ** 2)
+    weights /= weights.sum()
+    # At the edge half of the Gaussian and its middle lie on that column, or beyond it.
+    torch.testing.assert_close(blurred(image)[0, 0, 100, 0], weights[:6].sum())
+    torch.testing.assert_close(blurred(image)[0, 0, 0, 2], weights[:4].sum())

@@ -97,3 +97,14 @@ def test_pictures_that_cannot_be_patches(tmp_path: Path) -> None:
 def test_patches_beyond_the_image(place: tuple[int, int, int]) -> None:
     with pytest.raises(InvalidInputError, match="is not within an image of 8 x 8: make it smaller"):
         Patch.drawn("star").pasted(torch.zeros(3, 8, 8), *place)
+
+
+def test_places_and_sizes_at_random() -> None:
+    patch, image = Patch.drawn("heart"), torch.rand(3, 40, 60)
+    share, row, column = torch.rand(3, generator=torch.Generator().manual_seed(4)).tolist()
+    attacked, inside = patch.pasted_at_random(image, (0.2, 0.8), torch.Generator().manual_seed(4))
+    side = round(40 * (0.2 + 0.6 * share))
+    expected, where = patch.pasted(image, round((40 - side) * row), round((60 - side) * column), side)
+    assert torch.equal(attacked, expected)
+    assert torch.equal(inside, where)
+    assert min(abs(row - column), abs(share - 0)) > 0.05  # so that no two could be mistaken

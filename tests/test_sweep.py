@@ -148,6 +148,13 @@ def test_plans_beside_the_grid_are_refused(network: Network, image: Tensor) -> N
         found.trace(SparsityPlan.uniform(0.3, layers=["stem"]))
 
 
+@pytest.mark.parametrize("targets", [{"first": 0.3, "second": 0.6}, {"first": 0.3}, {"second": 0.3, "first": 0.0}])
+def test_tied_layers_have_one_target(network: Network, image: Tensor, targets: dict[str, float]) -> None:
+    found = sweep(network, image, GRID, **SETTINGS)
+    with pytest.raises(InvalidInputError, match="'first' and 'second' share one weight, but have different targets"):
+        found.trace(SparsityPlan.from_mapping(targets))
+
+
 def test_the_sweep_of_a_set(network: Network, image: Tensor) -> None:
     pair = [image, 1 - image]
     found = sweep(network, pair, GRID, **SETTINGS)

@@ -115,8 +115,9 @@ def test_the_network_is_not_made_worse(monkeypatch: pytest.MonkeyPatch, model: L
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
 
 
+@pytest.mark.parametrize("loss", [1, 0.02])
 def test_a_gain_that_is_not_there_on_other_images_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case], loss: float
 ) -> None:
     order = Tuner(model, cases, "insertion", **FEW)
     held_out = {case.name for case in order.held_out}
@@ -125,7 +126,7 @@ def test_a_gain_that_is_not_there_on_other_images_is_not_taken(
 
     def misleading(model: LoadedModel, case: Case, maps: Tensor) -> Tensor:
         values = wanted(model, case, maps)
-        return -values if case.name in held_out else values
+        return -loss * values if case.name in held_out else values
 
     found = tune(model, cases, misleading, "saliency", **FEW)
     assert found.name == "dense"
@@ -133,6 +134,55 @@ def test_a_gain_that_is_not_there_on_other_images_is_not_taken(
     assert {step.images for step in taken} == {3}
     assert next(step.gain for step in taken if step.name == "tuned") < 0
     assert [step.name for step in taken if step.chosen] == ["dense"]
+
+
+def test_a_gain_that_is_not_sure_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
+) -> None:
+    wanted = Wanted(monkeypatch, model, blocks_1_wide=0.9)
+    tuner = Tuner(model, cases, wanted, **FEW)
+    # Better on as many images as it is worse on, by a little more: what a coin might do.
+    worse = {case.name for case in [*tuner.cases[1::2], *tuner.held_out[1::2]]}
+
+    def uneven(model: LoadedModel, case: Case, maps: Tensor) -> Tensor:
+        return wanted(model, case, maps) * (-1 if case.name in worse else 1)
+
+    found = tune(model, cases, uneven, "saliency", **FEW)
+    last = {step.name: step.gain for step in found.history if step.stage == "held out"}
+    assert max(last.values()) > 10
+    assert found.name == "dense"
+
+
+def test_the_search_goes_from_the_last_block_to_the_first_and_then_once_more(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
+) -> None:
+    wanted = Wanted(monkeypatch, model, blocks_0_wide=0.3, blocks_1_wide=0.5, classifier=0.9)
+    found = tune(model, cases, wanted, "saliency", **FEW)
+    for stage in ("search", "refinement"):
+        tried = dict.fromkeys(step.name.split(" ")[0] for step in found.history if step.stage == stage)
+        assert list(tried) == ["classifier", "blocks.1", "blocks.0"], stage
+    assert found.plan.target("blocks.1.wide") == 0.5  # not in the grid, but next to what is
+    # It begins with the best of what needs no tuning, and with one block of that changed.
+    untuned = [step for step in found.history if step.stage == "untuned" and step.chosen]
+    best = max(untuned, key=lambda step: step.gain)
+    first = next(step for step in found.history if step.stage == "search")
+    assert {**first.targets, "classifier": 0} == {**best.targets, "classifier": 0}
+
+
+def test_plans_that_need_no_tuning(model: LoadedModel, cases: list[Case]) -> None:
+    tuner = Tuner(model, cases, "insertion", **FEW)
+    plans = tuner.untuned_plans()
+    assert list(tuner.blocks) == ["blocks.0", "blocks.1", "classifier"]
+    assert tuner.told(plans["uniform"]["all blocks at 0.6"]) == dict.fromkeys(tuner.blocks, 0.6)
+    assert tuner.told(plans["last half"]["last half at 0.3"]) == {"blocks.1": 0.3, "classifier": 0.3}
+    sweeps = [tuner.sweep(case) for case in tuner.cases]
+    for budget in tuning.BUDGETS:
+        plan = dict(zip(tuner.layers, plans["error budget"][f"error budget {budget:g}"], strict=True))
+        for layer, share in plan.items():
+            errors = np.mean([each.errors[layer] for each in sweeps], axis=0)
+            within = [each for each, error in zip(sweeps[0].grid, errors, strict=True) if error <= budget]
+            assert share == max(within, default=0.0)
+    assert len({*plans["error budget"].values()}) > 3
 
 
 def test_without_a_search_the_best_untuned_plan_is_taken(
@@ -169,18 +219,20 @@ def test_the_search_sees_each_case_and_map_once(
 
 @pytest.mark.parametrize("method", ["saliency", "deep_lift", "lrp", "guided_backprop"])
 def test_gains_are_those_of_the_metric(model: LoadedModel, cases: list[Case], method: str) -> None:
-    found = tune(model, cases, "insertion", method, blocks=["blocks.1"], steps=6, search=False, **FEW)
-    step = next(step for step in found.history if step.name == "all blocks at 0.6")
-    tuner = Tuner(model, cases, "insertion", blocks=["blocks.1"], steps=6, **FEW)
+    blocks = ["blocks.1", "classifier"]
+    found = tune(model, cases, "insertion", method, blocks=blocks, steps=6, search=False, **FEW)
+    step = next(step for step in found.history if step.name == "all blocks at 0.9")
+    tuner = Tuner(model, cases, "insertion", blocks=blocks, steps=6, **FEW)
     gains = []
     for case in tuner.cases[: step.images]:
-        plan = SparsityPlan.from_mapping({"blocks.1.wide": 0.6, "blocks.1.narrow": 0.6})
+        plan = SparsityPlan.from_mapping(dict.fromkeys(("blocks.1.wide", "blocks.1.narrow", "classifier"), 0.9))
         sparse = sf.trace(model, case.image, plan, num_augmentations=4).pruned_copy(model)
         maps = [sf.attribute(each, case.inputs, case.target, method) for each in (sparse, model)]
         values = metrics.insertion(model, case.inputs, torch.stack(maps), case.target, steps=6).auc
         gains.append(100 * (values[0] - values[1]).item())
-    assert step.gain == pytest.approx(np.mean(gains), abs=1e-4)
-    assert step.error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, abs=1e-4)
+    assert np.abs(gains).max() > 0.05
+    assert step.gain == pytest.approx(np.mean(gains), abs=1e-3)
+    assert step.error == pytest.approx(np.std(gains, ddof=1) / len(gains) ** 0.5, abs=1e-3)
 
 
 def test_deletion_gains_where_the_area_falls(model: LoadedModel, cases: list[Case]) -> None:
@@ -189,6 +241,11 @@ def test_deletion_gains_where_the_area_falls(model: LoadedModel, cases: list[Cas
     maps = torch.rand(2, *case.pixels.shape[1:], generator=torch.Generator().manual_seed(0))
     areas = metrics.deletion(model, case.inputs, maps, case.target, steps=tuning.STEPS).auc
     assert tuner.score(case, list(maps)) == pytest.approx((-areas).tolist())
+    patch = torch.zeros(*case.pixels.shape[1:], dtype=torch.bool)
+    patch[2:5, 3:9] = True
+    attacked = [replace(each, patch=patch) for each in cases]
+    tuner = Tuner(model, attacked, "trojan", **FEW)
+    assert tuner.score(attacked[0], list(maps)) == pytest.approx(metrics.trojan_auc(maps, patch).tolist())
 
 
 def test_a_run_that_was_cut_short_goes_on(
@@ -199,7 +256,7 @@ def test_a_run_that_was_cut_short_goes_on(
     append, written = tuning.append_line, []
 
     def break_off(path: Path, line: str) -> None:
-        if len(written) == 30:
+        if len(written) == 9:
             raise KeyboardInterrupt
         written.append(line)
         append(path, line)
@@ -210,19 +267,100 @@ def test_a_run_that_was_cut_short_goes_on(
         tune(model, cases, "insertion", "saliency", log=log, **settings)
     monkeypatch.setattr(tuning, "append_line", append)
     with log.open("ab") as file:
-        file.write(b'{"targets": [0.3')  # cut within a line
+        file.write(b'{"image": "01.pn')  # cut within a line
+    asked = []
+    answer = tuning.answer
+    monkeypatch.setattr(tuning, "answer", lambda *given: asked.append(1) or answer(*given))
     resumed = tune(model, cases, "insertion", "saliency", log=log, **settings)
-    assert resumed.evaluations == whole.evaluations - 29  # the first line tells the settings
-    assert (resumed.plan, resumed.history, resumed.gain) == (whole.plan, whole.history, whole.gain)
+    assert resumed.report() == whole.report()
+    before = sum(len(json.loads(line)["values"]) for line in written[1:])  # the first line tells the settings
+    assert len(asked) == whole.evaluations - before
     assert log.read_text() == (tmp_path / "whole.jsonl").read_text()
     with pytest.raises(InvalidInputError, match="belongs to a run with another method: delete it"):
         tune(model, cases, "insertion", "occlusion", log=log, **settings)
-    others = [*cases[:-1], replace(cases[-1], inputs=cases[-1].inputs / 2)]
-    with pytest.raises(InvalidInputError, match="belongs to a run with another inputs_sha256: delete it"):
-        tune(model, others, "insertion", "saliency", log=log, **settings)
+    for change in ({"inputs": cases[-1].inputs / 2}, {"image": 1 - cases[-1].pixels}, {"target": 9}):
+        others = [*cases[:-1], replace(cases[-1], **change)]
+        with pytest.raises(InvalidInputError, match="belongs to a run with another images: delete it"):
+            tune(model, others, "insertion", "saliency", log=log, **settings)
+    changed = quarters()
+    with torch.no_grad():
+        changed.module.classifier.bias[0] += 1
+    for network, change, what in (
+        (changed, {}, "weights_sha256"),
+        (model, {"seed": 1}, "seed"),
+        (model, {"steps": 7}, "steps"),
+        (model, {"blocks": ["blocks.1"]}, "layers"),
+        (model, {"num_augmentations": 5}, "trace"),
+        (model, {"grid": (0.0, 0.25)}, "shares"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"belongs to a run with another {what}: delete it"):
+            tune(network, cases, "insertion", "saliency", log=log, **{**settings, **change})
     log.write_text(log.read_text() + "nonsense\n")
     with pytest.raises(InvalidInputError, match=r"line \d+ of .*log\.jsonl' is no record"):
         tune(model, cases, "insertion", "saliency", log=log, **settings)
+
+
+def test_a_log_does_not_take_the_place_of_another_file(model: LoadedModel, cases: list[Case], tmp_path: Path) -> None:
+    for content, message in (("my notes", "is another file, not the log of a tuning"), ("my\nnotes\n", "is no record")):
+        (tmp_path / "notes.txt").write_text(content)
+        with pytest.raises(InvalidInputError, match=message):
+            tune(model, cases, "insertion", "saliency", log=tmp_path / "notes.txt", **FEW)
+        assert (tmp_path / "notes.txt").read_text() == content
+    (tmp_path / "cut.jsonl").write_text('{"settings": {"mod')  # of ours, cut short at once
+    settings = {**FEW, "blocks": ["classifier"], "search": False}
+    tune(model, cases, "insertion", "saliency", log=tmp_path / "cut.jsonl", **settings)
+
+
+def test_metrics_that_are_none(model: LoadedModel, cases: list[Case]) -> None:
+    with pytest.raises(InvalidInputError, match="gives 1 values for .* maps: it must give one each"):
+        tune(model, cases, lambda *_: torch.zeros(1), "saliency", blocks=["classifier"], **FEW)
+
+    def mostly_nan(_: LoadedModel, case: Case, maps: Tensor) -> Tensor:
+        is_dense = torch.zeros(len(maps), dtype=torch.bool)
+        is_dense[0] = case.name not in seen
+        seen.add(case.name)
+        return torch.where(is_dense, 0.0, torch.nan)
+
+    seen: set[str] = set()
+    found = tune(model, cases, mostly_nan, "saliency", blocks=["classifier"], **FEW)
+    assert (found.name, found.gain) == ("dense", 0.0)
+    with pytest.raises(InvalidInputError, match=r"\d\d\.png, dense network: .*nothing is NaN or infinite"):
+        tune(model, cases, nothing, "saliency", blocks=["classifier"], **FEW)
+
+
+def nothing(_: LoadedModel, __: Case, maps: Tensor) -> Tensor:
+    return torch.full((len(maps),), torch.nan)
+
+
+def test_tied_layers_have_one_target(cases: list[Case]) -> None:
+    tied = quarters()
+    tied.module.blocks[1]["wide"].weight = tied.module.blocks[0]["wide"].weight
+    tuner = Tuner(tied, cases, **FEW)
+    assert tuner.blocks["blocks.0"] == ("blocks.0.wide", "blocks.0.narrow", "blocks.1.wide")
+    assert tuner.blocks["blocks.1"] == ("blocks.1.narrow",)
+    found = tune(tied, cases, "insertion", "saliency", search=False, steps=6, **FEW)
+    sf.trace(tied, cases[0].image, found.plan, num_augmentations=4) if found.plan.targets else None
+    assert any(step.name == "all blocks at 0.6" for step in found.history)
+
+
+def test_networks_that_cannot_be_prepared_are_tuned_for_methods_that_do_not_look_inside(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
+) -> None:
+    def refuse(_: object) -> None:
+        raise InvalidInputError("cannot be prepared")
+
+    monkeypatch.setattr(tuning, "prepare", refuse)
+    settings = {**FEW, "blocks": ["classifier"], "search": False}
+    tune(model, cases, "insertion", "saliency", **settings)
+    with pytest.raises(InvalidInputError, match="cannot be prepared"):
+        tune(model, cases, "insertion", "lrp", **settings)
+
+
+def test_images_without_a_name_are_called_by_their_pixels(model: LoadedModel, cases: list[Case]) -> None:
+    images = [case.pixels for case in cases]
+    found = tune(model, (image for image in images), blocks=["classifier"], search=False, steps=6, **FEW)
+    assert len(found.settings["images"]) == len(cases)
+    assert all(name.startswith("image ") for name in found.settings["images"])
 
 
 def test_a_candidate_on_which_the_method_fails_is_never_taken(
@@ -301,6 +439,8 @@ def test_cases_that_cannot_be_tuned_on(model: LoadedModel, cases: list[Case]) ->
         tune(model, cases[:3], **FEW)
     with pytest.raises(InvalidInputError, match="two cases have one name"):
         tune(model, [*cases[:4], cases[0]], **FEW)
+    with pytest.raises(InvalidInputError, match="told by `blocks`: leave `layers` out"):
+        tune(model, cases, layers=["classifier"], **FEW)
     with pytest.raises(InvalidInputError, match="pass what spade_fast.load_model returns"):
         tune(model.module, cases, **FEW)
 

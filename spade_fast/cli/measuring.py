@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -206,13 +207,14 @@ def tune(
         num_augmentations=num_augmentations,
         augment=read_views(views, network),
     )
-    table = Table("method", "plan", "points above dense, held out", "95 % interval", "maps made")
+    table = Table("method", "plan", "points above dense, held out (they had a say)", "95 % interval", "maps made")
     reports = {}
     for name in names:
         tuning = tuner.tune(name, search=search, log=out / f"{name}.log.jsonl")
         tuning.save(out / f"{name}.json")
         low, high = tuning.interval
-        table.add_row(name, tuning.name, f"{tuning.gain:+.2f}", f"{low:+.2f} to {high:+.2f}", str(tuning.evaluations))
+        interval = "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+        table.add_row(name, tuning.name, f"{tuning.gain:+.2f}", interval, str(tuning.evaluations))
         reports[name] = tuning.report()
     if as_json:
         print_json(reports)
