@@ -63,9 +63,8 @@ def main() -> None:
     arms: dict[str, Arm] = {"dense": dense_arm(network)}
     arms |= {name: trace_arm(network, plan, **change) for name, change in CHANGES.items()}
     cases = attacked_cases(network, held_out, trojans)
-    found = evaluate(
-        network, cases, "trojan", arms, arguments.out, methods=METHODS, limit=arguments.limit, progress=True
-    )
+    settings: dict[str, Any] = {"metric": "trojan", "methods": METHODS, "limit": arguments.limit}
+    found = evaluate(network, cases, arms, arguments.out, **settings, progress=True)
     found.save(arguments.out)
     print(found.tables())
     print(f"{' '.join(sys.argv)}; torch {torch.__version__}; spade_fast {sf.__version__}")

@@ -32,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("first", "second"):  # the first pays for imports
             start = time.perf_counter()
-            evaluate(network, cases, "faithfulness", arms, Path(folder) / part, methods=[arguments.method])
+            evaluate(network, cases, arms, Path(folder) / part, methods=[arguments.method])
             seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
     tuning = tune(network, cases, "insertion", arguments.method, progress=True)
