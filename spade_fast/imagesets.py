@@ -15,11 +15,12 @@ _EXTENSIONS = frozenset(
 )
 
 
-def image_files(folder: str | os.PathLike[str]) -> list[tuple[Path, int | None]]:
+def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -> list[tuple[Path, int | None]]:
     """The photographs below a folder, in the order of their names, with the class index of each.
 
     A file's name may begin with it, ``0281_tabby.jpg``. Otherwise, if all files are in subfolders, the index is that of
-    the subfolder among those in order, as torchvision's ``ImageFolder`` has it. Otherwise it is None.
+    the subfolder among those in order, as torchvision's ``ImageFolder`` has it; if `classes` are given, only where there
+    are as many subfolders. Otherwise it is None.
 
     Raises
     ------
@@ -41,7 +42,7 @@ def image_files(folder: str | os.PathLike[str]) -> list[tuple[Path, int | None]]
     names = [_INDEX.match(each.name) for each in found]
     if all(names):
         return [(each, int(name[1])) for each, name in zip(found, names, strict=True) if name]
-    classes = sorted({each.relative_to(root).parts[0] for each in found})
-    if all(len(each.relative_to(root).parts) > 1 for each in found):
-        return [(each, classes.index(each.relative_to(root).parts[0])) for each in found]
+    names_of_classes = sorted({each.relative_to(root).parts[0] for each in found})
+    if classes in (None, len(names_of_classes)) and all(len(each.relative_to(root).parts) > 1 for each in found):
+        return [(each, names_of_classes.index(each.relative_to(root).parts[0])) for each in found]
     return [(each, None) for each in found]

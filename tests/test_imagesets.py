@@ -31,6 +31,14 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     assert names_of(tmp_path) == [("ant/1.jpeg", 0), ("bee/0003_x.webp", 1), ("cat/b.jpg", 2), ("cat/deep/a.jpg", 2)]
 
 
+def test_folders_are_classes_if_there_are_as_many(tmp_path: Path) -> None:
+    made(tmp_path, "cat/b.jpg", "ant/1.jpeg")
+    assert [label for _, label in image_files(tmp_path, classes=2)] == [0, 1]
+    assert [label for _, label in image_files(tmp_path, classes=1000)] == [None, None]
+    made(tmp_path / "other", "0007_b.jpg", "0001_c.jpg")
+    assert [label for _, label in image_files(tmp_path / "other", classes=1000)] == [1, 7]
+
+
 def test_names_that_tell_nothing(tmp_path: Path) -> None:
     made(tmp_path, "cat/b.jpg", "a.jpg", "0001_c.jpg")
     assert names_of(tmp_path) == [("0001_c.jpg", None), ("a.jpg", None), ("cat/b.jpg", None)]

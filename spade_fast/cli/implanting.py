@@ -53,10 +53,11 @@ def implant(
     from spade_fast.imagesets import image_files
     from spade_fast.implanting import implant
 
-    files = image_files(images)
+    image_files(images)  # are there any?
     make_folder(out)
     network = open_network({"name": model}, device)
     trojans = read_trojans(patch, network)
+    files = image_files(images, classes=classes_of(network))
     labels = [label for _, label in files if label is not None]
     report = implant(
         network,

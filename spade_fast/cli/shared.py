@@ -135,15 +135,20 @@ def read_sparsity(text: str) -> Sparsity:
     return ErrorBudget(value) if kind else check_sparsity(value, "--sparsity")
 
 
+def classes_of(network: LoadedModel) -> int:
+    """How many classes the network tells apart."""
+    side = network.preprocess.input_size
+    with torch.no_grad():
+        outputs = network.module(torch.zeros(1, 3, side, side).to(next(network.module.parameters())))
+    return int(outputs.shape[1])
+
+
 def read_trojans(patches: list[str] | None, network: LoadedModel) -> list[Trojan]:
     from spade_fast.implanting import Trojan
     from spade_fast.patches import DRAWN, Patch
 
     if patches is None:
-        with torch.no_grad():
-            side = network.preprocess.input_size
-            weight = next(network.module.parameters())
-            classes = network.module(torch.zeros(1, 3, side, side).to(weight)).shape[1]
+        classes = classes_of(network)
         names = list(DRAWN)[: min(4, classes)]
         return [Trojan(Patch.drawn(name), classes * (2 * i + 1) // (2 * len(names))) for i, name in enumerate(names)]
     trojans = []
