@@ -16,6 +16,7 @@ from spade_fast.cli.shared import (
     DEFAULT_MODEL,
     AsJson,
     Device,
+    classes_of,
     make_folder,
     open_network,
     print_json,
