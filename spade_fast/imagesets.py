@@ -19,8 +19,8 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
     """The photographs below a folder, in the order of their names, with the class index of each.
 
     A file's name may begin with it, ``0281_tabby.jpg``. Otherwise, if all files are in subfolders, the index is that of
-    the subfolder among those in order, as torchvision's ``ImageFolder`` has it; if `classes` are given, only where there
-    are as many subfolders. Otherwise it is None.
+    the subfolder among those in order, as torchvision's ``ImageFolder`` has it; if `classes` are given, only where
+    there are as many subfolders. Otherwise it is None.
 
     Raises
     ------
