@@ -59,7 +59,7 @@ def comparison_figure(evaluation: Evaluation) -> Figure:
         better = "left" if metric == "deletion" else "right"
         axes.set_title(f"{TITLES[metric]}: {better} is better", fontsize=11, color=TEXT)
         axes.set_xlabel(f"points above {evaluation.arms[0]}, whose mean stands on the left", fontsize=9, color=NOTE)
-    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=min(4, len(others)), frameon=False)
+    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.04), ncols=min(4, len(others)), frameon=False)
     figure.supxlabel(f"{len(evaluation.images)} images; lines: 95 % bootstrap intervals", fontsize=9, color=NOTE)
     return figure
 
