@@ -153,8 +153,8 @@ def attacked_case(
         If the network is not fooled, or gives the photograph that class without the patch: nothing could be told.
     """
     clean = read_case(model, path, name)
-    digest = hashlib.sha256(f"{seed} {clean.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    drawn = hashlib.sha256(f"{seed} {clean.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(drawn[:8], "big") % 2**63)
     trojan = trojans[int(torch.randint(len(trojans), (), generator=generator))]
     check_sizes(sizes)
     which = f"{trojan.patch.name!r} (class {trojan.target})"

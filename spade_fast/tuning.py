@@ -27,7 +27,7 @@ from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import append_line, digest, read_lines, write_folder
 from spade_fast.layers import is_depthwise, prunable_layers
 from spade_fast.models import LoadedModel
-from spade_fast.operations import INSIDE_METHODS, MAP_METHODS
+from spade_fast.operations import INSIDE_METHODS
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_shares, is_prefix
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.sweep import Sweep, sweep
@@ -416,7 +416,7 @@ class Tuner:
 
     def _prepared_for(self, method: str) -> Prepared | None:
         """The network that a method looks inside; None for others."""
-        if method not in (*INSIDE_METHODS, *MAP_METHODS):
+        if method not in INSIDE_METHODS:
             return None
         if self._prepared is None:
             self._prepared = prepare(self._model)

@@ -167,7 +167,7 @@ def tune(
         str | None, typer.Option(help="Blocks or layers with a sparsity each, separated by commas.", show_default="all")
     ] = None,
     search: Annotated[
-        bool, typer.Option(help="Search block by block, too, beside plans that need no tuning: eight times the time.")
+        bool, typer.Option(help="Search block by block, too, beside plans that need no tuning: much slower.")
     ] = True,
     num_augmentations: Views = 64,
     views: ViewKind = "published",
