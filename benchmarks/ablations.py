@@ -1,27 +1,39 @@
-"""What Trojan AUC depends on: views, evidence, blocks, precision, damping, mask rule. See docs/experiments.md.
+"""What Trojan AUC depends on: plans and views; how many views, evidence, blocks, precision, damping, mask rule.
 
-python benchmarks/ablations.py FOLDER_OF_PHOTOGRAPHS --out benchmarks/results/ablations
+python benchmarks/ablations.py plans FOLDER_OF_PHOTOGRAPHS --out benchmarks/results/ablations/plans
+python benchmarks/ablations.py settings FOLDER_OF_PHOTOGRAPHS --out benchmarks/results/ablations/settings
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import spade_fast as sf
+from spade_fast import presets
 from spade_fast.arms import Arm, dense_arm, trace_arm
+from spade_fast.cases import Case
 from spade_fast.cli.measuring import unseen_files
 from spade_fast.evaluation import attacked_cases, evaluate, first_cases
 from spade_fast.implanting import load_demo
+from spade_fast.models import LoadedModel
+from spade_fast.tracer import Sparsity
 from spade_fast.tuning import Tuner
 
-METHODS = ("saliency", "input_x_gradient", "guided_backprop")
+METHODS = ("saliency", "input_x_gradient", "lrp", "guided_backprop")
 BUDGET = "error budget 0.03"
-CHANGES: dict[str, dict[str, Any]] = {
+PLANS: dict[str, Sparsity] = {
+    "all layers at 0.5": 0.5,
+    "all layers at 0.8": 0.8,
+    "last half at 0.8": presets.default,
+    **{f"error budget {budget:g}": sf.ErrorBudget(budget) for budget in (0.01, 0.02, 0.03, 0.05, 0.1)},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "other views": {"seed": 1},
     "32 views": {"num_augmentations": 32},
@@ -43,12 +55,31 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+def plan_arms(network: LoadedModel) -> dict[str, Arm]:
+    """Every plan on either kind of views."""
+    preprocess = network.preprocess
+    views = {"published": None, "partial": sf.Augmentation.partial(preprocess.input_size, preprocess.mean)}
+    return {
+        f"{name}, {kind} views": trace_arm(network, plan, augment=augment)
+        for kind, augment in views.items()
+        for name, plan in PLANS.items()
+    }
+
+
+def setting_arms(network: LoadedModel, calibration: Mapping[str, Case]) -> dict[str, Arm]:
+    """Every setting, with one plan for all: a budget of its own would let each prune as far as it likes."""
+    tuner = Tuner(network, list(calibration.values()), "trojan")
+    plan = tuner.plan(tuner.untuned_plans()["error budget"][BUDGET])
+    return {name: trace_arm(network, plan, **setting) for name, setting in SETTINGS.items()}
+
+
 def main() -> None:
-    """Measure every change on the same attacked photographs, none of which implanting or the plan has seen."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure every arm on the same attacked photographs, none of which implanting or a plan has seen."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["plans", "settings"])
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--limit", type=int, default=30)
     arguments = parser.parse_args()
 
     network, trojans, report = load_demo()
@@ -56,12 +87,11 @@ def main() -> None:
     held_out = unseen_files(arguments.photographs, implanted)
     everything = unseen_files(arguments.photographs, {})
     seen = {name: path for name, path in everything.items() if name not in held_out}
-    # One plan for all: a budget of its own would let each change prune as far as it likes.
-    calibration = first_cases(attacked_cases(network, seen, trojans), 8)
-    tuner = Tuner(network, list(calibration.values()), "trojan")
-    plan = tuner.plan(tuner.untuned_plans()["error budget"][BUDGET])
-    arms: dict[str, Arm] = {"dense": dense_arm(network)}
-    arms |= {name: trace_arm(network, plan, **change) for name, change in CHANGES.items()}
+    arms = {"dense": dense_arm(network)}
+    if arguments.what == "plans":
+        arms |= plan_arms(network)
+    else:
+        arms |= setting_arms(network, first_cases(attacked_cases(network, seen, trojans), 8))
     cases = attacked_cases(network, held_out, trojans)
     settings: dict[str, Any] = {"metric": "trojan", "methods": METHODS, "limit": arguments.limit}
     found = evaluate(network, cases, arms, arguments.out, **settings, progress=True)

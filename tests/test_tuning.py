@@ -182,7 +182,11 @@ def test_plans_that_need_no_tuning(model: LoadedModel, cases: list[Case]) -> Non
             errors = np.mean([each.errors[layer] for each in sweeps], axis=0)
             within = [each for each, error in zip(sweeps[0].grid, errors, strict=True) if error <= budget]
             assert share == max(within, default=0.0)
+        first_half = {layer: share for layer, share in plan.items() if share and layer.startswith("blocks.0")}
+        by_half = plans["error budget, first half"][f"error budget {budget:g}, first half"]
+        assert {layer: share for layer, share in zip(tuner.layers, by_half, strict=True) if share} == first_half
     assert len({*plans["error budget"].values()}) > 3
+    assert any(map(any, plans["error budget, first half"].values()))
 
 
 def test_without_a_search_the_best_untuned_plan_is_taken(

@@ -171,7 +171,7 @@ def tune(
     ] = True,
     num_augmentations: Views = 64,
     views: ViewKind = "published",
-    steps: Steps = 16,
+    steps: Steps = 8,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     as_json: AsJson = False,
