@@ -30,7 +30,7 @@ BUDGET = "error budget 0.03"
 PLANS: dict[str, Sparsity] = {
     "all layers at 0.5": 0.5,
     "all layers at 0.8": 0.8,
-    "last half at 0.8": presets.default,
+    "last half at 0.8": presets.last_half,
     **{f"error budget {budget:g}": sf.ErrorBudget(budget) for budget in (0.01, 0.02, 0.03, 0.05, 0.1)},
 }
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -249,10 +249,10 @@ def test_trace_of_all_layers(report, measure, views, unit):
 
 @pytest.mark.parametrize("unit", ["float32", "tf32"])
 def test_trace_by_the_default_plan(report, measure, unit):
-    check_trace(LITE0, sf.presets.default)
+    check_trace(LITE0, sf.presets.last_half)
     report(
         "trace",
-        f"{LITE0}, default plan, {FEW} views",
+        f"{LITE0}, last half at 0.8, {FEW} views",
         unit,
         unit=unit,
         flops=least_flops(LITE0, FEW, all_layers=False),
@@ -394,8 +394,8 @@ def test_published_trace(report, measure, name):
 
 def time_published_trace(report: Callable[..., None], measure: Callable[..., None], name: str, unit: str) -> None:
     whole = name == RESNET
-    case = f"{name}, {'all layers at 0.9' if whole else 'default plan'}, {FEW} views"
-    targets = targets_of(name, 0.9 if whole else sf.presets.default)
+    case = f"{name}, {'all layers at 0.9' if whole else 'last half at 0.8'}, {FEW} views"
+    targets = targets_of(name, 0.9 if whole else sf.presets.last_half)
     variant = "reference" if unit == "float32" else "reference, tf32"
     report("trace", case, variant, flops=least_flops(name, FEW, whole), unit=unit)
     with products_in(unit):

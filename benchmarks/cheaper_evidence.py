@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"hessian_dtype": torch.bfloat16},
     **{f"{cap} d positions": {"positions_per_column": cap} for cap in (64, 16, 4, 1)},
 }
-PLANS = {"default plan": sf.presets.default, "all layers at 0.5": 0.5}
+PLANS = {"last half at 0.8": sf.presets.last_half, "all layers at 0.5": 0.5}
 FRESH_SEED = 12345
 
 

@@ -79,7 +79,7 @@ def measure(run: Run) -> dict[str, float]:
     preprocess = sf.Preprocess(
         mean=PREPROCESS.mean, std=PREPROCESS.std, input_size=run.size, resize_size=run.size * 8 // 7
     )
-    sparsity: Any = 0.9 if run.network == "ResNet-50" else sf.presets.default
+    sparsity: Any = 0.9 if run.network == "ResNet-50" else sf.presets.last_half
     targets = {
         name: layer.requested_sparsity
         for name, layer in sf.trace(net, PHOTO, sparsity, num_augmentations=1, preprocess=preprocess).layers.items()

@@ -41,7 +41,7 @@ def write(figure: Figure, path: Path) -> None:
 
 def figure1_left(net: sf.LoadedModel, steps: int) -> Figure:
     photos = [Image.fromarray(data.coffee()), cup_on_a_saucer()]
-    traces = [sf.trace(net, photo) for photo in photos]
+    traces = [sf.trace(net, photo, sf.presets.last_half) for photo in photos]
     found = sf.visualize(net, "classifier", ESPRESSO, trace=traces, thresholds=(steps,))
     return found.figure(photos=photos)
 

@@ -153,6 +153,7 @@ def test_arch_takes_its_weights_from_the_checkpoint(
 def test_sparsity_texts(plan: Path) -> None:
     assert read_sparsity("0.8") == 0.8
     assert read_sparsity("default") is presets.default
+    assert read_sparsity("last_half") is presets.last_half
     assert read_sparsity("resnet50_lrp") is presets.resnet50_lrp
     assert read_sparsity(str(plan)) == SparsityPlan.from_mapping({"conv": 0.5, "fc": 0.25})
 
@@ -170,7 +171,7 @@ def test_hessian_dtype_reaches_the_trace(photo: Path, plan: Path, name: str) -> 
     [
         (["--methods", "salency"], "no attribution method goes by the name 'salency'; nearest: 'saliency'"),
         (["--methods", ""], "no attribution method goes by the name ''"),
-        (["--sparsity", "much"], r"--sparsity 'much' is neither .* nor a preset \(default, resnet50_lrp, resnet50_vis"),
+        (["--sparsity", "much"], r"--sparsity 'much' is neither .* nor a preset \(default, last_half, resnet50_lrp, res"),
         (["--sparsity", "80"], r"--sparsity must lie within 0 .* did you mean 0\.8\?"),
         (["--sparsity", "absent.json"], "cannot read the sparsity plan 'absent.json'"),
         (["--target", 3], r"target 3 is no class of this model: pass an index, a whole number within 0\.\.2"),

@@ -78,7 +78,7 @@ def test_plans_are_read_only():
         plan.targets["a"] = 0.1
 
 
-def test_default_preset_takes_the_later_half_but_no_depthwise_layer():
+def test_last_half_takes_the_later_half_but_no_depthwise_layer():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.Conv2d(4, 4, 3, groups=4),
@@ -86,7 +86,7 @@ def test_default_preset_takes_the_later_half_but_no_depthwise_layer():
         nn.Conv2d(8, 8, 3, groups=8),
         nn.Linear(8, 2),
     )
-    plan = presets.default(model)
+    plan = presets.last_half(model)
     assert {name: plan.target(name) for name in prunable_layers(model)} == {
         "0": None, "1": None, "2": 0.8, "3": None, "4": 0.8,
     }  # fmt: skip

@@ -117,7 +117,7 @@ def read_sparsity(text: str) -> Sparsity:
     from spade_fast.plans import ErrorBudget, SparsityPlan, check_sparsity
 
     plans: dict[str, Sparsity] = {name: plan for name, plan in vars(presets).items() if isinstance(plan, SparsityPlan)}
-    plans["default"] = presets.default
+    plans |= {"default": presets.default, "last_half": presets.last_half}
     if text in plans:
         return plans[text]
     if text.endswith(".json"):
