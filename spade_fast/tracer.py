@@ -95,8 +95,8 @@ def trace(
     sparsity
         Target for all layers; or a plan, or a mapping of layer or block names (see :class:`SparsityPlan`); or an
         :class:`ErrorBudget`, as the default is, by which each layer is pruned as far as the image allows; or a function
-        of the model that makes a plan, as :func:`spade_fast.presets.last_half` does. The first layer that is called stays dense unless a
-        key or `layers` names it.
+        of the model that makes a plan, as :func:`spade_fast.presets.last_half` does. The first layer that is called
+        stays dense unless a key or `layers` names it.
     num_augmentations
         Views of each image. The paper uses 1024.
     augment

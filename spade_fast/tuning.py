@@ -8,13 +8,12 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -24,12 +23,13 @@ from spade_fast.attribution import answer, asked, captum, find_method
 from spade_fast.cases import Case, make_case
 from spade_fast.comparison import Metric, bootstrap
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import append_line, digest, read_lines, write_folder
+from spade_fast.files import digest, write_folder
 from spade_fast.layers import is_depthwise, prunable_layers
 from spade_fast.models import LoadedModel
 from spade_fast.operations import INSIDE_METHODS
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_shares, is_prefix
 from spade_fast.preparation import Prepared, prepare
+from spade_fast.search import FINALISTS, Candidate, Search, Step, Values, in_heat
 from spade_fast.sweep import Sweep, sweep
 from spade_fast.tracer import Picture
 from spade_fast.traces import Trace
@@ -47,12 +47,6 @@ BUDGETS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1)
 #: images.
 STEPS = 8
 _LEAST = 4
-# Of the images to tune on, the share on which all candidates of a race run; the best few run on the others too.
-_HEAT = 1 / 3
-_LEAST_IN_HEAT = 4
-_FINALISTS = 3
-# A block's target is changed where the gain is at least so many standard errors.
-_STANDARD_ERRORS = 1.0
 _PNG_DPI = 160
 
 
@@ -68,43 +62,6 @@ def blocks_of(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
         ends = [i for i in range(1, len(parts)) if parts[i - 1][-1:].isdigit() and not parts[i][:1].isdigit()]
         found.setdefault(".".join(parts[: ends[-1]]) if ends else name, []).append(name)
     return {block: tuple(layers) for block, layers in found.items()}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One candidate of a tuning.
-
-    Attributes
-    ----------
-    stage
-        "untuned", "search" or "refinement"; or "held out", the choice among what they found.
-    name
-        What was tried: a block and its target, or the kind of a plan.
-    targets
-        By block.
-    images
-        How many it was tried on.
-    gain
-        Mean over those of the metric minus that of the dense network, in points: the larger, the better. Minus infinity
-        where the method fails on one of them.
-    error
-        Its standard error; infinite where that cannot be told.
-    chosen
-        Whether it was taken.
-    """
-
-    stage: str
-    name: str
-    targets: Mapping[str, float]
-    images: int
-    gain: float
-    error: float
-    chosen: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values: None stands for what is infinite."""
-        finite = {key: getattr(self, key) if math.isfinite(getattr(self, key)) else None for key in ("gain", "error")}
-        return {**asdict(self), "targets": dict(self.targets), **finite}
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,10 +214,6 @@ def tune(
     return tuner.tune(method, search=search, log=log)
 
 
-#: A target for each layer that may be pruned.
-_Candidate: TypeAlias = tuple[float, ...]
-
-
 class Tuner:
     """Tunes plans for several methods on the same images, whose layers are solved once.
 
@@ -343,25 +296,39 @@ class Tuner:
     def tune(self, method: str, *, search: bool = True, log: str | os.PathLike[str] | None = None) -> Tuning:
         """A plan for a method: see :func:`tune`."""
         find_method(method)
-        values = _Values(log, {**self.settings, "method": method})
+        values = Values(log, {**self.settings, "method": method})
         with tqdm(total=self._expected(search), desc=f"tuning for {method}", disable=not self._progress) as bar:
-            return _Search(self, method, values, bar).run(search=search)
+            found = Search(self, method, values, bar).run(search=search)
+        gain, interval = bootstrap(found.gains)
+        return Tuning(
+            plan=self.plan(found.candidate),
+            method=method,
+            metric=self.metric,
+            name=found.name,
+            gain=gain,
+            interval=interval,
+            images=tuple(case.name for case in self.cases),
+            held_out=tuple(case.name for case in self.held_out),
+            history=found.history,
+            evaluations=found.evaluations,
+            settings=self.settings,
+        )
 
     def _expected(self, search: bool) -> int:
         """About how many maps it will take."""
         images, choices = len(self.cases), len(self._grid) - 1
-        heat = min(images, _in_heat(images))
-        untuned = 2 * (choices + len(BUDGETS)) * heat + 4 * _FINALISTS * (images - heat)
-        one_pass = len(self.blocks) * (choices * heat + _FINALISTS * (images - heat))
+        heat = min(images, in_heat(images))
+        untuned = 2 * (choices + len(BUDGETS)) * heat + 4 * FINALISTS * (images - heat)
+        one_pass = len(self.blocks) * (choices * heat + FINALISTS * (images - heat))
         return untuned + 6 * len(self.held_out) + (one_pass + one_pass // 2 if search else 0)
 
     # What a search asks
 
-    def moves(self, candidate: _Candidate, block: str, *, neighbours: bool) -> dict[str, _Candidate]:
+    def moves(self, candidate: Candidate, block: str, *, neighbours: bool) -> dict[str, Candidate]:
         """The candidate with other targets for one block, by name: one of the grid, or each layer's next ones."""
         steps = (0.0, *self._shares)
 
-        def changed(change: Callable[[float], float]) -> _Candidate:
+        def changed(change: Callable[[float], float]) -> Candidate:
             inside = self.blocks[block]
             return tuple(
                 change(share) if layer in inside else share for layer, share in zip(self.layers, candidate, strict=True)
@@ -379,7 +346,7 @@ class Tuner:
             found = {f"{block} at {share:g}": changed(always(share)) for share in self._grid}
         return {name: each for name, each in found.items() if each != candidate}
 
-    def untuned_plans(self) -> dict[str, dict[str, _Candidate]]:
+    def untuned_plans(self) -> dict[str, dict[str, Candidate]]:
         """Plans that need no search, by kind and name."""
         blocks = list(self.blocks)
         late = {layer for block in blocks[len(blocks) // 2 :] for layer in self.blocks[block]}
@@ -387,7 +354,7 @@ class Tuner:
         shares = self._grid[1:]
         errors = np.mean([[self.sweep(case).errors[layer] for layer in self.layers] for case in self.cases], axis=0)
 
-        def within(budget: float, inside: Collection[str]) -> _Candidate:
+        def within(budget: float, inside: Collection[str]) -> Candidate:
             share_of = ErrorBudget(budget, self._shares).target
             return tuple(
                 share_of(of_layer) if layer in inside else 0.0
@@ -406,7 +373,7 @@ class Tuner:
             },
         }
 
-    def told(self, candidate: _Candidate) -> dict[str, float]:
+    def told(self, candidate: Candidate) -> dict[str, float]:
         """Its targets above 0, by block, or by layer where those of a block differ."""
         by_layer = dict(zip(self.layers, candidate, strict=True))
         found: dict[str, float] = {}
@@ -431,7 +398,7 @@ class Tuner:
             self._prepared = prepare(self._model)
         return self._prepared
 
-    def maps(self, case: Case, method: str, candidates: Sequence[_Candidate]) -> list[Tensor | None]:
+    def maps(self, case: Case, method: str, candidates: Sequence[Candidate]) -> list[Tensor | None]:
         """A map by each candidate; None where the method fails on it, which on the dense network is an error."""
         module, prepared = self._model.module, self._prepared_for(method)
         found: list[Tensor | None] = []
@@ -451,7 +418,7 @@ class Tuner:
                     found.append(None)
         return found
 
-    def plan(self, candidate: _Candidate) -> SparsityPlan:
+    def plan(self, candidate: Candidate) -> SparsityPlan:
         """The candidate as a plan."""
         return SparsityPlan.from_mapping(
             {layer: share for layer, share in zip(self.layers, candidate, strict=True) if share}
@@ -465,187 +432,6 @@ class Tuner:
                 f"{self.metric} gives {len(values)} values for {len(maps)} maps: it must give one each"
             )
         return [value if math.isfinite(value) else None for value in values]
-
-
-class _Values:
-    """The metric of every map that was made, by candidate and case; on the disk too, where there is a log."""
-
-    def __init__(self, log: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
-        self._log = None if log is None else Path(log)
-        self._known: dict[tuple[_Candidate, str], float | None] = {}
-        if self._log is None:
-            return
-        told = json.loads(json.dumps(settings))
-        lines = read_lines(self._log)
-        if (
-            not lines
-            and self._log.exists()
-            and not self._log.read_bytes().startswith(b'{"settings"'[: self._log.stat().st_size])
-        ):
-            raise InvalidInputError(
-                f"{os.fspath(self._log)!r} is another file, not the log of a tuning: choose another name"
-            )
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                if number == 1:
-                    different = [key for key in told if record["settings"].get(key) != told[key]]
-                else:
-                    self._take(record["image"], {tuple(targets): value for targets, value in record["values"]})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InvalidInputError(
-                    f"line {number} of {os.fspath(self._log)!r} is no record ({error}): delete that file to begin anew"
-                ) from error
-            if number == 1 and different:
-                raise InvalidInputError(
-                    f"{os.fspath(self._log)!r} belongs to a run with another {different[0]}: delete it to begin anew"
-                )
-        if not lines:
-            append_line(self._log, json.dumps({"settings": told}))
-
-    def __contains__(self, place: tuple[_Candidate, str]) -> bool:
-        return place in self._known
-
-    def __getitem__(self, place: tuple[_Candidate, str]) -> float | None:
-        return self._known[place]
-
-    def add(self, image: str, values: Mapping[_Candidate, float | None]) -> None:
-        """What was measured together: in one line, so that a run that goes on measures the same together again."""
-        if self._log is not None and values:
-            append_line(self._log, json.dumps({"image": image, "values": list(values.items())}))
-        self._take(image, values)
-
-    def _take(self, image: str, values: Mapping[_Candidate, float | None]) -> None:
-        self._known.update({(candidate, image): value for candidate, value in values.items()})
-
-
-class _Search:
-    """The search for one method."""
-
-    def __init__(self, tuner: Tuner, method: str, values: _Values, bar: Any) -> None:
-        self._tuner, self._method, self._values, self._bar = tuner, method, values, bar
-        self._history: list[Step] = []
-        self._asked: set[tuple[_Candidate, str]] = set()
-        self._dense: _Candidate = (0.0,) * len(tuner.layers)
-
-    def run(self, *, search: bool) -> Tuning:
-        named = {"dense": self._dense, **self._untuned()}
-        if search:
-            best = max(named.values(), key=self._mean_gain)
-            found = self._pass_over_blocks("search", best, neighbours=False)
-            named["tuned"] = self._pass_over_blocks("refinement", found, neighbours=True)
-        name, chosen = self._choose(named)
-        held_out = self._tuner.held_out
-        gain, interval = bootstrap(self._gains([chosen], held_out)[0])
-        return Tuning(
-            plan=self._tuner.plan(chosen),
-            method=self._method,
-            metric=self._tuner.metric,
-            name=name,
-            gain=gain,
-            interval=interval,
-            images=tuple(case.name for case in self._tuner.cases),
-            held_out=tuple(case.name for case in held_out),
-            history=tuple(self._history),
-            evaluations=len(self._asked),
-            settings=self._tuner.settings,
-        )
-
-    def _gains(self, candidates: Sequence[_Candidate], cases: Sequence[Case]) -> NDArray[np.float64]:
-        """Points above the dense network, [candidates, cases]; minus infinity where the method fails."""
-        gains = np.empty((len(candidates), len(cases)))
-        for j, case in enumerate(cases):
-            new = [each for each in dict.fromkeys([self._dense, *candidates]) if (each, case.name) not in self._asked]
-            self._asked |= {(each, case.name) for each in new}
-            missing = [each for each in new if (each, case.name) not in self._values]
-            maps = dict(zip(missing, self._tuner.maps(case, self._method, missing), strict=True))
-            good = {each: found for each, found in maps.items() if found is not None}
-            scores = dict(zip(good, self._tuner.score(case, list(good.values())), strict=True)) if good else {}
-            self._values.add(case.name, {each: scores.get(each) for each in missing})
-            self._bar.update(len(new))
-            dense = self._values[self._dense, case.name]
-            if dense is None:
-                raise InvalidInputError(f"{case.name}, dense network: {self._tuner.metric} is NaN or infinite")
-            for i, candidate in enumerate(candidates):
-                value = self._values[candidate, case.name]
-                gains[i, j] = -math.inf if value is None else 100 * (value - dense)
-        return gains
-
-    def _mean_gain(self, candidate: _Candidate) -> float:
-        return float(self._gains([candidate], self._tuner.cases).mean())
-
-    def _race(self, stage: str, named: Mapping[str, _Candidate]) -> str:
-        """The name of the best; after a part of the images only a few go on."""
-        cases = self._tuner.cases
-        heat = cases[: _in_heat(len(cases))]
-        gains = dict(zip(named, self._gains(list(named.values()), heat), strict=True))
-        finalists = sorted(named, key=lambda name: -gains[name].mean())[:_FINALISTS]
-        gains |= dict(zip(finalists, self._gains([named[name] for name in finalists], cases), strict=True))
-        winner = max(finalists, key=lambda name: gains[name].mean())
-        for name, candidate in named.items():
-            self._tell(stage, name, candidate, gains[name], chosen=False)
-        return winner
-
-    def _tell(self, stage: str, name: str, candidate: _Candidate, gains: NDArray[np.float64], *, chosen: bool) -> None:
-        targets = self._tuner.told(candidate)
-        gain, error = _mean(gains)
-        self._history.append(Step(stage, name, targets, len(gains), gain, error, chosen))
-
-    def _untuned(self) -> dict[str, _Candidate]:
-        """The best plan of each kind that needs no tuning, by its name."""
-        best = {}
-        for named in self._tuner.untuned_plans().values():
-            winner = self._race("untuned", named)
-            best[winner] = named[winner]
-            self._mark(winner)
-        return best
-
-    def _mark(self, name: str) -> None:
-        """Tell in the history that the last candidate of that name was chosen."""
-        last = max(i for i, step in enumerate(self._history) if step.name == name)
-        self._history[last] = replace(self._history[last], chosen=True)
-
-    def _pass_over_blocks(self, stage: str, candidate: _Candidate, *, neighbours: bool) -> _Candidate:
-        """Change the target of one block after the other, from the last to the first, wherever that is a sure gain."""
-        for block in reversed(self._tuner.blocks):
-            moves = self._tuner.moves(candidate, block, neighbours=neighbours)
-            if not moves:
-                continue
-            name = self._race(stage, moves)
-            cases = self._tuner.cases
-            ahead, behind = self._gains([moves[name], candidate], cases)
-            gain, error = _mean(ahead - behind)
-            if gain > _STANDARD_ERRORS * error:
-                candidate = moves[name]
-                self._mark(name)
-        return candidate
-
-    def _choose(self, named: Mapping[str, _Candidate]) -> tuple[str, _Candidate]:
-        """What does best on all images, and surely so, and is no worse than the dense network on those held out."""
-        candidates = list(named.values())
-        held_out = self._gains(candidates, self._tuner.held_out)
-        whole = np.concatenate([self._gains(candidates, self._tuner.cases), held_out], axis=1)
-        sure = {}
-        for name, everywhere, apart in zip(named, whole, held_out, strict=True):
-            gain, error = _mean(everywhere)
-            if gain > _STANDARD_ERRORS * error and apart.mean() >= 0:
-                sure[name] = gain
-        winner = max(sure, key=sure.__getitem__, default="dense")
-        for (name, candidate), of_candidate in zip(named.items(), held_out, strict=True):
-            self._tell("held out", name, candidate, of_candidate, chosen=name == winner)
-        return winner, named[winner]
-
-
-def _in_heat(images: int) -> int:
-    return min(images, max(_LEAST_IN_HEAT, math.ceil(_HEAT * images)))
-
-
-def _mean(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    if not np.isfinite(values).all():
-        return -math.inf, math.inf
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return float(values.mean()), error
 
 
 def _score(metric: str, steps: int) -> Score:
@@ -701,8 +487,20 @@ def _with_tied(blocks: Mapping[str, tuple[str, ...]], leaders: Mapping[str, str]
 
 def tuned_on(path: str | os.PathLike[str]) -> list[str]:
     """Names of the images that a plan in a file was tuned or chosen on; none for a plan of another origin."""
+    return [str(name) for name in _history(path).get("images", [])]
+
+
+def tuned_for(path: str | os.PathLike[str]) -> str | None:
+    """The method that a plan in a file was tuned for; None for a plan of another origin."""
+    method = _history(path).get("method")
+    return None if method is None else str(method)
+
+
+def _history(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         tuning = json.loads(Path(path).read_text(encoding="utf-8")).get("tuning", {})
-        return [str(name) for name in tuning.get("images", [])]
+        if not isinstance(tuning, dict):
+            raise ValueError("its tuning is no object")
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidInputError(f"cannot read the sparsity plan {os.fspath(path)!r} ({error})") from error
+    return tuning

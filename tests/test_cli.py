@@ -171,7 +171,10 @@ def test_hessian_dtype_reaches_the_trace(photo: Path, plan: Path, name: str) -> 
     [
         (["--methods", "salency"], "no attribution method goes by the name 'salency'; nearest: 'saliency'"),
         (["--methods", ""], "no attribution method goes by the name ''"),
-        (["--sparsity", "much"], r"--sparsity 'much' is neither .* nor a preset \(default, last_half, resnet50_lrp, res"),
+        (
+            ["--sparsity", "much"],
+            r"--sparsity 'much' is neither .* nor a preset \(default, last_half, resnet50_lrp",
+        ),
         (["--sparsity", "80"], r"--sparsity must lie within 0 .* did you mean 0\.8\?"),
         (["--sparsity", "absent.json"], "cannot read the sparsity plan 'absent.json'"),
         (["--target", 3], r"target 3 is no class of this model: pass an index, a whole number within 0\.\.2"),

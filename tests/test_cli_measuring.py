@@ -168,6 +168,11 @@ def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Pa
     told = document["settings"]["arms"]["fast-tuned"]["plans"]
     assert told["occlusion"]["targets"] == SparsityPlan.from_json(plans / "occlusion.json").targets
 
+    (plans / "saliency.json").replace(plans / "occlusion.json")
+    result = evaluate("insertion", folder, "--arms", "dense,fast-tuned", "--plans", plans, "--methods", "occlusion")
+    assert result.exit_code == 2
+    assert "occlusion.json' was tuned for saliency: tune one for occlusion" in " ".join(result.stderr.split())
+
 
 def test_partial_views_reach_the_traces(folder: Path) -> None:
     result = evaluate("insertion", folder, "--limit", 1, "--sparsity", "budget:0.1", "--views", "partial")
@@ -250,7 +255,12 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
         (("evaluate", "insertion", "--sparsity", "budget:0"), "an error budget must be a positive number"),
         (("evaluate", "insertion", "--views", "some"), "--views 'some' is unknown: choose published or partial"),
         (("evaluate", "trojan"), "which patches has the network"),
-        (("evaluate", "trojan", "--trojan", "demo", "--patch", "heart=1"), "leave --model, --arch and --patch out"),
+        (("evaluate", "trojan", "--trojan", "demo", "--patch", "heart=1"), "leave --model, --arch, --checkpoint"),
+        (
+            ("evaluate", "insertion", "--trojan", "demo", "--checkpoint", "x.safetensors"),
+            "leave --model, --arch, --check",
+        ),
+        (("evaluate", "insertion", "--trojan", "demo", "--num-classes", "2"), "and --patch out"),
         (("evaluate", "trojan", "--trojan", "nowhere"), "'nowhere' holds no network with patches"),
         (("evaluate", "trojan", "--patch", "heart"), "is not PATCH=CLASS"),
         (("tune", "insertion", "--grid", "0,much"), "--grid '0,much' is no list of numbers"),

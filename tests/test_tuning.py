@@ -16,13 +16,13 @@ from subjects import photographs, quarters
 from torch import Tensor
 
 import spade_fast as sf
-from spade_fast import metrics, tuning
+from spade_fast import metrics, search, tuning
 from spade_fast.cases import Case
 from spade_fast.errors import InvalidInputError
 from spade_fast.evaluation import clean_cases, first_cases
 from spade_fast.models import LoadedModel
 from spade_fast.plans import SparsityPlan
-from spade_fast.tuning import Tuner, Tuning, blocks_of, tune, tuned_on
+from spade_fast.tuning import Tuner, Tuning, blocks_of, tune, tuned_for, tuned_on
 
 pytest.importorskip("captum")
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no weight left")
@@ -257,7 +257,7 @@ def test_a_run_that_was_cut_short_goes_on(
 ) -> None:
     settings = {"blocks": ["blocks.1", "classifier"], "steps": 6, **FEW}
     whole = tune(model, cases, "insertion", "saliency", log=tmp_path / "whole.jsonl", **settings)
-    append, written = tuning.append_line, []
+    append, written = search.append_line, []
 
     def break_off(path: Path, line: str) -> None:
         if len(written) == 9:
@@ -266,10 +266,10 @@ def test_a_run_that_was_cut_short_goes_on(
         append(path, line)
 
     log = tmp_path / "log.jsonl"
-    monkeypatch.setattr(tuning, "append_line", break_off)
+    monkeypatch.setattr(search, "append_line", break_off)
     with pytest.raises(KeyboardInterrupt):
         tune(model, cases, "insertion", "saliency", log=log, **settings)
-    monkeypatch.setattr(tuning, "append_line", append)
+    monkeypatch.setattr(search, "append_line", append)
     with log.open("ab") as file:
         file.write(b'{"image": "01.pn')  # cut within a line
     asked = []
@@ -403,8 +403,13 @@ def test_files_hold_plan_history_and_chart(tuned: Tuning, cases: list[Case], tmp
     assert len(content["tuning"]["history"]) == len(tuned.history)
     tuned.plan.to_json(tmp_path / "plain.json")
     assert tuned_on(tmp_path / "plain.json") == []
+    assert tuned_for(written["saliency.json"]) == "saliency"
+    assert tuned_for(tmp_path / "plain.json") is None
     with pytest.raises(InvalidInputError, match=r"none\.json"):
         tuned_on(tmp_path / "none.json")
+    (tmp_path / "odd.json").write_text('{"tuning": 3}')
+    with pytest.raises(InvalidInputError, match="its tuning is no object"):
+        tuned_on(tmp_path / "odd.json")
 
 
 def test_the_figure_shows_what_was_tried(tuned: Tuning) -> None:

@@ -242,10 +242,13 @@ def _read_grid(text: str) -> list[float]:
 def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, SparsityPlan], dict[str, str]]:
     """A plan for each method, and the images that they were tuned on, with that as the reason to leave them out."""
     from spade_fast.plans import SparsityPlan
-    from spade_fast.tuning import tuned_on
+    from spade_fast.tuning import tuned_for, tuned_on
 
     files = {name: plans / f"{name}.json" if plans.is_dir() else plans for name in methods}
     found = {name: SparsityPlan.from_json(file) for name, file in files.items()}
+    for name, file in files.items() if plans.is_dir() else ():
+        if (other := tuned_for(file)) not in (None, name):
+            raise InvalidInputError(f"{str(file)!r} was tuned for {other}: tune one for {name}, or rename it")
     seen = {image: f"{file.name} was tuned on it" for file in files.values() for image in tuned_on(file)}
     return found, seen
 
@@ -273,8 +276,10 @@ def open_subject(
                 "--patch PATCH=CLASS for each"
             )
         return network, read_trojans(patch, network), {}
-    if model is not None or arch is not None or patch is not None:
-        raise InvalidInputError("--trojan names network and patches: leave --model, --arch and --patch out")
+    if any(option is not None for option in (model, arch, checkpoint, num_classes, patch)):
+        raise InvalidInputError(
+            "--trojan names network and patches: leave --model, --arch, --checkpoint, --num-classes and --patch out"
+        )
     say(f"[dim]loading the network with patches: {escape(trojan)}[/]")
     network, trojans, report = load_demo(device=device) if trojan == "demo" else load_trojan(trojan, device=device)
     return network, trojans, dict.fromkeys(report["settings"]["images"], "patches were implanted with it")
