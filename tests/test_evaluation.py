@@ -586,7 +586,7 @@ def test_an_unknown_metric(model: LoadedModel, tmp_path: Path) -> None:
 def test_records_are_plain_json(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
     compared = {
         "dense": dense_arm(model),
-        "preset": trace_arm(model, sf.presets.default, hessian_dtype=torch.float64, **FEW),
+        "preset": trace_arm(model, sf.presets.last_half, hessian_dtype=torch.float64, **FEW),
     }
     run(model, files, tmp_path / "out", limit=1, arms=compared)
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
