@@ -253,6 +253,8 @@ def test_what_no_image_could_be_traced_with_is_refused_at_once(model: LoadedMode
         trace_arm(model, 0.5, num_augmentations=0)
     with pytest.raises(InvalidInputError, match="'block' matches no prunable layer"):
         tuned_arm(model, {"saliency": SparsityPlan({"block": 0.5})})
+    with pytest.raises(InvalidInputError, match="plan for .saliency. is a ErrorBudget: pass SparsityPlans"):
+        tuned_arm(model, {"saliency": sf.presets.default})  # type: ignore[dict-item]
     with pytest.raises(InvalidInputError, match="sparsity must lie within"):
         set_arm(model, [], 1.5)
     with pytest.raises(TypeError, match="'augmentations' is no setting"):
