@@ -248,7 +248,7 @@ def test_trace_of_all_layers(report, measure, views, unit):
 
 
 @pytest.mark.parametrize("unit", ["float32", "tf32"])
-def test_trace_by_the_default_plan(report, measure, unit):
+def test_trace_of_the_last_half(report, measure, unit):
     check_trace(LITE0, sf.presets.last_half)
     report(
         "trace",

@@ -30,8 +30,8 @@ HEADER = """# Scaling of whole traces
 
 Command: `make bench`. Each figure is from a process of its own, a median where there are several rounds. Ratio:
 published / spade_fast. Memory is the most that the process of spade_fast had, with Python, torch and the photograph;
-beside it what the weights and the Hessians of the pruned layers take. ResNet-50: all layers at 0.9, else the default
-plan. "hessians": forward passes and Hessians alone.
+beside it what the weights and the Hessians of the pruned layers take. ResNet-50: all layers at 0.9, else the last half
+at 0.8. "hessians": forward passes and Hessians alone.
 """
 COLUMNS = [
     "| network | what | views | pixels | threads | published, s | spade_fast, s | ratio | GiB | weights, Hessians |",

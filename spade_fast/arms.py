@@ -64,7 +64,11 @@ def trace_arm(model: LoadedModel, sparsity: Sparsity, **settings: Any) -> Arm:
 
 def tuned_arm(model: LoadedModel, plans: Mapping[str, SparsityPlan], **settings: Any) -> Arm:
     """Traces of each image by a plan for each method; plans that name all that they prune share a dense pass."""
-    for plan in plans.values():
+    for method, plan in plans.items():
+        if not isinstance(plan, SparsityPlan):
+            raise InvalidInputError(
+                f"the plan for {method!r} is a {type(plan).__name__}: pass SparsityPlans, or use trace_arm"
+            )
         if any(plan.shares):
             _check(model, plan, settings)
 

@@ -124,7 +124,9 @@ class ErrorBudget:
     """Every layer pruned as far as the error of its outputs allows, for each image anew.
 
     On the views of the image, the squared error of a layer's outputs may be this share of the outputs (without their
-    bias) at most; of the `shares`, each layer gets the largest that keeps it. Depthwise convolutions, which have few
+    bias) at most; of the `shares`, each layer gets the largest that keeps it, before any `refit`. On other views the
+    error is larger, much so where few views or positions are the evidence: a trace from a single view is sparser, and
+    worse, than one from 64. Depthwise convolutions, which have few
     weights, and the layer that is called first stay dense unless they are named in `layers` of
     :func:`spade_fast.trace`.
 

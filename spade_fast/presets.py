@@ -1,4 +1,4 @@
-"""Ready sparsity plans, as ``spade_fast.presets``."""
+"""Ready plans and the default error budget, as ``spade_fast.presets``."""
 
 from __future__ import annotations
 

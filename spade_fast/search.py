@@ -153,6 +153,7 @@ class Search:
         self._dense: Candidate = (0.0,) * len(tuner.layers)
 
     def run(self, *, search: bool) -> Found:
+        """Compare plans that need no search, `search` from the best of them, and choose."""
         named = {"dense": self._dense, **self._untuned()}
         if search:
             best = max(named.values(), key=self._mean_gain)
@@ -205,10 +206,11 @@ class Search:
     def _untuned(self) -> dict[str, Candidate]:
         """The best plan of each kind that needs no tuning, by its name."""
         best = {}
-        for named in self._tuner.untuned_plans().values():
-            winner = self._race("untuned", named)
-            best[winner] = named[winner]
-            self._mark(winner)
+        for named in map(_distinct, self._tuner.untuned_plans().values()):
+            if named:
+                winner = self._race("untuned", named)
+                best[winner] = named[winner]
+                self._mark(winner)
         return best
 
     def _mark(self, name: str) -> None:
@@ -247,7 +249,17 @@ class Search:
         return winner, named[winner]
 
 
+def _distinct(named: Mapping[str, Candidate]) -> dict[str, Candidate]:
+    """Each candidate once, by its first name, without those that prune nothing."""
+    names: dict[Candidate, str] = {}
+    for name, candidate in named.items():
+        if any(candidate):
+            names.setdefault(candidate, name)
+    return {name: candidate for candidate, name in names.items()}
+
+
 def in_heat(images: int) -> int:
+    """On how many of the images all candidates of a race run."""
     return min(images, max(_LEAST_IN_HEAT, math.ceil(_HEAT * images)))
 
 

@@ -194,13 +194,65 @@ def solve_layers(
 ) -> list[list[Solution]]:
     """Solve many layers, which natively are factored and pruned side by side: see :func:`solve`.
 
-    All are on one device. Peak memory is some three times that of the Hessians.
+    All are on one device. Peak memory is some three times that of the Hessians, and what the solutions take.
 
     Returns
     -------
     list[list[Solution]]
         Of each problem a solution for each of its targets.
     """
+    factored = _factor_layers(problems, damping, solver, mask_rule, refit, backend)
+    wanted = [(i, j) for i, problem in enumerate(problems) for j in range(len(problem.targets))]
+    solutions = factored.solve(wanted, refit=refit)
+    return [[solutions[i, j] for j in range(len(problem.targets))] for i, problem in enumerate(problems)]
+
+
+@without_autocast
+def solve_within(
+    problems: Sequence[Problem],
+    allowed: Callable[[int, Solution], bool],
+    *,
+    damping: float = 0.01,
+    solver: Solver = "fast",
+    mask_rule: ops.MaskRule = "exact_count",
+    refit: bool = False,
+    backend: ops.Backend = "auto",
+) -> list[tuple[int, Solution] | None]:
+    """Solve many layers each as far as is `allowed`, which is asked of a problem's position and a solution.
+
+    See :func:`solve_layers`. The targets of a problem ascend in sparsity, and so do losses: the last that is allowed is
+    found by bisection. Of eleven targets four at most are solved, and one solution of a layer is kept. What is asked
+    about is not refitted yet, which would make its loss smaller.
+
+    Returns
+    -------
+    list[tuple[int, Solution] | None]
+        Of each problem which target that is, and the solution; None where not even the first is allowed.
+    """
+    factored = _factor_layers(problems, damping, solver, mask_rule, refit, backend)
+    best: dict[int, tuple[int, Solution]] = {}
+    first = [0] * len(problems)  # of the targets that are neither known to be allowed nor known not to be
+    end = [len(problem.targets) for problem in problems]
+    while places := [(i, (first[i] + end[i]) // 2) for i in range(len(problems)) if first[i] < end[i]]:
+        for (i, j), solution in factored.solve(places, refit=False).items():
+            if allowed(i, solution):
+                best[i], first[i] = (j, solution), j + 1
+            else:
+                end[i] = j
+    if refit:
+        refitted = factored.solve([(i, j) for i, (j, _) in best.items()], refit=True)
+        best = {i: (j, solution) for (i, j), solution in refitted.items()}
+    return [best.get(i) for i in range(len(problems))]
+
+
+def _factor_layers(
+    problems: Sequence[Problem],
+    damping: float,
+    solver: Solver,
+    mask_rule: ops.MaskRule,
+    refit: bool,
+    backend: ops.Backend,
+) -> _Factored:
     if solver not in get_args(Solver):
         raise InvalidInputError(f"solver={solver!r} is unknown: choose one of {', '.join(get_args(Solver))}")
     if mask_rule not in get_args(ops.MaskRule):
@@ -209,27 +261,23 @@ def solve_layers(
         raise InvalidInputError(f"damping must be a finite share of the mean diagonal, at least 0, got {damping!r}")
     if not isinstance(refit, bool):
         raise InvalidInputError(f"refit must be True or False, got {refit!r}")
-    solutions: dict[_Place, Solution] = {}
     grouped: dict[int, tuple[Tensor, Tensor]] = {}  # weight and Hessian of what is to be pruned
-    wanted: list[_Place] = []
     for i, problem in enumerate(problems):
         with _naming(problem):
             arguments = _check(problem)
-        for j, target in enumerate(problem.targets):
-            if target.sparsity == 0 and mask_rule == "exact_count":
-                ones = torch.ones_like(problem.weight, dtype=torch.bool)
-                solutions[i, j] = Solution(problem.weight.detach().clone(), ones, 0.0, 0.0)
-            else:
-                grouped[i] = arguments
-                wanted.append((i, j))
-    if grouped:
-        # Each step looks at what decides in all layers at once, since on a GPU the host waits whenever it looks.
-        prepared = _prepare_all(problems, grouped)
-        native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
-        factors = _factor_all(problems, prepared, damping, native)
-        pruned = _prune_all(problems, wanted, prepared, factors, mask_rule, native)
-        solutions.update(_finish_all(problems, prepared, factors, pruned, refit))
-    return [[solutions[i, j] for j in range(len(problem.targets))] for i, problem in enumerate(problems)]
+        if not all(_is_dense(target, mask_rule) for target in problem.targets):
+            grouped[i] = arguments
+    if not grouped:
+        return _Factored(problems, {}, {}, mask_rule, native=False)
+    # Each step looks at what decides in all layers at once, since on a GPU the host waits whenever it looks.
+    prepared = _prepare_all(problems, grouped)
+    native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
+    return _Factored(problems, prepared, _factor_all(problems, prepared, damping, native), mask_rule, native)
+
+
+def _is_dense(target: Target, mask_rule: ops.MaskRule) -> bool:
+    """Whether it leaves the weights as they are."""
+    return target.sparsity == 0 and mask_rule == "exact_count"
 
 
 # Positions of a problem and of one of its targets.
@@ -242,6 +290,32 @@ class _Grouped(NamedTuple):
     weight: Tensor  # [G, r, d]
     hessian: Tensor  # [G, d, d]
     dead: Tensor | None  # [G, d] bool, inputs that are always zero; None where there are none
+
+
+@dataclass(frozen=True)
+class _Factored:
+    """Layers whose Hessians are factored: to be solved for any of their targets."""
+
+    problems: Sequence[Problem]
+    grouped: Mapping[int, _Grouped]
+    factors: Mapping[int, Factor]
+    mask_rule: ops.MaskRule
+    native: bool
+
+    def solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
+        solutions: dict[_Place, Solution] = {}
+        wanted: list[_Place] = []
+        for i, j in places:
+            if _is_dense(self.problems[i].targets[j], self.mask_rule):
+                weight = self.problems[i].weight
+                ones = torch.ones_like(weight, dtype=torch.bool)
+                solutions[i, j] = Solution(weight.detach().clone(), ones, 0.0, 0.0)
+            else:
+                wanted.append((i, j))
+        if wanted:
+            pruned = _prune_all(self.problems, wanted, self.grouped, self.factors, self.mask_rule, self.native)
+            solutions.update(_finish_all(self.problems, self.grouped, self.factors, pruned, refit))
+        return solutions
 
 
 @contextmanager

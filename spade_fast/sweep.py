@@ -49,8 +49,10 @@ class Sweep(ReadOnlyMappings):
         Raises
         ------
         InvalidInputError
-            For a target that is not in the grid, and for a key that names no layer.
+            For what is no plan, a target that is not in the grid, and a key that names no layer.
         """
+        if not isinstance(plan, SparsityPlan):
+            raise InvalidInputError(f"plan must be a SparsityPlan, got a {type(plan).__name__}")
         plan.check_keys([*self._leaders, *self.dense])
         for name, reason in self.dense.items():
             if reason == FIRST_LAYER and name in plan.targets and plan.targets[name]:

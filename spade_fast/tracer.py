@@ -35,14 +35,16 @@ from spade_fast.layers import (
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
-from spade_fast.solver import Problem, Solution, Solver, Target, largest_entry, solve_layers
+from spade_fast.solver import Problem, Solution, Solver, Target, largest_entry, solve_layers, solve_within
 from spade_fast.traces import LayerTrace, Trace
 
 Picture: TypeAlias = Image.Image | Tensor
-Sparsity: TypeAlias = float | Mapping[str, float] | SparsityPlan | ErrorBudget | Callable[[nn.Module], SparsityPlan]
+_Plan: TypeAlias = float | Mapping[str, float] | SparsityPlan | ErrorBudget
+Sparsity: TypeAlias = _Plan | Callable[[nn.Module], _Plan]
 #: (image [3, H, W], count, generator) to views [count, 3, h, w], pixel values in 0..1.
 Augment: TypeAlias = Callable[[Tensor, int, torch.Generator], Tensor]
 _Key = TypeVar("_Key")
+_Result = TypeVar("_Result")
 
 #: Why the layer that is called first stays dense, unless it is named.
 FIRST_LAYER = "first layer"
@@ -363,6 +365,28 @@ def solve_observed(
 
     To each of the `shares`, with the errors of the outputs; or, without, to the plan's targets.
     """
+
+    def solved(problems: Sequence[Problem]) -> list[tuple[list[Solution], tuple[float, ...]]]:
+        solutions = solve_layers(problems, backend=tracing.backend, **tracing.rules)
+        if shares is None:
+            return [(each, ()) for each in solutions]
+        energies = _output_energies(problems)
+        return [
+            (of_layer, tuple(_relative_error(each, energy) for each in of_layer))
+            for of_layer, energy in zip(solutions, energies, strict=True)
+        ]
+
+    for (i, name), (solutions, errors) in _solved(tracing, observed, shares, solved):
+        yield Solved(i, name, solutions, errors)
+
+
+def _solved(
+    tracing: Tracing,
+    observed: Sequence[Observed],
+    shares: Sequence[float] | None,
+    solve: Callable[[Sequence[Problem]], Sequence[_Result]],
+) -> Iterator[tuple[tuple[int, str], _Result]]:
+    """What `solve` makes of every layer of several images, with the plan's target or the `shares`, part by part."""
     selection = tracing.selection
     _check_finite([entry for each in observed for entry in each.unchecked])
     sums = {(i, name): each.sums.pop(name) for i, each in enumerate(observed) for name in list(each.sums)}
@@ -370,20 +394,21 @@ def solve_observed(
     progress_bar = tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False)
     with kept_heap(), _memory_errors(tracing.device), progress_bar:
         for keys in _solved_together(sums, room):
-            problems, energies = [], []
+            problems = []
             for i, name in keys:
                 weight = selection.weights[name]
-                hessian = sums.pop((i, name)).into_hessian()
-                if shares is not None:
-                    energies.append(_output_energy(weight, hessian))
                 wanted = [selection.targets[name]] if shares is None else shares
                 targets = tuple(Target(share, tracing.block_size_of(weight, share)) for share in wanted)
+                hessian = sums.pop((i, name)).into_hessian()
                 problems.append(Problem(weight, hessian, targets, name, symmetric=tracing.backend == "native"))
-            solved = solve_layers(problems, backend=tracing.backend, **tracing.rules)
-            known = torch.stack(energies).tolist() if energies else [None] * len(keys)  # a GPU is waited for once
-            for (i, name), solutions, energy in zip(keys, solved, known, strict=True):
-                yield Solved(i, name, solutions, () if energy is None else _relative_errors(solutions, energy))
+            yield from zip(keys, solve(problems), strict=True)
             progress_bar.update(len(keys))
+
+
+def _output_energies(problems: Sequence[Problem]) -> list[float]:
+    """:func:`_output_energy` of each: a GPU is waited for once."""
+    found: list[float] = torch.stack([_output_energy(each.weight, each.hessian) for each in problems]).tolist()
+    return found
 
 
 def _output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
@@ -392,22 +417,31 @@ def _output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
     return ((grouped @ hessian) * grouped).sum(dtype=torch.float64)
 
 
-def _relative_errors(solutions: Sequence[Solution], energy: float) -> tuple[float, ...]:
+def _relative_error(solution: Solution, energy: float) -> float:
     # A loss is half of the squared error. Outputs that are zero have none.
-    return tuple(2 * each.loss / energy if energy else 0.0 for each in solutions)
+    return 2 * solution.loss / energy if energy else 0.0
 
 
 def _solve(tracing: Tracing, observed: Sequence[Observed]) -> list[Trace]:
     """Prune every layer on what was observed: one trace for each."""
     selection, budget = tracing.selection, tracing.budget
     pruned: list[dict[str, LayerTrace | None]] = [{} for _ in observed]  # by leader; None for one left dense
-    for i, name, solutions, errors in solve_observed(tracing, observed, None if budget is None else budget.shares):
-        if budget is None:
+    if budget is None:
+        for i, name, solutions, _ in solve_observed(tracing, observed):
             pruned[i][name] = LayerTrace.of(solutions[0], selection.targets[name])
-        else:
-            target = budget.target(errors)
-            chosen = LayerTrace.of(solutions[budget.shares.index(target)], target) if target else None
-            pruned[i][name] = chosen
+    else:
+
+        def within(problems: Sequence[Problem]) -> list[tuple[int, Solution] | None]:
+            energies = _output_energies(problems)
+            return solve_within(
+                problems,
+                lambda i, solution: _relative_error(solution, energies[i]) <= budget.error,
+                backend=tracing.backend,
+                **tracing.rules,
+            )
+
+        for (i, name), chosen in _solved(tracing, observed, budget.shares, within):
+            pruned[i][name] = None if chosen is None else LayerTrace.of(chosen[1], budget.shares[chosen[0]])
     traces = []
     for each, by_leader in zip(observed, pruned, strict=True):
         layers, dense = {}, dict(each.dense)
@@ -418,6 +452,12 @@ def _solve(tracing: Tracing, observed: Sequence[Observed]) -> list[Trace]:
             elif leader in by_leader:
                 dense[name] = "no sparsity is within the error budget"
         _warn_of_empty_layers(layers, last=next(reversed(by_leader), None))
+        if budget is not None and not layers:
+            warnings.warn(
+                f"no layer can be pruned within an error budget of {budget.error:g}, so this trace is the dense "
+                "network: allow a larger error, or give a sparsity",
+                stacklevel=3,
+            )
         traces.append(Trace(layers, dense, tracing.settings(each.images)))
     return traces
 
@@ -701,11 +741,12 @@ def _select(module: nn.Module, sparsity: Sparsity, layers: Sequence[str] | None)
     leader_of: dict[int, str] = {}
     named = frozenset([*([] if callable(sparsity) else plan.targets), *(layers or ())])
     for name, layer in prunable.items():
-        target = plan.target(name)
-        if name in excluded or (layers is not None and not any(is_prefix(key, name) for key in layers)):
-            target = None
+        outside = layers is not None and not any(is_prefix(key, name) for key in layers)
+        target = None if outside else plan.target(name)
         if not target:
             dense[name] = "not in the plan" if target is None else "target sparsity 0"
+        elif name in excluded:
+            dense[name] = "depthwise, which an error budget leaves dense unless `layers` names it"
         elif isinstance(layer.weight, nn.parameter.UninitializedParameter):
             raise InvalidInputError(f"layer {name!r} has no weight yet: run one batch through the model first")
         elif id(layer.weight) in foreign:

@@ -317,7 +317,7 @@ class Tuner:
     def _expected(self, search: bool) -> int:
         """About how many maps it will take."""
         images, choices = len(self.cases), len(self._grid) - 1
-        heat = min(images, in_heat(images))
+        heat = in_heat(images)
         untuned = 2 * (choices + len(BUDGETS)) * heat + 4 * FINALISTS * (images - heat)
         one_pass = len(self.blocks) * (choices * heat + FINALISTS * (images - heat))
         return untuned + 6 * len(self.held_out) + (one_pass + one_pass // 2 if search else 0)
@@ -487,16 +487,16 @@ def _with_tied(blocks: Mapping[str, tuple[str, ...]], leaders: Mapping[str, str]
 
 def tuned_on(path: str | os.PathLike[str]) -> list[str]:
     """Names of the images that a plan in a file was tuned or chosen on; none for a plan of another origin."""
-    return [str(name) for name in _history(path).get("images", [])]
+    return [str(name) for name in _tuning_record(path).get("images", [])]
 
 
 def tuned_for(path: str | os.PathLike[str]) -> str | None:
     """The method that a plan in a file was tuned for; None for a plan of another origin."""
-    method = _history(path).get("method")
+    method = _tuning_record(path).get("method")
     return None if method is None else str(method)
 
 
-def _history(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _tuning_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         tuning = json.loads(Path(path).read_text(encoding="utf-8")).get("tuning", {})
         if not isinstance(tuning, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import re
 from pathlib import Path
@@ -15,9 +16,10 @@ from PIL import Image
 from subjects import SIDE, photographs, quarters
 from typer.testing import CliRunner, Result
 
-from spade_fast import cli, evaluation, implanting, models
+from spade_fast import cli, evaluation, implanting, models, tuning
 from spade_fast.augmentation import Augmentation
 from spade_fast.cases import Case, attacked_case
+from spade_fast.cli import measuring
 from spade_fast.models import LoadedModel
 from spade_fast.patches import Patch
 from spade_fast.plans import SparsityPlan
@@ -182,6 +184,13 @@ def test_partial_views_reach_the_traces(folder: Path) -> None:
     assert settings["augment"] == repr(Augmentation.partial(SIDE, (0.5, 0.5, 0.5)))
 
 
+def test_defaults_of_a_tuning_are_those_of_python() -> None:
+    defaults = {name: parameter.default for name, parameter in inspect.signature(measuring.tune).parameters.items()}
+    assert (defaults["steps"], defaults["seed"]) == (tuning.STEPS, 0)
+    assert tuple(float(share) for share in defaults["grid"].split(",")) == tuning.GRID
+    assert defaults["held_out"] == (tuning.tune.__kwdefaults__ or {})["held_out"]
+
+
 def test_settings_of_a_tuning(folder: Path, tmp_path: Path) -> None:
     given = ("--held-out", 0.5, "--steps", 7, "--num-augmentations", 3, "--seed", 5, "--no-search", "--limit", 6)
     command = ("tune", "insertion", folder, "--out", tmp_path / "plans", "--blocks", "classifier", *given)
@@ -255,12 +264,19 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
         (("evaluate", "insertion", "--sparsity", "budget:0"), "an error budget must be a positive number"),
         (("evaluate", "insertion", "--views", "some"), "--views 'some' is unknown: choose published or partial"),
         (("evaluate", "trojan"), "which patches has the network"),
-        (("evaluate", "trojan", "--trojan", "demo", "--patch", "heart=1"), "leave --model, --arch, --checkpoint"),
-        (
-            ("evaluate", "insertion", "--trojan", "demo", "--checkpoint", "x.safetensors"),
-            "leave --model, --arch, --check",
+        *(
+            (
+                ("evaluate", "insertion", "--trojan", "demo", option, value),
+                "leave --model, --arch, --checkpoint, --num-",
+            )
+            for option, value in (
+                ("--model", "efficientnet_lite0"),
+                ("--arch", "timm:resnet18"),
+                ("--checkpoint", "mine.safetensors"),
+                ("--num-classes", "2"),
+                ("--patch", "heart=1"),
+            )
         ),
-        (("evaluate", "insertion", "--trojan", "demo", "--num-classes", "2"), "and --patch out"),
         (("evaluate", "trojan", "--trojan", "nowhere"), "'nowhere' holds no network with patches"),
         (("evaluate", "trojan", "--patch", "heart"), "is not PATCH=CLASS"),
         (("tune", "insertion", "--grid", "0,much"), "--grid '0,much' is no list of numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import spade_fast as sf
+from spade_fast import solver
 from spade_fast.errors import InvalidInputError
+from spade_fast.solver import Problem, Target, solve_layers, solve_within
 from spade_fast.sweep import sweep
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*have no weight left")
+pytestmark = pytest.mark.filterwarnings("ignore:.*have no weight left", "ignore:no layer can be pruned within")
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SETTINGS: dict[str, Any] = {"preprocess": nn.Identity(), "num_augmentations": 8}
@@ -63,6 +66,7 @@ def test_first_and_depthwise_layers_stay_dense_unless_they_are_named(model: nn.M
     trace = sf.trace(model, image, sf.ErrorBudget(1.0), **SETTINGS)
     assert set(trace.layers) == {"2", "8"}
     assert trace.dense["0"] == "first layer"
+    assert trace.dense["4"] == "depthwise, which an error budget leaves dense unless `layers` names it"
     named = sf.trace(model, image, sf.ErrorBudget(1.0), layers=["0", "4"], **SETTINGS)
     assert set(named.layers) == {"0", "4"}
 
@@ -96,6 +100,62 @@ def test_images_have_budgets_of_their_own(model: nn.Module, image: Tensor) -> No
     for one, same in zip(alone, together, strict=True):
         assert one.rows() == same.rows()
     assert alone[0].rows() != alone[1].rows()
+
+
+def test_a_set_of_images_has_one_budget(model: nn.Module, image: Tensor) -> None:
+    images = [image, 1 - image]
+    errors = sweep(model, images, SHARES, **SETTINGS).errors
+    trace = sf.trace(model, images, sf.ErrorBudget(errors["2"][2], SHARES), **SETTINGS)
+    assert trace.layers["2"].requested_sparsity == SHARES[2]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 11])
+def test_the_sparsest_allowed_target_is_found_by_bisection(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    shares = [(i + 1) / (count + 1) for i in range(count)]
+    weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(20, 60, generator=torch.Generator().manual_seed(1))
+    problem = Problem(weight, inputs @ inputs.T, tuple(Target(share) for share in shares))
+    (all_of_them,) = solve_layers([problem])
+    solved: list[int] = []
+    prune_all = solver._prune_all
+
+    def spy(of: Sequence[Problem], places: Sequence[tuple[int, int]], *more: Any) -> Any:
+        solved.extend(j for _, j in places)
+        return prune_all(of, places, *more)
+
+    monkeypatch.setattr(solver, "_prune_all", spy)
+    for best in range(-1, count):
+        solved.clear()
+        limit = all_of_them[best].loss if best >= 0 else 0.0
+        (found,) = solve_within([problem], lambda _, solution, limit=limit: solution.loss <= limit)
+        assert len(solved) == len(set(solved)) <= count.bit_length()
+        if best < 0:
+            assert found is None
+        else:
+            assert found is not None
+            assert found[0] == best
+            assert torch.equal(found[1].weight, all_of_them[best].weight)
+
+
+def test_refitting_changes_no_choice(model: nn.Module, image: Tensor) -> None:
+    budget = sf.ErrorBudget(sweep(model, image, SHARES, **SETTINGS).errors["2"][2], SHARES)
+    plain = sf.trace(model, image, budget, **SETTINGS)
+    refitted = sf.trace(model, image, budget, refit=True, **SETTINGS)
+    assert plain.layers.keys() == refitted.layers.keys()
+    for name, layer in plain.layers.items():
+        assert layer.requested_sparsity == refitted.layers[name].requested_sparsity
+    alone = sf.trace(model, image, {"2": SHARES[2]}, refit=True, **SETTINGS).layers["2"]
+    assert torch.equal(refitted.layers["2"].weight, alone.weight)
+    assert refitted.layers["2"].loss < plain.layers["2"].loss
+
+
+def test_a_budget_that_no_layer_keeps_is_told(model: nn.Module, image: Tensor) -> None:
+    message = "no layer can be pruned within an error budget of 1e-09, so this trace is the dense network"
+    with pytest.warns(UserWarning, match=message):
+        trace = sf.trace(model, image, sf.ErrorBudget(1e-9), **SETTINGS)
+    assert not trace.layers
+    with pytest.warns(UserWarning, match=message):
+        list(sf.trace_many(model, [image], sf.ErrorBudget(1e-9), **SETTINGS))
 
 
 def test_tied_layers_stay_tied(image: Tensor) -> None:

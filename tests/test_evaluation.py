@@ -253,6 +253,8 @@ def test_what_no_image_could_be_traced_with_is_refused_at_once(model: LoadedMode
         trace_arm(model, 0.5, num_augmentations=0)
     with pytest.raises(InvalidInputError, match="'block' matches no prunable layer"):
         tuned_arm(model, {"saliency": SparsityPlan({"block": 0.5})})
+    with pytest.raises(InvalidInputError, match="plan for .saliency. is a ErrorBudget: pass SparsityPlans"):
+        tuned_arm(model, {"saliency": sf.presets.default})  # type: ignore[dict-item]
     with pytest.raises(InvalidInputError, match="sparsity must lie within"):
         set_arm(model, [], 1.5)
     with pytest.raises(TypeError, match="'augmentations' is no setting"):
@@ -586,7 +588,7 @@ def test_an_unknown_metric(model: LoadedModel, tmp_path: Path) -> None:
 def test_records_are_plain_json(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
     compared = {
         "dense": dense_arm(model),
-        "preset": trace_arm(model, sf.presets.default, hessian_dtype=torch.float64, **FEW),
+        "preset": trace_arm(model, sf.presets.last_half, hessian_dtype=torch.float64, **FEW),
     }
     run(model, files, tmp_path / "out", limit=1, arms=compared)
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import spade_fast as sf
 from spade_fast.errors import InvalidInputError
-from spade_fast.plans import SparsityPlan
+from spade_fast.plans import ErrorBudget, SparsityPlan
 from spade_fast.sweep import Sweep, sweep
 from spade_fast.traces import Trace
 
@@ -146,6 +146,8 @@ def test_plans_beside_the_grid_are_refused(network: Network, image: Tensor) -> N
         found.trace(SparsityPlan.uniform(0.3, layers=["strid"]))
     with pytest.raises(InvalidInputError, match="'stem' was left out as the first layer"):
         found.trace(SparsityPlan.uniform(0.3, layers=["stem"]))
+    with pytest.raises(InvalidInputError, match="plan must be a SparsityPlan, got a ErrorBudget"):
+        found.trace(ErrorBudget(0.1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("targets", [{"first": 0.3, "second": 0.6}, {"first": 0.3}, {"second": 0.3, "first": 0.0}])

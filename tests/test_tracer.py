@@ -242,8 +242,15 @@ def test_target_zero_is_dense():
 
 
 @NARROW
-def test_default_plan_leaves_depthwise_layers_dense():
-    trace = sf.trace(network(), picture(), **SETTINGS)
+def test_the_default_is_an_error_budget():
+    default = sf.trace(network(), picture(), **SETTINGS)
+    assert default.settings["error_budget"] == 0.03
+    assert default.rows() == sf.trace(network(), picture(), sf.ErrorBudget(0.03), **SETTINGS).rows()
+
+
+@NARROW
+def test_the_last_half_leaves_depthwise_layers_dense():
+    trace = sf.trace(network(), picture(), sf.presets.last_half, **SETTINGS)
     assert list(trace.layers) == ["4", "9"]
 
 

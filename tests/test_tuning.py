@@ -199,6 +199,15 @@ def test_without_a_search_the_best_untuned_plan_is_taken(
     assert set(found.plan.targets.values()) == {0.6}
 
 
+def test_plans_that_coincide_race_once(model: LoadedModel, cases: list[Case]) -> None:
+    found = tune(model, cases, "insertion", "saliency", blocks=["classifier"], steps=6, search=False, **FEW)
+    tried = [tuple(step.targets.items()) for step in found.history if step.stage == "untuned"]
+    kinds = [step.name.rpartition(" at ")[0] or "error budget" for step in found.history if step.stage == "untuned"]
+    assert () not in tried  # what prunes nothing is the dense network
+    assert len(set(zip(kinds, tried, strict=True))) == len(tried)
+    assert not any("first half" in step.name for step in found.history)  # one block has none
+
+
 def test_the_search_sees_each_case_and_map_once(
     monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
 ) -> None:

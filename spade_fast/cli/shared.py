@@ -116,10 +116,10 @@ def read_sparsity(text: str) -> Sparsity:
     from spade_fast import presets
     from spade_fast.plans import ErrorBudget, SparsityPlan, check_sparsity
 
-    plans: dict[str, Sparsity] = {name: plan for name, plan in vars(presets).items() if isinstance(plan, SparsityPlan)}
-    plans |= {"default": presets.default, "last_half": presets.last_half}
-    if text in plans:
-        return plans[text]
+    ready: dict[str, Sparsity] = {name: plan for name, plan in vars(presets).items() if isinstance(plan, SparsityPlan)}
+    ready |= {"default": presets.default, "last_half": presets.last_half}
+    if text in ready:
+        return ready[text]
     if text.endswith(".json"):
         return SparsityPlan.from_json(text)
     kind, _, number = text.rpartition(":")
@@ -130,7 +130,7 @@ def read_sparsity(text: str) -> Sparsity:
     if value is None:
         raise InvalidInputError(
             f"--sparsity {text!r} is neither a share within 0..1, nor an error budget (budget:0.03), nor a .json file, "
-            f"nor a preset ({', '.join(sorted(plans))})"
+            f"nor a preset ({', '.join(sorted(ready))})"
         )
     return ErrorBudget(value) if kind else check_sparsity(value, "--sparsity")
 
