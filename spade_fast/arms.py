@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -191,4 +192,7 @@ def plain(value: Any) -> Any:
     """A setting as a JSON value that is the same in every process: functions by their names."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, partial):
+        given = {**{str(i): each for i, each in enumerate(value.args)}, **value.keywords}
+        return {"function": plain(value.func), **{name: plain(each) for name, each in given.items()}}
     return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)

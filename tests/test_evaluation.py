@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -600,9 +601,12 @@ def test_records_are_plain_json(model: LoadedModel, files: dict[str, Path], tmp_
 
 
 def test_functions_in_settings_go_by_their_names(model: LoadedModel) -> None:
-    def views(image: Tensor, count: int, _: torch.Generator) -> Tensor:
+    def views(image: Tensor, count: int, _: torch.Generator, extra: int = 0) -> Tensor:
+        assert extra >= 0
         return image.expand(count, -1, -1, -1)
 
     settings = trace_arm(model, 0.5, augment=views).settings
     assert settings["augment"].startswith("test_evaluation.")
     assert "0x" not in settings["augment"]
+    bound = trace_arm(model, 0.5, augment=partial(views, extra=3)).settings["augment"]
+    assert bound == {"function": settings["augment"], "extra": 3}
