@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spade_fast.attribution import METHODS
-from spade_fast.comparison import MEAN, TITLES, Evaluation
+from spade_fast.comparison import MEAN, MOST_COLUMNS, TITLES, Comparison, Evaluation, Metric
 from spade_fast.errors import require
 from spade_fast.figures import NOTE, TEXT
 
@@ -31,7 +32,7 @@ def comparison_figure(evaluation: Evaluation) -> Figure:
     """Draw by how much each arm differs from the first: a panel for each metric, a row for each method.
 
     Dots are means over images, lines the intervals that hold 95 % of bootstrap means. Beside each method stands the
-    mean of the first arm.
+    mean of the first arm. More arms than there are colours have a row each, and each method a panel.
 
     Raises
     ------
@@ -41,19 +42,16 @@ def comparison_figure(evaluation: Evaluation) -> Figure:
     rows = evaluation.compare()
     names = list(dict.fromkeys(row.method for row in rows))
     others = evaluation.arms[1:]
+    if len(others) > MOST_COLUMNS:
+        return _figure_of_many(evaluation, {(row.metric, row.method, row.arm): row for row in rows}, names)
     height = _HEAD + len(names) * max(_ROW, 0.13 * len(others) + 0.16)
     figure = new_figure(_WIDTH * len(evaluation.values) + 1.2, height)
     panels = figure.subplots(1, len(evaluation.values), squeeze=False)[0]
     for metric, axes in zip(evaluation.values, panels, strict=True):
         of_metric = {(row.method, row.arm): row for row in rows if row.metric == metric}
         for position, arm in enumerate(others):
-            found = [of_metric[name, arm] for name in names]
             places = [i + 0.7 * ((position + 0.5) / len(others) - 0.5) for i in range(len(names))]
-            means = [row.difference for row in found]
-            below = [row.difference - row.difference_interval[0] for row in found]
-            above = [row.difference_interval[1] - row.difference for row in found]
-            colour = COLOURS[position % len(COLOURS)]
-            axes.errorbar(means, places, xerr=[below, above], fmt="o", color=colour, label=arm, markersize=5, capsize=0)
+            _draw_differences(axes, [of_metric[name, arm] for name in names], places, COLOURS[position], label=arm)
         first = {name: of_metric[name, evaluation.arms[0]].mean for name in names}
         _label(axes, [f"{_title(name)}  {first[name]:.1f}" for name in names], bold=MEAN in names)
         better = "left" if metric == "deletion" else "right"
@@ -62,6 +60,36 @@ def comparison_figure(evaluation: Evaluation) -> Figure:
     panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.04), ncols=min(4, len(others)), frameon=False)
     figure.supxlabel(f"{len(evaluation.images)} images; lines: 95 % bootstrap intervals", fontsize=9, color=NOTE)
     return figure
+
+
+def _figure_of_many(
+    evaluation: Evaluation, rows: Mapping[tuple[Metric, str, str], Comparison], names: Sequence[str]
+) -> Figure:
+    """A panel for each metric and method, a row for each arm."""
+    first, *others = evaluation.arms
+    figure = new_figure(2.6 + 1.9 * len(names), len(evaluation.values) * (_HEAD + 0.24 * len(others)))
+    panels = figure.subplots(len(evaluation.values), len(names), squeeze=False, sharey=True)
+    for metric, line in zip(evaluation.values, panels, strict=True):
+        for name, axes in zip(names, line, strict=True):
+            places = [float(i) for i in range(len(others))]
+            _draw_differences(axes, [rows[metric, name, arm] for arm in others], places, COLOURS[0], label=None)
+            _label(axes, others, bold=False)
+            axes.set_title(f"{_title(name)}  {rows[metric, name, first].mean:.1f}", fontsize=10, color=TEXT)
+        better = "left" if metric == "deletion" else "right"
+        line[0].set_ylabel(f"{TITLES[metric]}: {better} is better", fontsize=10, color=TEXT)
+    told = f"points above {first}, whose mean stands above; {len(evaluation.images)} images"
+    figure.supxlabel(f"{told}; lines: 95 % bootstrap intervals", fontsize=9, color=NOTE)
+    return figure
+
+
+def _draw_differences(
+    axes: Axes, rows: Sequence[Comparison], places: Sequence[float], colour: str, label: str | None
+) -> None:
+    """A dot and its interval for each row."""
+    means = [row.difference for row in rows]
+    below = [row.difference - row.difference_interval[0] for row in rows]
+    above = [row.difference_interval[1] - row.difference for row in rows]
+    axes.errorbar(means, places, xerr=[below, above], fmt="o", color=colour, label=label, markersize=5, capsize=0)
 
 
 def tuning_figure(tuning: Tuning) -> Figure:
@@ -119,7 +147,7 @@ def _title(method: str) -> str:
     return "Mean" if method == MEAN else METHODS[method].title if method in METHODS else method
 
 
-def _label(axes: Axes, labels: list[str], *, bold: bool) -> None:
+def _label(axes: Axes, labels: Sequence[str], *, bold: bool) -> None:
     """Name the rows, the first on top; the last is the mean, if there is one."""
     axes.axvline(0, color=NOTE, linewidth=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=9)

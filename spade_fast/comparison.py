@@ -28,6 +28,8 @@ Metric: TypeAlias = Literal["trojan", "insertion", "deletion"]
 TITLES: dict[Metric, str] = {"trojan": "Trojan AUC", "insertion": "Insertion AUC", "deletion": "Deletion AUC"}
 #: The name of the row of means over methods.
 MEAN = "mean"
+#: So many arms beside the first have a column each, or a colour; more have a row.
+MOST_COLUMNS = 7
 
 _RESAMPLES = 10_000
 # Numbers drawn at a time, unless the values are more.
@@ -143,14 +145,35 @@ class Evaluation:
             f"**{TITLES[metric]}, %** ({better} is better; {len(self.images)} images; difference from "
             f"{self.arms[0]} with 95 % interval, and the share of images on which it is better)",
             "",
-            f"| method | {' | '.join(self.arms)} | {' | '.join(f'{arm} - {self.arms[0]}' for arm in self.arms[1:])} |",
-            f"|---|{'---|' * (2 * len(self.arms) - 1)}",
         ]
-        for method in dict.fromkeys(method for method, _ in rows):
-            found = [rows[method, arm] for arm in self.arms]
-            means = [f"{row.mean:.2f}" if row.images else "-" for row in found]
-            differences = [f"{row.shown}, {100 * row.wins:.0f} %" if row.images else "-" for row in found[1:]]
-            lines.append(f"| {method} | {' | '.join([*means, *differences])} |")
+        methods = list(dict.fromkeys(method for method, _ in rows))
+
+        def mean(row: Comparison) -> str:
+            return f"{row.mean:.2f}" if row.images else "-"
+
+        def difference(row: Comparison) -> str:
+            return f"{row.shown}, {100 * row.wins:.0f} %" if row.images else "-"
+
+        first, *others = self.arms
+        if len(others) <= MOST_COLUMNS:
+            columns = ["method", *self.arms, *(f"{arm} - {first}" for arm in others)]
+            body = [
+                [
+                    method,
+                    *(mean(rows[method, arm]) for arm in self.arms),
+                    *(difference(rows[method, arm]) for arm in others),
+                ]
+                for method in methods
+            ]
+        else:
+            columns = ["arm", *methods]
+            body = [[first, *(mean(rows[method, first]) for method in methods)]]
+            body += [
+                [arm, *(f"{mean(rows[method, arm])}; {difference(rows[method, arm])}" for method in methods)]
+                for arm in others
+            ]
+        lines += [f"| {' | '.join(cells)} |" for cells in (columns, *body)]
+        lines.insert(3, f"|{'---|' * len(columns)}")
         if fewer := [row for row in rows.values() if row.images < len(self.images)]:
             told = ", ".join(f"{row.method} by {row.arm} ({row.images})" for row in fewer)
             lines += ["", f"Of fewer images than {len(self.images)}: {told}."]

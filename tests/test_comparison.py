@@ -172,6 +172,32 @@ def test_the_figure_shows_every_arm() -> None:
     assert list(drawn[0].get_xdata()) == pytest.approx([10.0, 10.0, 10.0])
 
 
+def test_many_arms_have_a_row_each(tmp_path: Path) -> None:
+    arms = ("dense", *(f"arm {i}" for i in range(9)))
+    values = np.stack([VALUES[:, 0] + 0.01 * i for i in range(10)], axis=1)
+    images = ("a", "b", "c", "d")
+    whole = Evaluation(("saliency", "lrp"), arms, images, {"insertion": values, "deletion": values}, {}, {}, {})
+    lines = whole.tables().splitlines()
+    assert lines[2:6] == [
+        "| arm | saliency | lrp | mean |",
+        "|---|---|---|---|",
+        "| dense | 50.00 | 75.00 | 62.50 |",
+        "| arm 0 | 51.00; +1.00 (+1.00 to +1.00), 100 % | 76.00; +1.00 (+1.00 to +1.00), 100 % | 63.50; +1.00 (+1.00 to "
+        "+1.00), 100 % |",
+    ]
+    assert len([line for line in lines if line.startswith("| arm ")]) == 2 * 10
+    figure = whole.figure()
+    assert [axes.get_title() for axes in figure.axes] == ["Gradient  50.0", "LRP  75.0", "Mean  62.5"] * 2
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == [
+        "Insertion AUC: right is better",
+        "Deletion AUC: left is better",
+    ]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(arms[1:])
+    (container,) = figure.axes[1].containers
+    assert list(container.lines[0].get_xdata()) == pytest.approx(list(range(1, 10)))
+    assert "comparison.png" in whole.save(tmp_path)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(InvalidInputError, match="out"):
