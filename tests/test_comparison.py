@@ -182,8 +182,8 @@ def test_many_arms_have_a_row_each(tmp_path: Path) -> None:
         "| arm | saliency | lrp | mean |",
         "|---|---|---|---|",
         "| dense | 50.00 | 75.00 | 62.50 |",
-        "| arm 0 | 51.00; +1.00 (+1.00 to +1.00), 100 % | 76.00; +1.00 (+1.00 to +1.00), 100 % | 63.50; +1.00 (+1.00 to "
-        "+1.00), 100 % |",
+        "| arm 0 | 51.00; +1.00 (+1.00 to +1.00), 100 % | 76.00; +1.00 (+1.00 to +1.00), 100 % |"
+        " 63.50; +1.00 (+1.00 to +1.00), 100 % |",
     ]
     assert len([line for line in lines if line.startswith("| arm ")]) == 2 * 10
     figure = whole.figure()
