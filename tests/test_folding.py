@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import spade_fast as sf
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
+from spade_fast.models import Runner
 
 
 @pytest.fixture(autouse=True)
@@ -219,6 +220,64 @@ def test_a_model_that_does_otherwise_for_other_inputs_is_noticed(body):
         assert any(folds)
         with pytest.raises(FoldingMismatch), FoldedBatchNorms(folds):
             model(INPUTS + 9)
+    with pytest.raises(FoldingMismatch), FoldedBatchNorms(folds):
+        model((INPUTS + 9).requires_grad_())
+
+
+class Deep(nn.Module):
+    """Activations that write on what batch norms give, and a skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8)])
+        self.last = nn.Linear(8, 5)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        maps = F.relu6(self.norms[0](self.first(x)), inplace=True)
+        return self.last(F.hardswish(self.norms[1](self.second(maps)) + maps, inplace=True).mean(dim=(2, 3)))
+
+
+def test_a_runner_folds_from_the_first_large_batch_on(monkeypatch):
+    model, batch = settled(Deep()), torch.rand(8, 3, 9, 9, dtype=torch.float64)
+    norms = []
+    batch_norm = torch.batch_norm
+    monkeypatch.setattr(torch, "batch_norm", lambda *given: norms.append(1) or batch_norm(*given))
+    plain, folded = Runner(model), Runner(model, fold=True)
+    for count, expected in ((7, 2), (8, 2), (8, 0), (3, 0)):  # of the first large batch, one run tells what to fold
+        with torch.no_grad():
+            wanted = plain(batch[:count])
+            norms.clear()
+            torch.testing.assert_close(folded(batch[:count]), wanted, rtol=1e-12, atol=1e-12)
+        assert len(norms) == expected
+    inputs = batch.clone().requires_grad_()
+    gradients = [torch.autograd.grad(run(inputs)[:, 2].sum(), inputs)[0] for run in (plain, folded)]
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+    plain(inputs).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+def test_a_runner_goes_on_where_a_network_does_otherwise_later():
+    def body(net: Net, x: Tensor) -> Tensor:
+        return raw_output_later(net, x).mean(dim=(2, 3))
+
+    model, batch = settled(Net(body)), torch.rand(8, 3, 6, 7, dtype=torch.float64)
+    run = Runner(model, fold=True)
+    with torch.no_grad():
+        for inputs in (batch, batch + 9, batch):
+            torch.testing.assert_close(run(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_a_runner_learns_nothing_of_a_network_without_batch_norms():
+    model = Deep().double().eval()
+    model.norms = nn.ModuleList([nn.Identity(), nn.Identity()])
+    with torch.no_grad():
+        Runner(model, fold=True)(torch.rand(8, 3, 9, 9, dtype=torch.float64))
+    assert model.calls == 1
 
 
 def test_a_computed_scale_is_not_folded():
