@@ -289,6 +289,12 @@ def test_a_run_that_was_cut_short_goes_on(
     before = sum(len(json.loads(line)["values"]) for line in written[1:])  # the first line tells the settings
     assert len(asked) == whole.evaluations - before
     assert log.read_text() == (tmp_path / "whole.jsonl").read_text()
+    first, second, *rest = log.read_text().splitlines()
+    record = json.loads(second)
+    record["values"][0][1] = "abc"
+    (tmp_path / "edited.jsonl").write_text("\n".join([first, json.dumps(record), *rest]) + "\n")
+    with pytest.raises(InvalidInputError, match=r"line 2 of .*edited\.jsonl' is no record \('abc' is no number\)"):
+        tune(model, cases, "insertion", "saliency", log=tmp_path / "edited.jsonl", **settings)
     with pytest.raises(InvalidInputError, match="belongs to a run with another method: delete it"):
         tune(model, cases, "insertion", "occlusion", log=log, **settings)
     for change in ({"inputs": cases[-1].inputs / 2}, {"image": 1 - cases[-1].pixels}, {"target": 9}):
