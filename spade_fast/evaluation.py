@@ -72,8 +72,9 @@ def first_cases(cases: Mapping[str, Callable[[], Case]], most: int) -> dict[str,
     Raises
     ------
     InvalidInputError
-        If there are none.
+        If there are none, or less than one is wanted.
     """
+    check_whole("how many cases are wanted", most, 1)
     found: dict[str, Case] = {}
     reason = "there is none"
     for name, make in cases.items():
@@ -153,6 +154,8 @@ def evaluate(
     if not arms:
         raise InvalidInputError("no arm is to be measured: pass {'dense': dense_arm(model), ...}")
     methods = check_methods(methods)
+    if not cases:
+        raise InvalidInputError("no case is to be measured: pass some, or clean_cases(model, files)")
     check_whole("limit", 1 if limit is None else limit, 1)
     check_whole("steps", steps, 1)
     check_whole("seed", seed, 0)
@@ -291,10 +294,10 @@ class _Records:
                     "folder"
                 )
         for name, value in known.get("arms", {}).items():
-            if told["arms"][name] != value:
+            if different := _different(value, told["arms"][name]):
                 raise InvalidInputError(
-                    f"{os.fspath(folder)!r} holds a run whose arm {name!r} was made otherwise: choose another folder, "
-                    "or another name"
+                    f"{os.fspath(folder)!r} holds a run whose arm {name!r} has another {different}: choose another "
+                    "folder, or another name"
                 )
         self._unwritten = known != told
         for number, line in enumerate(lines, start=1):
@@ -343,6 +346,11 @@ class _Records:
             for image in images
         ]
         return np.array(found, dtype=np.float64)
+
+
+def _different(known: Mapping[str, Any], told: Mapping[str, Any]) -> str | None:
+    """The first setting that is another, None where all are the same."""
+    return next((key for key in {**known, **told} if known.get(key) != told.get(key)), None)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Values:
                 ) from error
             if number == 1 and different:
                 raise InvalidInputError(
-                    f"{os.fspath(self._log)!r} belongs to a run with another {different[0]}: delete it to begin anew"
+                    f"{os.fspath(self._log)!r} is of a run whose {different[0]!r} differs: delete it to begin anew"
                 )
         if not lines:
             append_line(self._log, json.dumps({"settings": told}))

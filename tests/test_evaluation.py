@@ -399,7 +399,7 @@ def test_another_run_is_not_mixed_in(model: LoadedModel, files: dict[str, Path],
     run(model, files, tmp_path / "out", limit=1)
     with pytest.raises(InvalidInputError, match="holds a run with steps 8, not 9"):
         run(model, files, tmp_path / "out", limit=1, steps=9)
-    with pytest.raises(InvalidInputError, match="whose arm 'fast' was made otherwise"):
+    with pytest.raises(InvalidInputError, match="whose arm 'fast' has another sparsity: choose another"):
         run(model, files, tmp_path / "out", arms={"dense": dense_arm(model), "fast": trace_arm(model, 0.6, **FEW)})
     with torch.no_grad():
         model.module.classifier.weight[0, 0] += 1e-3
@@ -452,7 +452,7 @@ def test_other_reference_images_or_weights_are_another_arm(
     for i, (one, changed) in enumerate(pairs):
         arms_of = [{"dense": dense_arm(model), "arm": arm} for arm in (one, changed)]
         evaluate(model, cases[4:5], arms_of[0], tmp_path / f"{i}", methods=["saliency"], steps=8)
-        with pytest.raises(InvalidInputError, match="whose arm 'arm' was made otherwise"):
+        with pytest.raises(InvalidInputError, match="whose arm 'arm' has another (images|weights_sha256): choose"):
             evaluate(model, cases[4:5], arms_of[1], tmp_path / f"{i}", methods=["saliency"], steps=8)
 
 

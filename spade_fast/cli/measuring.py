@@ -247,6 +247,8 @@ def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, Sparsit
     from spade_fast.tuning import tuned_for, tuned_on
 
     files = {name: plans / f"{name}.json" if plans.is_dir() else plans for name in methods}
+    if absent := [name for name, file in files.items() if plans.is_dir() and not file.exists()]:
+        raise InvalidInputError(f"{str(plans)!r} has no plan for {absent[0]}: tune one, or leave the method out")
     found = {name: SparsityPlan.from_json(file) for name, file in files.items()}
     for name, file in files.items() if plans.is_dir() else ():
         if (other := tuned_for(file)) not in (None, name):
