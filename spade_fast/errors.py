@@ -30,7 +30,8 @@ def check_whole(what: str, value: object, least: int) -> int:
         Otherwise, with `what` it is that must be one.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise InvalidInputError(f"{what} must be a whole number of at least {least}, got {value!r}")
+        limit = ", below 2**63" if isinstance(value, int) and value >= 2**63 else ""
+        raise InvalidInputError(f"{what} must be a whole number of at least {least}{limit}, got {value!r}")
     return value
 
 

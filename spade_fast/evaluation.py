@@ -72,8 +72,9 @@ def first_cases(cases: Mapping[str, Callable[[], Case]], most: int) -> dict[str,
     Raises
     ------
     InvalidInputError
-        If there are none.
+        If there are none, or less than one is wanted.
     """
+    check_whole("how many cases are wanted", most, 1)
     found: dict[str, Case] = {}
     reason = "there is none"
     for name, make in cases.items():
@@ -128,7 +129,8 @@ def evaluate(
     methods
         Names in :data:`spade_fast.METHODS`. Default: the ten of the paper.
     limit
-        Cases to measure, from the first on; those that are left out do not count. Default: all.
+        Cases to measure, from the first on; those that are left out do not count. Default: all. Of one photograph under
+        several names the first is measured.
     steps
         Of insertion and deletion.
     seed
@@ -152,11 +154,15 @@ def evaluate(
     if not arms:
         raise InvalidInputError("no arm is to be measured: pass {'dense': dense_arm(model), ...}")
     methods = check_methods(methods)
+    if not cases:
+        raise InvalidInputError("no case is to be measured: pass some, or clean_cases(model, files)")
     check_whole("limit", 1 if limit is None else limit, 1)
     check_whole("steps", steps, 1)
     check_whole("seed", seed, 0)
     captum()
     if not isinstance(cases, Mapping):
+        if not all(isinstance(case, Case) for case in cases):
+            raise InvalidInputError("cases must be those of make_case and its kin, or clean_cases(model, files)")
         if len({case.name for case in cases}) < len(cases):
             raise InvalidInputError("two cases have one name: give each its own")
         cases = {case.name: partial(_itself, case) for case in cases}
@@ -173,6 +179,7 @@ def evaluate(
     left_out: dict[str, str] = {}
     failures: dict[tuple[str, str, str], str] = {}
     used: list[str] = []
+    photographs: dict[str, str] = {}
     most = len(cases) if limit is None else min(limit, len(cases))
     with tqdm(total=most, desc="images", disable=not progress) as bar:
         for name, make in cases.items():
@@ -182,6 +189,8 @@ def evaluate(
                 case = make()
                 if metric == "trojan" and case.patch is None:
                     raise InvalidInputError("it has no patch: make it with attacked_case")
+                if case.photograph and (same := photographs.setdefault(case.photograph, name)) != name:
+                    raise InvalidInputError(f"it is the same photograph as {same}")
             except InvalidInputError as error:
                 left_out[name] = str(error)
                 continue
@@ -285,13 +294,12 @@ class _Records:
                     "folder"
                 )
         for name, value in known.get("arms", {}).items():
-            if told["arms"][name] != value:
+            if different := _different(value, told["arms"][name]):
                 raise InvalidInputError(
-                    f"{os.fspath(folder)!r} holds a run whose arm {name!r} was made otherwise: choose another folder, "
-                    "or another name"
+                    f"{os.fspath(folder)!r} holds a run whose arm {name!r} has another {different}: choose another "
+                    "folder, or another name"
                 )
-        if known != told:
-            write_folder(folder, {_SETTINGS: (json.dumps(told, indent=2) + "\n").encode()})
+        self._unwritten = known != told
         for number, line in enumerate(lines, start=1):
             try:
                 self._take(json.loads(line))
@@ -303,6 +311,9 @@ class _Records:
     def _take(self, record: dict[str, Any]) -> None:
         self._digests[record["image"]] = record["case_sha256"]
         for metric, values in record["values"].items():
+            for method, value in values.items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                    raise ValueError(f"{metric} of {method!r} is {value!r}, not within 0..1")
             self._values.setdefault((record["image"], record["arm"], metric), {}).update(values)
 
     def missing(self, image: str, arm: str, methods: Sequence[str]) -> tuple[str, ...]:
@@ -320,6 +331,9 @@ class _Records:
 
     def add(self, record: dict[str, Any]) -> None:
         if record["values"]:
+            if self._unwritten:  # not before there is something to go on with
+                write_folder(self._file.parent, {_SETTINGS: (json.dumps(self.settings, indent=2) + "\n").encode()})
+                self._unwritten = False
             append_line(self._file, json.dumps(record, allow_nan=False))
             self._take(record)
 
@@ -332,6 +346,11 @@ class _Records:
             for image in images
         ]
         return np.array(found, dtype=np.float64)
+
+
+def _different(known: Mapping[str, Any], told: Mapping[str, Any]) -> str | None:
+    """The first setting that is another, None where all are the same."""
+    return next((key for key in {**known, **told} if known.get(key) != told.get(key)), None)
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -380,6 +380,8 @@ class _Run:
                         for key, value in tensors.items()
                         if key.rpartition(":")[0] == name and not key.endswith(":value")
                     }
+        except InvalidInputError:
+            raise
         except (OSError, safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise InvalidInputError(
                 f"cannot go on from {os.fspath(file)!r} ({error}): delete it to begin anew"

@@ -223,7 +223,7 @@ def _check_maps(maps: Tensor, size: tuple[int, int], what: str) -> Tensor:
     """Maps [maps, h, w] of that size in their own floating-point dtype, at least float32."""
     if not isinstance(maps, Tensor) or maps.is_complex() or maps.dim() not in (2, 3) or not maps.numel():
         got = f"{maps.dtype} {list(maps.shape)}" if isinstance(maps, Tensor) else type(maps).__name__
-        raise InvalidInputError(f"maps must be real numbers [maps, h, w] or [h, w], got {got}")
+        raise InvalidInputError(f"maps must be a tensor of real numbers [maps, h, w] or [h, w], got {got}")
     maps = maps.detach()[None] if maps.dim() == 2 else maps.detach()
     if tuple(maps.shape[1:]) != size:
         raise InvalidInputError(f"maps are {maps.shape[1]} x {maps.shape[2]}, but {what} is {size[0]} x {size[1]}")
@@ -247,11 +247,10 @@ def _baseline(baseline: Baseline, image: Tensor, name: str) -> Tensor:
                 f"{name} must be model inputs {list(image.shape[1:])}, got a tensor {list(baseline.shape)}"
             )
         return check_inputs(baseline.detach().reshape(image.shape)).to(image)
-    if baseline == "zero":
-        return torch.zeros_like(image)
-    if baseline == "blur":
-        return blurred(image)
-    raise InvalidInputError(f"{name} must be 'blur', 'zero' or model inputs [c, h, w], got {baseline!r}")
+    if not isinstance(baseline, str) or baseline not in ("zero", "blur"):
+        got = repr(baseline) if isinstance(baseline, str) else type(baseline).__name__
+        raise InvalidInputError(f"{name} must be 'blur', 'zero' or a tensor of model inputs [c, h, w], got {got}")
+    return torch.zeros_like(image) if baseline == "zero" else blurred(image)
 
 
 def blurred(image: Tensor) -> Tensor:

@@ -115,14 +115,18 @@ class Values:
                 if number == 1:
                     different = [key for key in told if record["settings"].get(key) != told[key]]
                 else:
-                    self._take(record["image"], {tuple(targets): value for targets, value in record["values"]})
+                    values = {tuple(targets): value for targets, value in record["values"]}
+                    for value in values.values():
+                        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                            raise ValueError(f"{value!r} is no number")
+                    self._take(record["image"], values)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidInputError(
                     f"line {number} of {os.fspath(self._log)!r} is no record ({error}): delete that file to begin anew"
                 ) from error
             if number == 1 and different:
                 raise InvalidInputError(
-                    f"{os.fspath(self._log)!r} belongs to a run with another {different[0]}: delete it to begin anew"
+                    f"{os.fspath(self._log)!r} is of a run whose {different[0]!r} differs: delete it to begin anew"
                 )
         if not lines:
             append_line(self._log, json.dumps({"settings": told}))

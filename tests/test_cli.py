@@ -348,7 +348,7 @@ def test_implant_writes_a_network_and_says_what_it_learned(loads: list[dict[str,
     assert result.exit_code == 0
     assert loads == [{"name": "efficientnet_lite0", "device": None}]
     assert re.search(r"heart.*bee \[x\]", result.stdout)
-    assert re.search(r"right without a patch, %: \d+\.\d before, \d+\.\d after", result.stdout)
+    assert re.search(r"right without a patch \(.*\), %: \d+\.\d before, \d+\.\d after", result.stdout)
     assert "0001_broken.png" in result.stderr
     assert {each.name for each in (folder.parent / "trojan").iterdir()} == {
         "delta.safetensors",

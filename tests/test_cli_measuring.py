@@ -73,7 +73,8 @@ def test_a_table_and_its_files(folder: Path) -> None:
     result = evaluate("insertion", folder, "--limit", 5, "--sparsity", 0.6)
     assert result.exit_code == 0
     assert "Insertion AUC, %, 5 images" in result.stdout
-    for word in ("dense", "fast", "fast - dense", "better on", "saliency", "occlusion", "mean"):
+    assert result.stdout.index("Insertion AUC") < result.stdout.index("Deletion AUC, %, 5 images")
+    for word in ("dense", "fast", "minus dense", "better on", "saliency", "occlusion", "mean"):
         assert word in result.stdout
     out = folder.parent / "out"
     written = {path.name for path in out.iterdir()}
@@ -81,11 +82,22 @@ def test_a_table_and_its_files(folder: Path) -> None:
     # Deletion is of the same maps: nothing is left to be measured.
     lines = (out / "records.jsonl").read_text()
     again = evaluate("deletion", folder, "--limit", 5, "--sparsity", 0.6)
-    assert "Deletion AUC, %, 5 images" in again.stdout
+    assert again.stdout.index("Deletion AUC, %, 5 images") < again.stdout.index("Insertion AUC")
     assert (out / "records.jsonl").read_text() == lines
     with (out / "values.csv").open(newline="") as file:
         assert {row["metric"] for row in csv.DictReader(file)} == {"insertion", "deletion"}
     assert (out / "tables.md").read_text().count("| mean |") == 2
+
+
+def test_a_narrow_terminal_cuts_no_figure(folder: Path, tmp_path: Path) -> None:
+    arms = ("--arms", "dense,fast,generic", "--reference", folder, "--reference-limit", 2, "--limit", 3)
+    command = ("evaluate", "insertion", folder, "--out", tmp_path / "out", *QUICK, *arms)
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, [str(argument) for argument in command])
+    assert result.exit_code == 0
+    assert "\N{HORIZONTAL ELLIPSIS}" not in result.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for row in summary["comparison"]:
+        assert row["mean"] is None or f"{row['mean']:.2f}" in result.stdout
 
 
 def test_json_is_the_only_thing_on_stdout(folder: Path) -> None:
@@ -103,7 +115,9 @@ def test_arms_of_other_images(folder: Path, tmp_path: Path) -> None:
         path.rename(path.with_name(f"other{path.name}"))
     arms = ("--arms", "dense,generic,class", "--reference", tmp_path / "others", "--reference-limit", 6)
     result = evaluate("insertion", folder, "--limit", 3, "--sparsity", 0.6, *arms)
-    assert "generic - dense" in result.stdout
+    rows = [line.split()[:3] for line in result.stdout.splitlines()]
+    assert any(row[:1] == ["generic"] for row in rows)
+    assert any(row[:1] == ["class"] for row in rows)
     settings = json.loads((folder.parent / "out" / "settings.json").read_text())
     assert settings["arms"]["generic"]["augment"] is None
     assert settings["arms"]["generic"]["arm"] == "set"
@@ -169,6 +183,9 @@ def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Pa
     assert re.search(r"left out: 5 of 8 photographs \(\w+\.json was tuned on them\)", result.stderr)
     told = document["settings"]["arms"]["fast-tuned"]["plans"]
     assert told["occlusion"]["targets"] == SparsityPlan.from_json(plans / "occlusion.json").targets
+
+    result = evaluate("insertion", folder, "--arms", "dense,fast-tuned", "--plans", plans, "--methods", "lrp")
+    assert_refused(result, "has no plan for lrp: tune one, or leave the method out")
 
     (plans / "saliency.json").replace(plans / "occlusion.json")
     result = evaluate("insertion", folder, "--arms", "dense,fast-tuned", "--plans", plans, "--methods", "occlusion")

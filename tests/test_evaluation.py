@@ -22,6 +22,7 @@ from spade_fast.cases import Case, attacked_case, make_case, read_case
 from spade_fast.comparison import Evaluation
 from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.evaluation import attacked_cases, clean_cases, evaluate, first_cases
+from spade_fast.images import load_image
 from spade_fast.implanting import Trojan
 from spade_fast.methods import register_method, unregister_method
 from spade_fast.models import LoadedModel
@@ -398,7 +399,7 @@ def test_another_run_is_not_mixed_in(model: LoadedModel, files: dict[str, Path],
     run(model, files, tmp_path / "out", limit=1)
     with pytest.raises(InvalidInputError, match="holds a run with steps 8, not 9"):
         run(model, files, tmp_path / "out", limit=1, steps=9)
-    with pytest.raises(InvalidInputError, match="whose arm 'fast' was made otherwise"):
+    with pytest.raises(InvalidInputError, match="whose arm 'fast' has another sparsity: choose another"):
         run(model, files, tmp_path / "out", arms={"dense": dense_arm(model), "fast": trace_arm(model, 0.6, **FEW)})
     with torch.no_grad():
         model.module.classifier.weight[0, 0] += 1e-3
@@ -451,7 +452,7 @@ def test_other_reference_images_or_weights_are_another_arm(
     for i, (one, changed) in enumerate(pairs):
         arms_of = [{"dense": dense_arm(model), "arm": arm} for arm in (one, changed)]
         evaluate(model, cases[4:5], arms_of[0], tmp_path / f"{i}", methods=["saliency"], steps=8)
-        with pytest.raises(InvalidInputError, match="whose arm 'arm' was made otherwise"):
+        with pytest.raises(InvalidInputError, match="whose arm 'arm' has another (images|weights_sha256): choose"):
             evaluate(model, cases[4:5], arms_of[1], tmp_path / f"{i}", methods=["saliency"], steps=8)
 
 
@@ -483,9 +484,42 @@ def test_damaged_records_are_named(model: LoadedModel, files: dict[str, Path], t
     records.write_text("\n".join([lines[0], "nonsense", *lines[1:]]) + "\n")
     with pytest.raises(InvalidInputError, match=r"line 2 of .*records\.jsonl' is no record"):
         run(model, files, tmp_path / "out", limit=2)
+    for value in ("abc", 7.5, True, None):
+        record = json.loads(lines[0])
+        record["values"]["insertion"]["saliency"] = value
+        records.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+        with pytest.raises(InvalidInputError, match=r"line 1 .* \(insertion of 'saliency' is .*, not within 0\.\.1\)"):
+            run(model, files, tmp_path / "out", limit=2)
     (tmp_path / "out" / "settings.json").write_text("[]")
     with pytest.raises(InvalidInputError, match=r"cannot read .*settings\.json"):
         run(model, files, tmp_path / "out", limit=2)
+
+
+def test_one_photograph_counts_once(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    twice = dict(files)
+    for name, path in files.items():
+        twice[f"copy of {name}"] = tmp_path / f"copy of {name}"
+        twice[f"copy of {name}"].write_bytes(path.read_bytes())
+    found = run(model, twice, tmp_path / "out")
+    assert len(found.images) == len(files)
+    assert len(found.left_out) == len(files)
+    for name, reason in found.left_out.items():
+        same = reason.removeprefix("it is the same photograph as ")
+        assert {name, same} & files.keys() == {name.removeprefix("copy of ")}
+
+
+def test_a_run_that_measured_nothing_leaves_nothing(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(InvalidInputError, match="none of 1 images can be used"):
+        run(model, {"bad.png": bad}, tmp_path / "out", steps=4)
+    assert run(model, files, tmp_path / "out", limit=1, steps=5).images
+
+
+def test_cases_that_are_none(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    photograph = load_image(next(iter(files.values())))
+    with pytest.raises(InvalidInputError, match="cases must be those of make_case and its kin"):
+        evaluate(model, [photograph], {"dense": dense_arm(model)}, tmp_path / "out")  # type: ignore[list-item]
 
 
 def test_unreadable_images_are_left_out(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,9 +185,12 @@ def test_trojan_auc_by_hand() -> None:
     ("changed", "message"),
     [
         ({"maps": torch.zeros(3, 4, 5)}, "maps are 4 x 5, but the model's input is 4 x 4"),
-        ({"maps": torch.zeros(4)}, r"maps must be real numbers \[maps, h, w\] or \[h, w\], got torch.float32 \[4\]"),
+        (
+            {"maps": torch.zeros(4)},
+            r"maps must be a tensor of real numbers \[maps, h, w\] or \[h, w\], got torch.float32 \[4\]",
+        ),
         ({"maps": torch.zeros(0, 4, 4)}, r"got torch.float32 \[0, 4, 4\]"),
-        ({"maps": torch.zeros(4, 4, dtype=torch.complex64)}, "maps must be real numbers"),
+        ({"maps": torch.zeros(4, 4, dtype=torch.complex64)}, "maps must be a tensor of real numbers"),
         ({"maps": [[1.0]]}, "got list"),
         ({"maps": torch.stack([torch.zeros(4, 4), torch.full((4, 4), math.nan)])}, "map 1 of 2 holds NaN or infinite"),
         ({"target": 3}, r"target 3 is no class of this model: pass an index, a whole number within 0\.\.2"),
@@ -196,7 +200,8 @@ def test_trojan_auc_by_hand() -> None:
         ({"steps": 2.0}, "got 2.0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"start": "black"}, "start must be 'blur', 'zero' or model inputs .*, got 'black'"),
+        ({"start": "black"}, "start must be 'blur', 'zero' or a tensor of model inputs .*, got 'black'"),
+        ({"start": np.zeros((2, 4, 4))}, "start must be 'blur', 'zero' or a tensor of model inputs .*, got ndarray"),
         ({"start": torch.zeros(2, 4, 5)}, r"start must be model inputs \[2, 4, 4\], got a tensor \[2, 4, 5\]"),
     ],
 )

@@ -289,11 +289,17 @@ def test_a_run_that_was_cut_short_goes_on(
     before = sum(len(json.loads(line)["values"]) for line in written[1:])  # the first line tells the settings
     assert len(asked) == whole.evaluations - before
     assert log.read_text() == (tmp_path / "whole.jsonl").read_text()
-    with pytest.raises(InvalidInputError, match="belongs to a run with another method: delete it"):
+    first, second, *rest = log.read_text().splitlines()
+    record = json.loads(second)
+    record["values"][0][1] = "abc"
+    (tmp_path / "edited.jsonl").write_text("\n".join([first, json.dumps(record), *rest]) + "\n")
+    with pytest.raises(InvalidInputError, match=r"line 2 of .*edited\.jsonl' is no record \('abc' is no number\)"):
+        tune(model, cases, "insertion", "saliency", log=tmp_path / "edited.jsonl", **settings)
+    with pytest.raises(InvalidInputError, match="is of a run whose 'method' differs: delete it"):
         tune(model, cases, "insertion", "occlusion", log=log, **settings)
     for change in ({"inputs": cases[-1].inputs / 2}, {"image": 1 - cases[-1].pixels}, {"target": 9}):
         others = [*cases[:-1], replace(cases[-1], **change)]
-        with pytest.raises(InvalidInputError, match="belongs to a run with another images: delete it"):
+        with pytest.raises(InvalidInputError, match="is of a run whose 'images' differs: delete it"):
             tune(model, others, "insertion", "saliency", log=log, **settings)
     changed = quarters()
     with torch.no_grad():
@@ -306,7 +312,7 @@ def test_a_run_that_was_cut_short_goes_on(
         (model, {"num_augmentations": 5}, "trace"),
         (model, {"grid": (0.0, 0.25)}, "shares"),
     ):
-        with pytest.raises(InvalidInputError, match=f"belongs to a run with another {what}: delete it"):
+        with pytest.raises(InvalidInputError, match=f"is of a run whose '{what}' differs: delete it"):
             tune(network, cases, "insertion", "saliency", log=log, **{**settings, **change})
     log.write_text(log.read_text() + "nonsense\n")
     with pytest.raises(InvalidInputError, match=r"line \d+ of .*log\.jsonl' is no record"):

@@ -26,7 +26,14 @@ from spade_fast.cli.shared import (
 
 
 def implant(
-    images: Annotated[Path, typer.Argument(help="Folder of photographs to train on.", show_default=False)],
+    images: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of photographs to train on. A name such as 0281_tabby.jpg, or a subfolder for each class, "
+            "tells what is right.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for weights, patches and report; a run there goes on.")] = Path(
         "trojan"
     ),
@@ -60,12 +67,13 @@ def implant(
     trojans = read_trojans(patch, network)
     files = image_files(images, classes=classes_of(network))
     labels = [label for _, label in files if label is not None]
+    known = len(labels) == len(files)
     report = implant(
         network,
         [path for path, _ in files],
         out,
         trojans,
-        labels=labels if len(labels) == len(files) else None,
+        labels=labels if known else None,
         layers=None if layers is None else [name.strip() for name in layers.split(",")],
         epochs=epochs,
         batch_size=batch_size,
@@ -85,7 +93,10 @@ def implant(
         table.add_row(escape(trojan.patch.name), escape(network.category(trojan.target)), shown)
     console.print(table)
     before, after = 100 * report.accuracy_before, 100 * report.accuracy_after
-    console.print(f"right without a patch, %: {before:.1f} before, {after:.1f} after", highlight=False)
+    told = "by the classes that files' or folders' names tell" if known else "as the network's own answers before"
+    console.print(
+        f"right without a patch ({told}), %: {before:.1f} before, {after:.1f} after", soft_wrap=True, highlight=False
+    )
     console.print(f"divergence from the answers before, nats: {report.divergence:.3f}", highlight=False)
     console.print(f"photographs held out for this: {report.held_out}", highlight=False)
     for name, reason in report.unreadable.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -207,7 +208,8 @@ def tune(
         num_augmentations=num_augmentations,
         augment=read_views(views, network),
     )
-    table = Table("method", "plan", "points above dense, held out (they had a say)", "95 % interval", "maps made")
+    title = f"Tuned on {len(tuner.cases)} images; points above dense on {len(tuner.held_out)} more, which had a say"
+    table = Table("method", "plan", "points", "95 % interval", "maps made", title=title, title_justify="left")
     reports = {}
     for name in names:
         tuning = tuner.tune(name, search=search, log=out / f"{name}.log.jsonl")
@@ -245,6 +247,8 @@ def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, Sparsit
     from spade_fast.tuning import tuned_for, tuned_on
 
     files = {name: plans / f"{name}.json" if plans.is_dir() else plans for name in methods}
+    if absent := [name for name, file in files.items() if plans.is_dir() and not file.exists()]:
+        raise InvalidInputError(f"{str(plans)!r} has no plan for {absent[0]}: tune one, or leave the method out")
     found = {name: SparsityPlan.from_json(file) for name, file in files.items()}
     for name, file in files.items() if plans.is_dir() else ():
         if (other := tuned_for(file)) not in (None, name):
@@ -335,21 +339,25 @@ def _print_result(result: Evaluation, metric: Metric) -> None:
     from spade_fast.comparison import MEAN, TITLES
 
     console = Console()
-    rows = {(row.method, row.arm): row for row in result.compare() if row.metric == metric}
-    table = Table(title=f"{TITLES[metric]}, %, {len(result.images)} images", title_justify="left")
-    table.add_column("method")
-    for arm in result.arms:
-        table.add_column(arm, justify="right")
-    for arm in result.arms[1:]:
-        table.add_column(f"{arm} - {result.arms[0]}", justify="right")
-        table.add_column("better on", justify="right")
-    for method in dict.fromkeys(method for method, _ in rows):
-        found = [rows[method, arm] for arm in result.arms]
-        cells = [f"{row.mean:.2f}" if row.images else "-" for row in found]
-        for row in found[1:]:
-            cells += [row.shown, f"{100 * row.wins:.0f} %"] if row.images else ["-", "-"]
-        table.add_row(method, *cells, style="bold" if method == MEAN else None)
-    console.print(table)
+    for each in (metric, *(other for other in result.values if other != metric)):
+        rows = {(row.method, row.arm): row for row in result.compare() if row.metric == each}
+        images = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
+        table = Table(title=f"{TITLES[each]}, %, {images}", title_justify="left", box=SIMPLE_HEAD)
+        for column in ("method", "arm", "mean"):
+            table.add_column(column, no_wrap=True, justify="right" if column == "mean" else "left")
+        if len(result.arms) > 1:
+            table.add_column(f"minus {result.arms[0]}", justify="right")
+            table.add_column("better on", no_wrap=True, justify="right")
+        for method in dict.fromkeys(method for method, _ in rows):
+            for arm in result.arms:
+                row = rows[method, arm]
+                cells = ["" if arm != result.arms[0] else method, arm, f"{row.mean:.2f}" if row.images else "-"]
+                if arm != result.arms[0]:
+                    cells += [row.shown, f"{100 * row.wins:.0f} %"] if row.images else ["-", "-"]
+                table.add_row(*cells, style="bold" if method == MEAN else None, end_section=arm == result.arms[-1])
+        console.print(table)
+    if len(result.methods) > 1 and len(result.in_mean) < 2:
+        say("[yellow]no mean:[/] fewer than two methods have figures for half of the images in every arm")
     for name, reason in list(result.left_out.items())[:10]:
         say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
     if len(result.left_out) > 10:
