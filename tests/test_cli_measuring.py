@@ -280,6 +280,8 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
         (("evaluate", "insertion", "--sparsity", "much"), "neither a share within 0..1, nor an error budget"),
         (("evaluate", "insertion", "--sparsity", "budget:0"), "an error budget must be a positive number"),
         (("evaluate", "insertion", "--views", "some"), "--views 'some' is unknown: choose published or partial"),
+        (("evaluate", "insertion", "--reference-limit", "0"), "--reference-limit must be a whole number of at least 1"),
+        (("tune", "insertion", "--limit", "0"), "--limit must be a whole number of at least 1, got 0"),
         (("evaluate", "trojan"), "which patches has the network"),
         *(
             (

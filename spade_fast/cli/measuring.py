@@ -35,7 +35,7 @@ from spade_fast.cli.shared import (
     say,
 )
 from spade_fast.comparison import Metric
-from spade_fast.errors import InvalidInputError, require
+from spade_fast.errors import InvalidInputError, check_whole, require
 
 if TYPE_CHECKING:
     from spade_fast.arms import Arm
@@ -100,6 +100,7 @@ def evaluate(
     from spade_fast.tuning import tuned_on
 
     measured = _read_metric(metric)
+    check_whole("--reference-limit", reference_limit, 1)
     chosen = [name.strip() for name in arms.split(",")]
     if unknown := [name for name in chosen if name not in _ARMS]:
         raise InvalidInputError(f"there is no arm {unknown[0]!r}: choose from {', '.join(_ARMS)}")
@@ -182,6 +183,7 @@ def tune(
     from spade_fast.tuning import Tuner
 
     measured = _read_metric(metric)
+    check_whole("--limit", limit, 1)
     names = read_methods(methods)
     shares = _read_grid(grid)
     require("captum.attr", "interpret")
