@@ -102,6 +102,16 @@ def test_explain_writes_files_and_a_summary(loads: list[dict[str, Any]], photo: 
 
 
 @pytest.mark.usefixtures("loads")
+def test_a_trace_that_gives_another_answer_is_told(photo: Path, plan: Path) -> None:
+    told = [explain(photo, plan, "--target", target).stdout for target in range(3)]
+    others = [name for name in ("ant", "bee [x]", "cat") for text in told if f'its maps explain "{name}".' in text]
+    assert len(others) == 2  # of three classes one is the trace's own answer
+    report = json.loads((photo.parent / "out" / "report.json").read_text(encoding="utf-8"))
+    answer = max(report["predictions"]["spade"], key=lambda each: each["probability"])["name"]
+    assert answer not in others
+
+
+@pytest.mark.usefixtures("loads")
 def test_json_is_the_only_thing_on_stdout(photo: Path, plan: Path) -> None:
     result = explain(photo, plan, "--json", "--methods", "saliency, input_x_gradient", "--target", 1, "--seed", 3)
     document = json.loads(result.stdout)

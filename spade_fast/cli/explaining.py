@@ -205,11 +205,16 @@ def _print_summary(explanation: Explanation, files: Mapping[str, Path]) -> None:
             cells += [f"[{style}]{escape(prediction.name)}[/]", f"{100 * prediction.probability:.1f}"]
         answers.add_row(*cells)
     console.print(answers)
+    if explanation.spade_predictions[0].index != explanation.target:
+        console.print(
+            f'The trace itself gives another answer; its maps explain "{escape(explanation.target_name)}".',
+            soft_wrap=True,
+            highlight=False,
+        )
 
     trace = explanation.trace
-    layers = Table()
-    target = "sparsity within the error budget" if "error_budget" in trace.settings else "sparsity asked for"
-    for column in (target, "achieved", "layers", "first", "last"):
+    layers = Table(title="sparsity", title_justify="left")
+    for column in ("target", "achieved", "layers", "first", "last"):
         layers.add_column(column, overflow="fold")
     by_request: dict[float, list[str]] = {}
     for name, layer in trace.layers.items():
