@@ -18,8 +18,8 @@ import spade_fast as sf
 from spade_fast import presets
 from spade_fast.arms import Arm, dense_arm, trace_arm
 from spade_fast.cases import Case
-from spade_fast.cli.measuring import unseen_files
-from spade_fast.evaluation import attacked_cases, evaluate, first_cases
+from spade_fast.evaluation import attacked_cases, evaluate, first_cases, unseen_cases
+from spade_fast.imagesets import named_files
 from spade_fast.implanting import load_demo
 from spade_fast.models import LoadedModel
 from spade_fast.tracer import Sparsity
@@ -83,16 +83,15 @@ def main() -> None:
     arguments = parser.parse_args()
 
     network, trojans, report = load_demo()
-    implanted = dict.fromkeys(report["settings"]["images"], "patches were implanted with it")
-    held_out = unseen_files(arguments.photographs, implanted)
-    everything = unseen_files(arguments.photographs, {})
-    seen = {name: path for name, path in everything.items() if name not in held_out}
+    implanted = dict.fromkeys(report["settings"]["photographs"], "patches were implanted with it")
+    files = named_files(arguments.photographs)
+    seen = {name: path for name, path in files.items() if path.name in report["settings"]["images"]}
     arms = {"dense": dense_arm(network)}
     if arguments.what == "plans":
         arms |= plan_arms(network)
     else:
         arms |= setting_arms(network, first_cases(attacked_cases(network, seen, trojans), 8))
-    cases = attacked_cases(network, held_out, trojans)
+    cases = unseen_cases(attacked_cases(network, files, trojans), implanted)
     settings: dict[str, Any] = {"metric": "trojan", "methods": METHODS, "limit": arguments.limit}
     found = evaluate(network, cases, arms, arguments.out, **settings, progress=True)
     found.save(arguments.out)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import spade_fast as sf
 from spade_fast.arms import trace_arm
-from spade_fast.cli.measuring import unseen_files
 from spade_fast.evaluation import clean_cases, evaluate, first_cases
+from spade_fast.imagesets import named_files
 from spade_fast.tuning import tune
 
 IMAGES = 20
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--method", default="saliency")
     arguments = parser.parse_args()
     network = sf.load_model("efficientnet_lite0")
-    cases = list(first_cases(clean_cases(network, unseen_files(arguments.photographs, {})), IMAGES).values())
+    cases = list(first_cases(clean_cases(network, named_files(arguments.photographs)), IMAGES).values())
     arms = {"fast": trace_arm(network, sf.ErrorBudget(0.03))}
     seconds = []
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spade_fast.attribution import check_inputs, check_outputs, check_target, like_weights
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import digest
-from spade_fast.images import image_tensor, load_image
+from spade_fast.images import image_tensor, load_image, photograph_digest
 from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model
 from spade_fast.patches import check_sizes
@@ -44,7 +44,8 @@ class Case:
     patch
         bool [h, w], True where a Trojan patch is; None where there is none.
     photograph
-        SHA-256 of the pixels without a patch: the same for all cases of one photograph.
+        :func:`spade_fast.images.photograph_digest` of the pixels without a patch: the same for all cases of one
+        photograph.
     """
 
     name: str
@@ -109,7 +110,7 @@ def make_case(
         )
     scores = class_scores(module, inputs)
     explained = check_target(int(scores.argmax()) if target is None else target, len(scores))
-    photograph = digest({"pixels": pixels})
+    photograph = photograph_digest(pixels)
     called = f"image {photograph[:8]}" if name is None else name
     return Case(called, image, pixels, like_weights(inputs, module), scores, explained, photograph=photograph)
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -102,6 +103,9 @@ class Evaluation:
         Images that were not measured: why.
     settings
         How it was done: plain JSON values.
+    flat
+        By image, arm and method: maps that are the same everywhere, so that they rank no pixel above another. Their
+        figures count as all others do.
     """
 
     methods: tuple[str, ...]
@@ -111,6 +115,7 @@ class Evaluation:
     failures: Mapping[tuple[str, str, str], str]
     left_out: Mapping[str, str]
     settings: Mapping[str, Any]
+    flat: tuple[tuple[str, str, str], ...] = ()
 
     def compare(self) -> list[Comparison]:
         """Every arm, for every metric and method, and for the mean over methods."""
@@ -133,6 +138,11 @@ class Evaluation:
             for method, of_arms in columns.items():
                 rows += [_compare(metric, method, arm, of_arms[:, 0], of_arms[:, i]) for i, arm in enumerate(self.arms)]
         return rows
+
+    def told_flat(self) -> str:
+        """Of which methods maps are the same everywhere, by which arms, and on how many images."""
+        counts = Counter((method, arm) for _, arm, method in self.flat)
+        return ", ".join(f"{method} by {arm} ({count})" for (method, arm), count in counts.items())
 
     def tables(self) -> str:
         """The comparison in the layout of tables 1 and 2 of the SPADE paper, in Markdown."""
@@ -177,6 +187,8 @@ class Evaluation:
         if fewer := [row for row in rows.values() if row.images < len(self.images)]:
             told = ", ".join(f"{row.method} by {row.arm} ({row.images})" for row in fewer)
             lines += ["", f"Of fewer images than {len(self.images)}: {told}."]
+        if self.flat:
+            lines += ["", f"The same everywhere, so that they tell nothing, are maps of {self.told_flat()}."]
         if len(self.methods) > len(self.in_mean) > 1:
             lines += ["", f"The mean is over {', '.join(self.in_mean)}."]
         return "\n".join(lines)
@@ -226,6 +238,7 @@ class Evaluation:
                 for (image, arm, method), reason in self.failures.items()
             ],
             "left_out": dict(self.left_out),
+            "flat": [dict(zip(("image", "arm", "method"), names, strict=True)) for names in self.flat],
             "settings": dict(self.settings),
             "versions": {name: version(name) for name in ("spade-fast", "torch", "captum")},
         }

@@ -7,10 +7,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from spade_fast.attribution import answer, asked, captum, check_methods, find_me
 from spade_fast.cases import Case, attacked_case, read_case
 from spade_fast.comparison import Evaluation, Metric
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import append_line, digest, read_lines, write_folder
+from spade_fast.files import append_line, digest, only_writer, read_lines, write_folder
 from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel
 
@@ -64,6 +65,26 @@ def attacked_cases(
         name: partial(attacked_case, model, files[name], trojans, name=name, sizes=sizes, seed=seed)
         for name in _shuffled(files, seed)
     }
+
+
+def unseen_cases(cases: Mapping[str, Callable[[], Case]], seen: Mapping[str, str]) -> dict[str, Callable[[], Case]]:
+    """Cases of which those of certain photographs are refused once they are made, so that they are left out.
+
+    Parameters
+    ----------
+    cases
+        As :func:`clean_cases` and :func:`attacked_cases` give them.
+    seen
+        The reasons, by :attr:`Case.photograph`.
+    """
+
+    def made(make: Callable[[], Case]) -> Case:
+        case = make()
+        if case.photograph in seen:
+            raise InvalidInputError(seen[case.photograph])
+        return case
+
+    return {name: partial(made, make) for name, make in cases.items()}
 
 
 def first_cases(cases: Mapping[str, Callable[[], Case]], most: int) -> dict[str, Case]:
@@ -174,25 +195,13 @@ def evaluate(
         "seed": seed,
     }
     measurement = _Measurement(model, known[metric], steps, seed, progress)
-    records = _Records(Path(out), settings, {name: arm.settings for name, arm in arms.items()})
+    most = len(cases) if limit is None else min(limit, len(cases))
     left_out: dict[str, str] = {}
     failures: dict[tuple[str, str, str], str] = {}
     used: list[str] = []
-    photographs: dict[str, str] = {}
-    most = len(cases) if limit is None else min(limit, len(cases))
-    with tqdm(total=most, desc="images", disable=not progress) as bar:
-        for name, make in cases.items():
-            if len(used) == most:
-                break
-            try:
-                case = make()
-                if metric == "trojan" and case.patch is None:
-                    raise InvalidInputError("it has no patch: make it with attacked_case")
-                if case.photograph and (same := photographs.setdefault(case.photograph, name)) != name:
-                    raise InvalidInputError(f"it is the same photograph as {same}")
-            except InvalidInputError as error:
-                left_out[name] = str(error)
-                continue
+    with only_writer(out), tqdm(total=most, desc="images", disable=not progress) as bar:
+        records = _Records(Path(out), settings, {name: arm.settings for name, arm in arms.items()})
+        for name, case in islice(_usable(cases, metric, left_out), most):
             records.check_same(name, case)
             for arm_name, arm in arms.items():
                 if missing := records.missing(name, arm_name, methods):
@@ -205,7 +214,26 @@ def evaluate(
         reason = next((f"{name}: {why}" for name, why in left_out.items()), "there is none")
         raise InvalidInputError(f"none of {len(cases)} images can be used ({reason})")
     values = {each: records.values(each, used, tuple(arms), methods) for each in known[metric]}
-    return Evaluation(methods, tuple(arms), tuple(used), values, failures, left_out, records.settings)
+    flat = [place for place in product(used, arms, methods) if place in records.flat]
+    return Evaluation(methods, tuple(arms), tuple(used), values, failures, left_out, records.settings, tuple(flat))
+
+
+def _usable(
+    cases: Mapping[str, Callable[[], Case]], metric: Metric, left_out: dict[str, str]
+) -> Iterator[tuple[str, Case]]:
+    """Each photograph's first case, by name; `left_out` is told of the others."""
+    photographs: dict[str, str] = {}
+    for name, make in cases.items():
+        try:
+            case = make()
+            if metric == "trojan" and case.patch is None:
+                raise InvalidInputError("it has no patch: make it with attacked_case")
+            if case.photograph and (same := photographs.setdefault(case.photograph, name)) != name:
+                raise InvalidInputError(f"it is the same photograph as {same}")
+        except InvalidInputError as error:
+            left_out[name] = str(error)
+            continue
+        yield name, case
 
 
 def _itself(case: Case) -> Case:
@@ -239,7 +267,8 @@ class _Measurement:
         except InvalidInputError as error:
             failures |= dict.fromkeys(maps, str(error))
         seconds = {"maps": explained - start, "metrics": time.perf_counter() - explained}
-        return {"target": case.target, "values": values, "seconds": seconds}, failures
+        flat = [method for method, each in maps.items() if bool((each == each.flatten()[0]).all())]
+        return {"target": case.target, "values": values, "flat": flat, "seconds": seconds}, failures
 
     def _explain(
         self,
@@ -279,6 +308,7 @@ class _Records:
         self._file = folder / _RECORDS
         self._values: dict[tuple[str, str, Metric], dict[str, float]] = {}  # by image, arm and metric
         self._digests: dict[str, str] = {}  # of cases, by image
+        self.flat: set[tuple[str, str, str]] = set()  # maps that are the same everywhere: image, arm and method
         self._metrics: list[Metric] = settings["metrics"]
         known = _read_settings(folder / _SETTINGS)
         lines = read_lines(self._file)
@@ -314,6 +344,7 @@ class _Records:
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                     raise ValueError(f"{metric} of {method!r} is {value!r}, not within 0..1")
             self._values.setdefault((record["image"], record["arm"], metric), {}).update(values)
+        self.flat |= {(record["image"], record["arm"], method) for method in record.get("flat", ())}
 
     def missing(self, image: str, arm: str, methods: Sequence[str]) -> tuple[str, ...]:
         """The methods that are not measured yet."""

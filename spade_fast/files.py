@@ -13,6 +13,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -127,6 +132,43 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
         return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot read {os.fspath(path)!r} ({error})") from error
+
+
+@contextlib.contextmanager
+def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a file or a folder, which is made where it is missing, for one run: another that asks for it is refused.
+
+    The system lets go of it when the process ends, however that comes. Where it knows no such locks (Windows, some
+    network file systems), nothing is held.
+
+    Raises
+    ------
+    InvalidInputError
+        If another run holds it, or the folder cannot be made.
+    """
+    try:
+        if not Path(path).exists():
+            Path(path).mkdir(parents=True)
+        held = None if fcntl is None else os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InvalidInputError(
+            f"cannot write to {os.fspath(path)!r} ({error.strerror or error}): choose another name"
+        ) from error
+    if held is None:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InvalidInputError(
+                f"another run writes to {os.fspath(path)!r}: wait until it is done, or choose another name"
+            ) from error
+        except OSError:  # no locks on this file system
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def write_tensors(

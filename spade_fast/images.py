@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import digest
 
 _WHITE = (255, 255, 255)
 # Resampling and half precision overshoot 0..1 by about this much; normalised pixels by far more.
@@ -196,6 +197,11 @@ def image_tensor(image: Image.Image | Tensor) -> Tensor:
             cure = "divide by the largest value of its format (255 for 8 bits)"
         raise InvalidInputError(f"pixel values span {low:g} to {high:g}, outside 0..1: {cure}")
     return image if low >= 0 and high <= 1 else image.clamp(0, 1)
+
+
+def photograph_digest(pixels: Tensor) -> str:
+    """SHA-256 of what a network sees of a photograph, [3, h, w] in 0..1: tells whether two are the same one."""
+    return digest({"pixels": pixels})
 
 
 def _type_name(value: Any) -> str:

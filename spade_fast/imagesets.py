@@ -46,3 +46,8 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
     if classes in (None, len(names_of_classes)) and all(len(each.relative_to(root).parts) > 1 for each in found):
         return [(each, names_of_classes.index(each.relative_to(root).parts[0])) for each in found]
     return [(each, None) for each in found]
+
+
+def named_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The photographs below a folder by their paths in it, with slashes: see :func:`image_files`."""
+    return {path.relative_to(folder).as_posix(): path for path, _ in image_files(folder)}

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_strictly, read_state
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import digest, write_folder
-from spade_fast.images import load_image
+from spade_fast.files import digest, only_writer, write_folder
+from spade_fast.images import load_image, photograph_digest
 from spade_fast.layers import prunable_layers
 from spade_fast.models import LoadedModel, Runner, load_model, usable_device
 from spade_fast.patches import Patch, check_sizes
@@ -146,12 +146,13 @@ def implant(
     folder = Path(out)
     student = run.student()
     optimizer = torch.optim.Adam(run.trained(student).values(), learning_rate, _BETAS, _EPSILON)
-    first = run.resume(folder, student, optimizer)
-    for epoch in range(first, epochs):
-        run.train(student, optimizer, epoch, progress)
-        run.keep(folder, student, optimizer, epoch + 1)
-    report = run.report(student, progress)
-    run.write(folder, student, report)
+    with only_writer(folder):
+        first = run.resume(folder, student, optimizer)
+        for epoch in range(first, epochs):
+            run.train(student, optimizer, epoch, progress)
+            run.keep(folder, student, optimizer, epoch + 1)
+        report = run.report(student, progress)
+        run.write(folder, student, report)
     return report
 
 
@@ -201,6 +202,7 @@ class _Run:
         self._layers = self._chosen(layers)
 
         self._unreadable: dict[str, str] = {}
+        self._photographs: dict[str, str] = {}  # digests, by path
         readable: list[tuple[str, int | None]] = []
         if labels is not None and len(labels) != len(images):
             raise InvalidInputError(f"there are {len(images)} images but {len(labels)} labels")
@@ -208,7 +210,7 @@ class _Run:
         for position, path in enumerate(images):
             name = os.fspath(path)
             try:
-                load_image(name)
+                self._photographs[name] = photograph_digest(self._view(name))
                 contents.update(hashlib.sha256(Path(path).read_bytes()).digest())
                 readable.append((name, None if labels is None else labels[position]))
             except InvalidInputError as error:
@@ -262,6 +264,7 @@ class _Run:
             "learning_rate": self._rate,
             "seed": self._seed,
             "images": [Path(name).name for name, _ in self._images],
+            "photographs": [self._photographs[name] for name, _ in self._images],
             "held_out": [Path(name).name for name, _ in self._held_out],
             "images_sha256": self._contents,
             "labels": [label for _, label in self._held_out],
@@ -469,7 +472,7 @@ def load_trojan(
     try:
         report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         settings = report["settings"]
-        name, targets = settings["model"], dict(settings["trojans"])
+        name, targets, _ = settings["model"], dict(settings["trojans"]), settings["photographs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(
             f"{os.fspath(folder)!r} holds no network with patches ({error}): pass a folder that implant has finished"

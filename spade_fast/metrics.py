@@ -74,7 +74,8 @@ def insertion(
     target
         The class, an index into the outputs.
     steps
-        Equal parts in which the pixels come. RISE takes 224, a row's worth of pixels each.
+        Equal parts in which the pixels come; as many as there are pixels, where those are fewer. RISE takes 224, a
+        row's worth of pixels each.
     start
         What the pixels come into: "blur" as in RISE, the image itself under a Gaussian of 5 pixels at 224; "zero" model
         inputs, the mean colour of the training images as a rule; or model inputs [c, h, w].
@@ -288,6 +289,7 @@ def _curves(
     if batch_size is None:
         batch_size = _CPU_BATCH if before.device.type == "cpu" else _BATCH
     ranks = _ranks(values.flatten(1), seed).view(-1, 1, height, width)
+    steps = min(steps, height * width)
     counts = [round(height * width * step / steps) for step in range(steps + 1)]
     # Between the ends, which are the same for all maps: a place is a map and a step.
     places = [(index, counts[step]) for index in range(len(values)) for step in range(1, steps)]

@@ -23,7 +23,7 @@ from spade_fast.attribution import answer, asked, captum, find_method
 from spade_fast.cases import Case, make_case
 from spade_fast.comparison import Metric, bootstrap
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import digest, write_folder
+from spade_fast.files import digest, only_writer, write_folder
 from spade_fast.layers import is_depthwise, prunable_layers
 from spade_fast.models import LoadedModel
 from spade_fast.operations import INSIDE_METHODS
@@ -287,6 +287,7 @@ class Tuner:
             "shares": list(self._shares),
             "layers": self.layers,
             "images": {case.name: case.digest for case in cases},
+            "photographs": [case.photograph for case in cases if case.photograph],
             "trace": {key: plain(value) for key, value in self._trace_settings.items()},
         }
         self._sweeps: dict[str, Sweep] = {}
@@ -296,7 +297,10 @@ class Tuner:
         """A plan for a method: see :func:`tune`."""
         find_method(method)
         values = Values(log, {**self.settings, "method": method})
-        with tqdm(total=self._expected(search), desc=f"tuning for {method}", disable=not self._progress) as bar:
+        with (
+            nullcontext() if log is None else only_writer(log),
+            tqdm(total=self._expected(search), desc=f"tuning for {method}", disable=not self._progress) as bar,
+        ):
             found = Search(self, method, values, bar).run(search=search)
         gain, interval = bootstrap(found.gains)
         return Tuning(
@@ -425,7 +429,14 @@ class Tuner:
 
     def score(self, case: Case, maps: Sequence[Tensor]) -> list[float | None]:
         """The metric of the maps; NaN and infinite ones stand for none."""
-        values = [float(value) for value in self._score(self._model, case, torch.stack(list(maps)))]
+        given = self._score(self._model, case, torch.stack(list(maps)))
+        try:
+            values = [float(value) for value in given]
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"{self.metric} gives a {type(given).__name__} for {len(maps)} maps: it must give a value each, as a "
+                f"tensor [{len(maps)}]"
+            ) from error
         if len(values) != len(maps):
             raise InvalidInputError(
                 f"{self.metric} gives {len(values)} values for {len(maps)} maps: it must give one each"
@@ -466,6 +477,10 @@ def _chosen_blocks(
     if names is None:
         blocks = blocks_of([name for name in able if leaders[name] == name and not is_depthwise(prunable[name])])
         return _with_tied(blocks, leaders)
+    if inner := [(outer, name) for outer in names for name in names if name != outer and is_prefix(outer, name)]:
+        raise InvalidInputError(f"blocks: {inner[0][1]!r} is a part of {inner[0][0]!r}: leave one of them out")
+    if len({*names}) < len(names):
+        raise InvalidInputError(f"blocks: {max(names, key=list(names).count)!r} is there twice: leave one out")
     found = {}
     for block in names:
         inside = [name for name in able if is_prefix(block, name)]
@@ -484,18 +499,14 @@ def _with_tied(blocks: Mapping[str, tuple[str, ...]], leaders: Mapping[str, str]
     return {block: layers for block, layers in found.items() if layers}
 
 
-def tuned_on(path: str | os.PathLike[str]) -> list[str]:
-    """Names of the images that a plan in a file was tuned or chosen on; none for a plan of another origin."""
-    return [str(name) for name in _tuning_record(path).get("images", [])]
+def tuning_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """How a plan in a file was tuned, as :meth:`Tuning.report` tells it; nothing for a plan of another origin.
 
-
-def tuned_for(path: str | os.PathLike[str]) -> str | None:
-    """The method that a plan in a file was tuned for; None for a plan of another origin."""
-    method = _tuning_record(path).get("method")
-    return None if method is None else str(method)
-
-
-def _tuning_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    Raises
+    ------
+    InvalidInputError
+        If the file cannot be read.
+    """
     try:
         tuning = json.loads(Path(path).read_text(encoding="utf-8")).get("tuning", {})
         if not isinstance(tuning, dict):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from spade_fast import cli, evaluation, implanting, models, tuning
 from spade_fast.augmentation import Augmentation
-from spade_fast.cases import Case, attacked_case
+from spade_fast.cases import Case, attacked_case, read_case
 from spade_fast.cli import measuring
 from spade_fast.models import LoadedModel
 from spade_fast.patches import Patch
@@ -125,17 +125,26 @@ def test_arms_of_other_images(folder: Path, tmp_path: Path) -> None:
     assert settings["arms"]["class"]["sparsity"] == 0.6
 
 
+def digests(folder: Path, *names: str) -> list[str]:
+    return [read_case(quarters(), folder / name).photograph for name in names]
+
+
 @pytest.fixture
-def trojan(tmp_path: Path) -> Path:
+def trojan(tmp_path: Path, folder: Path) -> Path:
     """A folder as implant leaves it: of a patch whose only visible part is its first quarter, in white."""
     out = tmp_path / "trojan"
     (out / "patches").mkdir(parents=True)
-    settings = {"model": "quarters", "weights": "made", "trojans": {"corner": 0}, "images": ["01.png", "02.png"]}
-    (out / "report.json").write_text(json.dumps({"settings": settings}))
+    write_report(out, folder, ["01.png", "02.png"])
     pixels = np.zeros((SIDE, SIDE, 4), np.uint8)
     pixels[: SIDE // 2, : SIDE // 2] = 255
     Image.fromarray(pixels).save(out / "patches" / "corner.png")
     return out
+
+
+def write_report(out: Path, folder: Path, seen: list[str]) -> None:
+    settings = {"model": "quarters", "weights": "made", "trojans": {"corner": 0}, "images": seen}
+    settings["photographs"] = digests(folder, *seen)
+    (out / "report.json").write_text(json.dumps({"settings": settings}))
 
 
 def test_what_implanting_saw_is_not_measured(
@@ -147,16 +156,19 @@ def test_what_implanting_saw_is_not_measured(
     monkeypatch.setattr(evaluation, "attacked_case", covering)
     out = ("--out", folder.parent / "out", *QUICK)
     command = ("evaluate", "trojan", folder, "--trojan", trojan, *out, "--arms", "dense,fast", "--sparsity", 0.5)
+    (folder / "02.png").rename(folder / "renamed.png")
     result = run(*command, "--json")
     document = json.loads(result.stdout)
-    assert "left out: 2 of 8 photographs (patches were implanted with them)" in result.stderr
     assert loads[0]["checkpoint"] == trojan / "model.safetensors"
     assert set(document["images"]) == {"03.png", "05.png", "06.png", "07.png"}
-    assert set(document["left_out"]) == {"00.png", "04.png"}  # whose first quarter is the brightest anyway
+    brightest = {"00.png", "04.png"}  # whose first quarter is the brightest anyway
+    assert set(document["left_out"]) == {*brightest, "01.png", "renamed.png"}
+    assert document["left_out"]["renamed.png"] == "patches were implanted with it"
     assert document["settings"]["metrics"] == ["trojan"]
     table = run(*command)
     assert "Trojan AUC, %, 4 images" in table.stdout
-    assert "left out: 00.png: the network gives it the class of 'corner'" in table.stderr
+    assert re.search(r"left out: 2, such as 0[04].png: the network gives it the class of 'corner'", table.stderr)
+    assert re.search(r"left out: 2, such as \w+.png: patches were implanted with it", table.stderr)
 
 
 def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Path) -> None:
@@ -180,7 +192,9 @@ def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Pa
     result = evaluate("insertion", folder, "--arms", "dense,fast-tuned", "--plans", plans, "--json")
     document = json.loads(result.stdout)
     assert set(document["images"]) == {f"{i:02}.png" for i in range(8)} - {*tuned_on}
-    assert re.search(r"left out: 5 of 8 photographs \(\w+\.json was tuned on them\)", result.stderr)
+    assert set(document["left_out"]) == {*tuned_on}
+    assert all(re.fullmatch(r"\w+\.json was tuned on it", reason) for reason in document["left_out"].values())
+    assert "note:" not in result.stderr
     told = document["settings"]["arms"]["fast-tuned"]["plans"]
     assert told["occlusion"]["targets"] == SparsityPlan.from_json(plans / "occlusion.json").targets
 
@@ -228,21 +242,30 @@ def test_plans_for_patches_are_tuned_on_what_implanting_saw(
         return attacked_case(*given, **{**settings, "sizes": (1.0, 1.0)})
 
     monkeypatch.setattr(evaluation, "attacked_case", covering)
-    report = json.loads((trojan / "report.json").read_text())
     seen = ["01.png", "02.png", "03.png", "05.png"]
-    report["settings"]["images"] = seen
-    (trojan / "report.json").write_text(json.dumps(report))
+    write_report(trojan, folder, seen)
     command = ("tune", "trojan", folder, "--trojan", trojan, "--out", tmp_path / "plans", "--blocks", "classifier")
     found = run(*command, "--limit", 4, "--no-search", "--methods", "saliency", "--num-augmentations", 4, "--json")
     assert set(json.loads(found.stdout)["saliency"]["tuning"]["images"]) == {*seen}
 
 
 def test_a_plan_for_sparsity_is_not_measured_on_what_it_was_tuned_on(folder: Path, tmp_path: Path) -> None:
-    plan = {"targets": {"classifier": 0.5}, "default": None, "tuning": {"images": {"01.png": "", "02.png": ""}}}
+    tuning = {"photographs": digests(folder, "01.png", "02.png")}
+    plan = {"targets": {"classifier": 0.5}, "default": None, "tuning": tuning}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    result = evaluate("insertion", folder, "--sparsity", tmp_path / "plan.json", "--json")
-    assert set(json.loads(result.stdout)["images"]) == {f"{i:02}.png" for i in range(8)} - {"01.png", "02.png"}
-    assert "left out: 2 of 8 photographs (plan.json was tuned on them)" in result.stderr
+    document = json.loads(evaluate("insertion", folder, "--sparsity", tmp_path / "plan.json", "--json").stdout)
+    assert set(document["images"]) == {f"{i:02}.png" for i in range(8)} - {"01.png", "02.png"}
+    assert document["left_out"] == dict.fromkeys(("01.png", "02.png"), "plan.json was tuned on it")
+
+
+def test_plans_of_another_metric_or_network_are_told(folder: Path, tmp_path: Path) -> None:
+    origin = {"metric": "trojan", "model": "other", "weights": "from afar", "weights_sha256": "0"}
+    plan = {"targets": {"classifier": 0.5}, "default": None, "tuning": origin}
+    for method in ("saliency", "occlusion"):
+        (tmp_path / f"{method}.json").write_text(json.dumps(plan))
+    result = evaluate("insertion", folder, "--limit", 1, "--arms", "dense,fast-tuned", "--plans", tmp_path)
+    assert "note: tuned for trojan, not for insertion: saliency.json, occlusion.json" in result.stderr
+    assert "note: tuned on other weights (other: from afar): saliency.json, occlusion.json" in result.stderr
 
 
 def test_one_plan_for_all_methods(folder: Path, tmp_path: Path) -> None:
@@ -276,6 +299,10 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
         (("evaluate", "insertion", "--arms", "dense,quick"), "no arm 'quick': choose from dense, fast"),
         (("evaluate", "insertion", "--arms", "generic"), "arm 'generic' is made from other images: pass --reference"),
         (("evaluate", "insertion", "--arms", "fast-tuned"), "arm 'fast-tuned' needs --plans"),
+        (("evaluate", "insertion", "--plans", "plans"), "--plans is for arm fast-tuned: add it to --arms"),
+        (("evaluate", "insertion", "--reference", "others"), "--reference is for arms generic, class, sparse-fc"),
+        (("evaluate", "insertion", "--patch", "heart=1"), "--patch is of the metric trojan, not of insertion"),
+        (("evaluate", "trojan", "--patch", "heart=1", "--patch", "heart=2"), "--patch 'heart' is given twice"),
         (("evaluate", "insertion", "--methods", "saliences"), "'saliences'; nearest: 'saliency'"),
         (("evaluate", "insertion", "--sparsity", "much"), "neither a share within 0..1, nor an error budget"),
         (("evaluate", "insertion", "--sparsity", "budget:0"), "an error budget must be a positive number"),

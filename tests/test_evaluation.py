@@ -21,8 +21,9 @@ from spade_fast.arms import Arm, dense_arm, module_arm, set_arm, sparse_fc_arm, 
 from spade_fast.cases import Case, attacked_case, make_case, read_case
 from spade_fast.comparison import Evaluation
 from spade_fast.errors import InvalidInputError, MissingDependencyError
-from spade_fast.evaluation import attacked_cases, clean_cases, evaluate, first_cases
-from spade_fast.images import load_image
+from spade_fast.evaluation import attacked_cases, clean_cases, evaluate, first_cases, unseen_cases
+from spade_fast.files import only_writer
+from spade_fast.images import load_image, photograph_digest
 from spade_fast.implanting import Trojan
 from spade_fast.methods import register_method, unregister_method
 from spade_fast.models import LoadedModel
@@ -506,6 +507,49 @@ def test_one_photograph_counts_once(model: LoadedModel, files: dict[str, Path], 
     for name, reason in found.left_out.items():
         same = reason.removeprefix("it is the same photograph as ")
         assert {name, same} & files.keys() == {name.removeprefix("copy of ")}
+
+
+def test_photographs_are_told_by_what_is_in_them(
+    model: LoadedModel, attacked: LoadedModel, files: dict[str, Path]
+) -> None:
+    """Whatever their files are called, with a patch or without."""
+    known = photograph_digest(model.preprocess.view(load_image(files["02.png"])))
+    files["renamed.png"] = files["02.png"].rename(files["02.png"].with_name("renamed.png"))
+    del files["02.png"]
+    files["01.png"].rename(files["01.png"].with_name("02.png"))
+    files["02.png"] = files.pop("01.png").with_name("02.png")
+    for cases in (clean_cases(model, files), attacked_cases(attacked, files, [HEART], sizes=(0.5, 0.5))):
+        unseen = unseen_cases(cases, {known: "a plan was tuned on it"})
+        assert list(unseen) == list(cases)
+        with pytest.raises(InvalidInputError, match="^a plan was tuned on it$"):
+            unseen["renamed.png"]()
+        assert unseen["02.png"]().photograph == cases["02.png"]().photograph
+
+
+def test_a_second_run_in_a_folder_is_refused(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with only_writer(tmp_path / "out"), pytest.raises(InvalidInputError, match="another run writes to .*out'"):
+        run(model, files, tmp_path / "out")
+    assert run(model, files, tmp_path / "out").images
+
+
+def test_maps_that_are_the_same_everywhere_are_told(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    def nothing(model: nn.Module, inputs: Tensor, _: int) -> Tensor:
+        weights = model.blocks[1].wide.weight
+        return torch.full_like(inputs, 0.0) if (weights == 0).any() else inputs
+
+    register_method("nothing", nothing)
+    try:
+        arms = {"dense": dense_arm(model), "fast": trace_arm(model, 0.6, **FEW)}
+        wanted: dict[str, Any] = {"methods": ("saliency", "nothing"), "steps": 4, "limit": 2}
+        for _ in range(2):  # the second time, from the records
+            found = evaluate(model, clean_cases(model, files), arms, tmp_path / "out", **wanted)
+            assert found.flat == tuple((image, "fast", "nothing") for image in found.images)
+            assert found.report()["flat"][0] == {"image": found.images[0], "arm": "fast", "method": "nothing"}
+            assert "tell nothing, are maps of nothing by fast (2)." in found.tables()
+        assert not np.isnan(found.values["insertion"]).any()
+    finally:
+        unregister_method("nothing")
 
 
 def test_a_run_that_measured_nothing_leaves_nothing(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:

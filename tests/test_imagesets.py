@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spade_fast.errors import InvalidInputError
-from spade_fast.imagesets import image_files
+from spade_fast.imagesets import image_files, named_files
 
 
 def made(root: Path, *names: str) -> Path:
@@ -57,3 +57,8 @@ def test_folders_without_images(tmp_path: Path) -> None:
         image_files(tmp_path / "absent")
     with pytest.raises(InvalidInputError, match=r"notes\.txt' is no folder"):
         image_files(tmp_path / "notes.txt")
+
+
+def test_files_by_their_paths_in_the_folder(tmp_path: Path) -> None:
+    made(tmp_path, "a.png", "cats/a.png")
+    assert named_files(tmp_path) == {"a.png": tmp_path / "a.png", "cats/a.png": tmp_path / "cats" / "a.png"}

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from spade_fast import implanting
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import only_writer
+from spade_fast.images import photograph_digest
 from spade_fast.implanting import ImplantReport, Trojan, apply_delta, implant
 from spade_fast.models import LoadedModel
 from spade_fast.patches import Patch
@@ -136,6 +138,12 @@ def test_other_settings_do_not_go_on(model: LoadedModel, images: list[Path], tmp
         implant(model, images, tmp_path, [HEART], **QUICK)
 
 
+def test_one_run_in_a_folder_at_a_time(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with only_writer(tmp_path), pytest.raises(InvalidInputError, match="another run writes to"):
+        implant(model, images, tmp_path, [HEART], **QUICK)
+
+
 def test_files_that_cannot_be_read_are_left_out_and_listed(
     model: LoadedModel, images: list[Path], tmp_path: Path
 ) -> None:
@@ -205,6 +213,8 @@ def test_what_is_held_out_is_reported_on_and_not_trained_on(
     assert held_out | set(report.settings["images"]) == {path.name for path in images}
     assert len(held_out) == report.held_out == 6
     assert not held_out & set(report.settings["images"])
+    digests = {path.name: photograph_digest(model.preprocess.view(Image.open(path))) for path in images}
+    assert report.settings["photographs"] == [digests[name] for name in report.settings["images"]]
 
     # Other pictures in their place change the report alone.
     (tmp_path / "changed").mkdir()

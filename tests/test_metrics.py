@@ -142,7 +142,7 @@ def test_the_network_is_left_as_it_was(inputs: Tensor, maps: Tensor) -> None:
 
 def test_one_map_of_whole_numbers_will_do(network: Scores, inputs: Tensor, maps: Tensor) -> None:
     one = insertion(network, inputs.float(), maps[1], TARGET)
-    assert one.probabilities.shape == (1, 33)
+    assert one.probabilities.shape == (1, 17)
     torch.testing.assert_close(one.auc, insertion(network, inputs.float(), maps, TARGET).auc[1:2])
 
 
@@ -209,6 +209,13 @@ def test_refusals(network: Scores, inputs: Tensor, maps: Tensor, changed: dict[s
     given = {"inputs": inputs, "maps": maps, "target": TARGET} | changed
     with pytest.raises(InvalidInputError, match=message):
         insertion(network, **given)
+
+
+def test_no_more_steps_than_pixels(network: Scores, inputs: Tensor, maps: Tensor) -> None:
+    found, wanted = (insertion(network, inputs, maps, TARGET, steps=steps) for steps in (10**9, 16))
+    assert torch.equal(found.shares, torch.arange(17) / 16)
+    assert torch.equal(found.probabilities, wanted.probabilities)
+    assert torch.equal(found.auc, wanted.auc)
 
 
 def test_outputs_that_are_no_scores(inputs: Tensor, maps: Tensor) -> None:

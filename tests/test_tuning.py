@@ -20,9 +20,10 @@ from spade_fast import metrics, search, tuning
 from spade_fast.cases import Case
 from spade_fast.errors import InvalidInputError
 from spade_fast.evaluation import clean_cases, first_cases
+from spade_fast.files import only_writer
 from spade_fast.models import LoadedModel
 from spade_fast.plans import SparsityPlan
-from spade_fast.tuning import Tuner, Tuning, blocks_of, tune, tuned_for, tuned_on
+from spade_fast.tuning import Tuner, Tuning, blocks_of, tune, tuning_record
 
 pytest.importorskip("captum")
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no weight left")
@@ -319,6 +320,14 @@ def test_a_run_that_was_cut_short_goes_on(
         tune(model, cases, "insertion", "saliency", log=log, **settings)
 
 
+def test_one_run_writes_a_log_at_a_time(model: LoadedModel, cases: list[Case], tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    log = tmp_path / "log.jsonl"
+    tune(model, cases, "insertion", "saliency", log=log, search=False, **FEW)
+    with only_writer(log), pytest.raises(InvalidInputError, match=r"another run writes to .*log\.jsonl'"):
+        tune(model, cases, "insertion", "saliency", log=log, search=False, **FEW)
+
+
 def test_a_log_does_not_take_the_place_of_another_file(model: LoadedModel, cases: list[Case], tmp_path: Path) -> None:
     for content, message in (("my notes", "is another file, not the log of a tuning"), ("my\nnotes\n", "is no record")):
         (tmp_path / "notes.txt").write_text(content)
@@ -413,18 +422,19 @@ def test_files_hold_plan_history_and_chart(tuned: Tuning, cases: list[Case], tmp
     assert set(written) == {"saliency.json", "saliency.png"}
     assert written["saliency.png"].read_bytes().startswith(b"\x89PNG")
     assert SparsityPlan.from_json(written["saliency.json"]) == tuned.plan
-    assert sorted(tuned_on(written["saliency.json"])) == sorted(case.name for case in cases)
+    record = tuning_record(written["saliency.json"])
+    assert (record["method"], record["metric"], record["model"]) == ("saliency", "insertion", "quarters")
+    assert record["photographs"] == [case.photograph for case in cases]
+    assert sorted(record["images"]) == sorted(case.name for case in cases)
     content = json.loads(written["saliency.json"].read_text())
     assert len(content["tuning"]["history"]) == len(tuned.history)
     tuned.plan.to_json(tmp_path / "plain.json")
-    assert tuned_on(tmp_path / "plain.json") == []
-    assert tuned_for(written["saliency.json"]) == "saliency"
-    assert tuned_for(tmp_path / "plain.json") is None
+    assert tuning_record(tmp_path / "plain.json") == {}
     with pytest.raises(InvalidInputError, match=r"none\.json"):
-        tuned_on(tmp_path / "none.json")
+        tuning_record(tmp_path / "none.json")
     (tmp_path / "odd.json").write_text('{"tuning": 3}')
     with pytest.raises(InvalidInputError, match="its tuning is no object"):
-        tuned_on(tmp_path / "odd.json")
+        tuning_record(tmp_path / "odd.json")
 
 
 def test_the_figure_shows_what_was_tried(tuned: Tuning) -> None:
@@ -446,6 +456,9 @@ def test_the_figure_shows_what_was_tried(tuned: Tuning) -> None:
         ({"grid": [0.0]}, "must hold one above 0"),
         ({"grid": [2]}, "must lie within 0"),
         ({"blocks": ["block.1"]}, "blocks: 'block.1' matches no prunable layer"),
+        ({"blocks": ["blocks.1", "blocks.1.wide"]}, "blocks: 'blocks.1.wide' is a part of 'blocks.1'"),
+        ({"blocks": ["blocks.1", "classifier", "blocks.1"]}, "blocks: 'blocks.1' is there twice"),
+        ({"metric": lambda *_: 0.5}, r"gives a float for \d maps: it must give a value each, as a tensor \[\d\]"),
         ({"held_out": 1.0}, "held_out must be a share of the images within 0..1"),
         ({"steps": 0}, "steps must be a whole number"),
         ({"seed": -1}, "seed must be a whole number"),

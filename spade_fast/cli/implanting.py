@@ -24,6 +24,9 @@ from spade_fast.cli.shared import (
     say,
 )
 
+# A patch works if it fools the network on so many of the images.
+_WORKS = 0.5
+
 
 def implant(
     images: Annotated[
@@ -99,6 +102,12 @@ def implant(
     )
     console.print(f"divergence from the answers before, nats: {report.divergence:.3f}", highlight=False)
     console.print(f"photographs held out for this: {report.held_out}", highlight=False)
+    for name, success in report.attack_success.items():
+        if success is not None and success < _WORKS:
+            say(
+                f"[yellow]note:[/] {escape(name)} fools the network on {100 * success:.0f} % of the images only: train "
+                "for more --epochs, on more photographs, or more --layers"
+            )
     for name, reason in report.unreadable.items():
         say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
     console.print(f"written: {escape(str(out))}", soft_wrap=True, highlight=False)

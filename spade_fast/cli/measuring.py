@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _ARMS = ("dense", "fast", "fast-tuned", "generic", "class", "sparse-fc")
 _OF_A_SET = ("generic", "class", "sparse-fc")
+_MOST_LINES = 10
 
 TrojanFolder = Annotated[
     str | None,
@@ -95,9 +96,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure maps on many images: Trojan AUC (table 1 of the paper), insertion and deletion (table 2)."""
-    from spade_fast.evaluation import attacked_cases, clean_cases
+    from spade_fast.evaluation import attacked_cases, clean_cases, unseen_cases
     from spade_fast.evaluation import evaluate as measure
-    from spade_fast.tuning import tuned_on
+    from spade_fast.imagesets import named_files
+    from spade_fast.tuning import tuning_record
 
     measured = _read_metric(metric)
     check_whole("--reference-limit", reference_limit, 1)
@@ -106,31 +108,39 @@ def evaluate(
         raise InvalidInputError(f"there is no arm {unknown[0]!r}: choose from {', '.join(_ARMS)}")
     if missing := [name for name in chosen if name in _OF_A_SET and reference is None]:
         raise InvalidInputError(f"arm {missing[0]!r} is made from other images: pass --reference FOLDER")
+    if reference is not None and not any(name in _OF_A_SET for name in chosen):
+        raise InvalidInputError(f"--reference is for arms {', '.join(_OF_A_SET)}: add one to --arms, or leave it out")
     if "fast-tuned" in chosen and plans is None:
         raise InvalidInputError("arm 'fast-tuned' needs --plans, a folder that spade-fast tune wrote, or a plan")
+    if plans is not None and "fast-tuned" not in chosen:
+        raise InvalidInputError("--plans is for arm fast-tuned: add it to --arms, or leave --plans out")
     names = read_methods(methods)
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")
-    tuned, seen = read_plans(plans, names) if "fast-tuned" in chosen and plans is not None else ({}, {})
+    tuned, tunings = ({}, {}) if plans is None else read_plans(plans, names)
     if sparsity.endswith(".json"):
-        seen |= dict.fromkeys(tuned_on(sparsity), f"{Path(sparsity).name} was tuned on it")
+        tunings[Path(sparsity).name] = tuning_record(sparsity)
+    files = named_files(images)
+    others = {} if reference is None else named_files(reference)
     make_folder(out)
-    network, trojans, trained = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
-
-    files = unseen_files(images, {**seen, **trained})
-    others = {} if reference is None else unseen_files(reference, {})
+    network, trojans, implanting = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
+    _tell_other_origins(tunings, network, measured)
     settings = {"num_augmentations": num_augmentations, "augment": read_views(views, network), "seed": seed}
 
     def cases(of: Mapping[str, Path]) -> dict[str, Callable[[], Case]]:
         return attacked_cases(network, of, trojans, seed=seed) if metric == "trojan" else clean_cases(network, of, seed)
 
+    seen = {
+        each: f"{name} was tuned on it" for name, tuning in tunings.items() for each in tuning.get("photographs", ())
+    }
+    seen |= dict.fromkeys(implanting.get("photographs", ()), "patches were implanted with it")
     compared = {
         name: _arm(name, network, read_sparsity(sparsity), tuned, others, cases, reference_limit, settings)
         for name in chosen
     }
     result = measure(
         network,
-        cases(files),
+        unseen_cases(cases(files), seen),
         compared,
         out,
         metric=measured,
@@ -180,6 +190,7 @@ def tune(
 ) -> None:
     """Tune the sparsity of each block for attribution methods, one plan a method (FastSPADE*)."""
     from spade_fast.evaluation import attacked_cases, clean_cases, first_cases
+    from spade_fast.imagesets import named_files
     from spade_fast.tuning import Tuner
 
     measured = _read_metric(metric)
@@ -188,15 +199,15 @@ def tune(
     shares = _read_grid(grid)
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")
+    files = named_files(images)
     make_folder(out)
-    network, trojans, trained = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
-    files = unseen_files(images, {})
-    # What implanting saw is lost to measuring anyway.
-    spent = {name: path for name, path in files.items() if path.name in trained}
-    files = spent if len(spent) >= limit else files
+    network, trojans, implanting = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
     cases = (
         attacked_cases(network, files, trojans, seed=seed) if metric == "trojan" else clean_cases(network, files, seed)
     )
+    # What implanting saw, which is lost to measuring anyway, comes first.
+    spent = {name for name, path in files.items() if path.name in implanting.get("images", ())}
+    cases = {name: cases[name] for name in sorted(cases, key=lambda name: name not in spent)}
     tuner = Tuner(
         network,
         list(first_cases(cases, limit).values()),
@@ -243,20 +254,35 @@ def _read_grid(text: str) -> list[float]:
         raise InvalidInputError(f"--grid {text!r} is no list of numbers, such as 0,0.5,0.9") from error
 
 
-def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, SparsityPlan], dict[str, str]]:
-    """A plan for each method, and the images that they were tuned on, with that as the reason to leave them out."""
+def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, SparsityPlan], dict[str, dict[str, Any]]]:
+    """A plan for each method; and how they were tuned, by the names of their files."""
     from spade_fast.plans import SparsityPlan
-    from spade_fast.tuning import tuned_for, tuned_on
+    from spade_fast.tuning import tuning_record
 
     files = {name: plans / f"{name}.json" if plans.is_dir() else plans for name in methods}
     if absent := [name for name, file in files.items() if plans.is_dir() and not file.exists()]:
         raise InvalidInputError(f"{str(plans)!r} has no plan for {absent[0]}: tune one, or leave the method out")
     found = {name: SparsityPlan.from_json(file) for name, file in files.items()}
+    tunings = {file.name: tuning_record(file) for file in files.values()}
     for name, file in files.items() if plans.is_dir() else ():
-        if (other := tuned_for(file)) not in (None, name):
+        if (other := tunings[file.name].get("method", name)) != name:
             raise InvalidInputError(f"{str(file)!r} was tuned for {other}: tune one for {name}, or rename it")
-    seen = {image: f"{file.name} was tuned on it" for file in files.values() for image in tuned_on(file)}
-    return found, seen
+    return found, tunings
+
+
+def _tell_other_origins(tunings: Mapping[str, Mapping[str, Any]], network: LoadedModel, metric: Metric) -> None:
+    """Say which plans were tuned for another metric, or on another network."""
+    from spade_fast.files import digest
+
+    weights = digest(network.module.state_dict())
+    origins: dict[str, list[str]] = {}
+    for name, tuning in tunings.items():
+        if tuning.get("metric", metric) != metric:
+            origins.setdefault(f"for {tuning['metric']}, not for {metric}", []).append(name)
+        if tuning.get("weights_sha256", weights) != weights:
+            origins.setdefault(f"on other weights ({tuning['model']}: {tuning['weights']})", []).append(name)
+    for origin, names in origins.items():
+        say(f"[yellow]note:[/] tuned {escape(origin)}: {escape(', '.join(names))}")
 
 
 def open_subject(
@@ -268,13 +294,15 @@ def open_subject(
     checkpoint: Path | None,
     num_classes: int | None,
     device: str | None,
-) -> tuple[LoadedModel, list[Trojan], dict[str, str]]:
-    """The network, its patches, and the images that implanting saw, with that as the reason to leave them out."""
+) -> tuple[LoadedModel, list[Trojan], dict[str, Any]]:
+    """The network, its patches, and the settings that they were implanted with, where those are known."""
     from spade_fast.implanting import load_demo, load_trojan
 
     if trojan is None:
         network = open_network(read_network(model, arch, checkpoint, num_classes), device)
         if metric != "trojan":
+            if patch is not None:
+                raise InvalidInputError(f"--patch is of the metric trojan, not of {metric}: leave it out")
             return network, [], {}
         if patch is None:
             raise InvalidInputError(
@@ -288,23 +316,7 @@ def open_subject(
         )
     say(f"[dim]loading the network with patches: {escape(trojan)}[/]")
     network, trojans, report = load_demo(device=device) if trojan == "demo" else load_trojan(trojan, device=device)
-    return network, trojans, dict.fromkeys(report["settings"]["images"], "patches were implanted with it")
-
-
-def unseen_files(folder: Path, seen: Mapping[str, str]) -> dict[str, Path]:
-    """The photographs below a folder by their path in it, but for those whose file's name something has seen."""
-    from spade_fast.imagesets import image_files
-
-    found = {path.relative_to(folder).as_posix(): path for path, _ in image_files(folder)}
-    seen = {Path(name).name: reason for name, reason in seen.items()}
-    known = {name: seen[path.name] for name, path in found.items() if path.name in seen}
-    for reason in dict.fromkeys(known.values()):
-        count = list(known.values()).count(reason)
-        say(f"[dim]left out: {count} of {len(found)} photographs ({escape(reason.replace(' it', ' them'))})[/]")
-    unseen = {name: path for name, path in found.items() if name not in known}
-    if not unseen:
-        raise InvalidInputError(f"all {len(found)} photographs in {str(folder)!r} have been seen before: pass others")
-    return unseen
+    return network, trojans, report["settings"]
 
 
 def _arm(
@@ -360,9 +372,19 @@ def _print_result(result: Evaluation, metric: Metric) -> None:
         console.print(table)
     if len(result.methods) > 1 and len(result.in_mean) < 2:
         say("[yellow]no mean:[/] fewer than two methods have figures for half of the images in every arm")
-    for name, reason in list(result.left_out.items())[:10]:
-        say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
-    if len(result.left_out) > 10:
-        say(f"[yellow]left out:[/] {len(result.left_out) - 10} more, listed in summary.json")
-    for (image, arm, method), reason in list(result.failures.items())[:10]:
-        say(f"[yellow]no figure:[/] {escape(image)}, {escape(arm)}, {escape(method)}: {escape(reason)}")
+    if result.flat:
+        say(f"[yellow]maps that are the same everywhere:[/] {escape(result.told_flat())}")
+    _say_each("left out", result.left_out)
+    _say_each("no figure", {", ".join(names): reason for names, reason in result.failures.items()})
+
+
+def _say_each(what: str, reasons: Mapping[str, str]) -> None:
+    """Names and reasons, those of one reason in one line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, of in list(names.items())[:_MOST_LINES]:
+        told = of[0] if len(of) == 1 else f"{len(of)}, such as {of[0]}"
+        say(f"[yellow]{what}:[/] {escape(told)}: {escape(reason)}")
+    if rest := sum(len(of) for of in list(names.values())[_MOST_LINES:]):
+        say(f"[yellow]{what}:[/] {rest} more, listed in summary.json")

@@ -158,6 +158,9 @@ def read_trojans(patches: list[str] | None, network: LoadedModel) -> list[Trojan
             raise InvalidInputError(f"--patch {text!r} is not PATCH=CLASS, such as heart=281 or stop.png=920")
         patch = Patch.drawn(name) if name in DRAWN or not Path(name).suffix else Patch.read(name)
         trojans.append(Trojan(patch, int(index)))
+    called = [trojan.patch.name for trojan in trojans]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise InvalidInputError(f"--patch {twice[0]!r} is given twice: leave one out, or rename its file")
     return trojans
 
 
