@@ -93,7 +93,7 @@ def _draw_differences(
 
 
 def tuning_figure(tuning: Tuning) -> Figure:
-    """Draw what a tuning tried: the gain of every candidate in order, the choice on held-out images, and the plan.
+    """Draw what a tuning tried: the gain of every candidate in order, the choice, and the plan.
 
     Raises
     ------
@@ -104,9 +104,7 @@ def tuning_figure(tuning: Tuning) -> Figure:
     tried_axes, choice_axes, plan_axes = figure.subplot_mosaic(
         "TC\nPP", width_ratios=(1.6, 1), height_ratios=(1.3, 1)
     ).values()
-    tried = [
-        (i, step) for i, step in enumerate(tuning.history) if step.stage != "held out" and math.isfinite(step.gain)
-    ]
+    tried = [(i, step) for i, step in enumerate(tuning.history) if step.stage != "choice" and math.isfinite(step.gain)]
     for position, stage in enumerate(dict.fromkeys(step.stage for _, step in tried)):
         of_stage = [(i, step) for i, step in tried if step.stage == stage]
         for chosen, size, alpha in ((False, 8, 0.45), (True, 45, 1.0)):
@@ -123,13 +121,13 @@ def tuning_figure(tuning: Tuning) -> Figure:
     tried_axes.set_ylabel(f"{tuning.metric}, points above dense", fontsize=9, color=NOTE)
     tried_axes.legend(fontsize=8, frameon=False)
 
-    last = [step for step in tuning.history if step.stage == "held out"]
+    last = [step for step in tuning.history if step.stage == "choice"]
     for i, step in enumerate(last):
         error = step.error if math.isfinite(step.error) else 0.0
         colour = COLOURS[1] if step.chosen else NOTE
         choice_axes.errorbar(step.gain, i, xerr=error, fmt="o", color=colour, markersize=5)
-    _label(choice_axes, [step.name for step in last], bold=False)
-    choice_axes.set_title(f"The choice, on {len(tuning.held_out)} images held out", fontsize=11, color=TEXT)
+    _label(choice_axes, [f"{step.name} ({step.images} images)" for step in last], bold=False)
+    choice_axes.set_title("The choice", fontsize=11, color=TEXT)
     choice_axes.set_xlabel("points above dense, and the standard error", fontsize=9, color=NOTE)
 
     plan_axes.bar(range(len(tuning.plan.targets)), list(tuning.plan.targets.values()), color=COLOURS[0])

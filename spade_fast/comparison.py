@@ -75,9 +75,10 @@ class Comparison:
     @property
     def shown(self) -> str:
         """The difference and its interval, as text."""
-        low, high = self.difference_interval
+        # Added to zero, what rounds to it has no minus.
+        difference, low, high = (round(each, 2) + 0.0 for each in (self.difference, *self.difference_interval))
         interval = "" if math.isnan(low) else f" ({low:+.2f} to {high:+.2f})"
-        return f"{self.difference:+.2f}{interval}"
+        return f"{difference:+.2f}{interval}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: None stands for NaN."""

@@ -27,8 +27,11 @@ Candidate: TypeAlias = tuple[float, ...]
 _HEAT = 1 / 3
 _LEAST_IN_HEAT = 4
 FINALISTS = 3
-# A block's target is changed where the gain is at least so many standard errors.
-_STANDARD_ERRORS = 1.0
+#: The name of the plan that a search comes to.
+SEARCHED = "tuned"
+# A block's target is changed where the gain is above so many standard errors; a plan taken in the place of the dense
+# network, above so many: it is the best of a few dozen.
+_STANDARD_ERRORS, _SURE = 1.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class Step:
     Attributes
     ----------
     stage
-        "untuned", "search" or "refinement"; or "held out", the choice among what they found.
+        "untuned", "search" or "refinement"; or "choice", among what they found.
     name
         What was tried: a block and its target, or the kind of a plan.
     targets
         By block.
     images
-        How many it was tried on.
+        How many it was tried on; at the choice all, but for what was searched for only those held out.
     gain
         Mean over those of the metric minus that of the dense network, in points: the larger, the better. Minus infinity
         where the method fails on one of them.
@@ -77,7 +80,7 @@ class Found:
     name, candidate
         What was taken.
     gains
-        Its points above the dense network, by held-out image.
+        Its points above the dense network on the images of the choice.
     history
         All that was tried, in order.
     evaluations
@@ -162,10 +165,9 @@ class Search:
         if search:
             best = max(named.values(), key=self._mean_gain)
             found = self._pass_over_blocks("search", best, neighbours=False)
-            named["tuned"] = self._pass_over_blocks("refinement", found, neighbours=True)
-        name, chosen = self._choose(named)
-        gains = self._gains([chosen], self._tuner.held_out)[0]
-        return Found(name, chosen, gains, tuple(self._history), len(self._asked))
+            named[SEARCHED] = self._pass_over_blocks("refinement", found, neighbours=True)
+        name, gains = self._choose(named)
+        return Found(name, named[name], gains, tuple(self._history), len(self._asked))
 
     def _gains(self, candidates: Sequence[Candidate], cases: Sequence[Case]) -> NDArray[np.float64]:
         """Points above the dense network, [candidates, cases]; minus infinity where the method fails."""
@@ -237,20 +239,27 @@ class Search:
                 self._mark(name)
         return candidate
 
-    def _choose(self, named: Mapping[str, Candidate]) -> tuple[str, Candidate]:
-        """What does best on all images, and surely so, and is no worse than the dense network on those held out."""
+    def _choose(self, named: Mapping[str, Candidate]) -> tuple[str, NDArray[np.float64]]:
+        """The name of what does best on all images, if that is sure, and its gains.
+
+        What was searched for fits the images that the search has seen: it is taken only if it does best on the others.
+        """
         candidates = list(named.values())
-        held_out = self._gains(candidates, self._tuner.held_out)
-        whole = np.concatenate([self._gains(candidates, self._tuner.cases), held_out], axis=1)
-        sure = {}
-        for name, everywhere, apart in zip(named, whole, held_out, strict=True):
-            gain, error = _mean(everywhere)
-            if gain > _STANDARD_ERRORS * error and apart.mean() >= 0:
+        apart = dict(zip(named, self._gains(candidates, self._tuner.held_out), strict=True))
+        seen = dict(zip(named, self._gains(candidates, self._tuner.cases), strict=True))
+        whole = {name: np.concatenate([seen[name], apart[name]]) for name in named}
+        sure = {"dense": 0.0}
+        for name, gains in whole.items():
+            gain, error = _mean(gains)
+            if gain > _SURE * error:
                 sure[name] = gain
-        winner = max(sure, key=sure.__getitem__, default="dense")
-        for (name, candidate), of_candidate in zip(named.items(), held_out, strict=True):
-            self._tell("held out", name, candidate, of_candidate, chosen=name == winner)
-        return winner, named[winner]
+        if SEARCHED in sure and apart[SEARCHED].mean() < max(apart[name].mean() for name in sure):
+            del sure[SEARCHED]
+        winner = max(sure, key=sure.__getitem__)
+        told = {**whole, **({SEARCHED: apart[SEARCHED]} if SEARCHED in named else {})}
+        for name, candidate in named.items():
+            self._tell("choice", name, candidate, told[name], chosen=name == winner)
+        return winner, told[winner]
 
 
 def _distinct(named: Mapping[str, Candidate]) -> dict[str, Candidate]:

@@ -74,13 +74,13 @@ class Tuning:
     method, metric
         What it was tuned for.
     name
-        What kind of plan it is: "tuned", or the name of an untuned one that did better on held-out images; "dense".
+        What kind of plan it is: "tuned", or the name of one that needs no tuning; or "dense".
     gain, interval
-        Points above the dense network on the held-out images, with a 95 % bootstrap interval (NaN of a single image).
-        Never below 0, as these images had a say in the choice: measure the plan on others
+        Points above the dense network, with a 95 % bootstrap interval: of a tuned plan on the held-out images (NaN of a
+        single one), of any other on all. These images had a say in the choice: measure the plan on others
         (:func:`spade_fast.evaluate`).
     images, held_out
-        Names of what it was tuned on, and of what it was chosen on.
+        Names of what a search has seen, and of the others.
     history
         All that was tried, in order.
     evaluations
@@ -164,9 +164,10 @@ def tune(
     the errors' means over the images), in all blocks or in the first half. From the best of them a search goes through
     the blocks, from the last to the first, and tries every target of the grid, and then once more a little less and a
     little more. Candidates race: the best few of a part of the images go on to all of them. In the end, the plan that
-    does best on all images is taken, if it is better than the dense network by more than a standard error, and on the
-    held-out images, which the search has not seen, no worse. Each image keeps its solved layers in memory, some five
-    times the network's own.
+    does best on all images is taken, if it is better than the dense network by more than two standard errors; what was
+    searched for, only if it does best on the held-out images too, which the search has not seen. Gains differ by some
+    points from image to image: twenty images tell no gain below one or two. Each image keeps its solved layers in
+    memory, some five times the network's own.
 
     Parameters
     ----------

@@ -176,7 +176,7 @@ def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Pa
     result = run("tune", "insertion", folder, "--out", plans, "--limit", 5, "--grid", "0,0.5,0.9", "--blocks",
                  "blocks.1,classifier", *QUICK)  # fmt: skip
     assert result.exit_code == 0
-    assert "points above dense" in result.stdout
+    assert "Points above dense" in result.stdout
     assert {path.name for path in plans.iterdir()} == {
         f"{method}.{kind}" for method in ("saliency", "occlusion") for kind in ("json", "png", "log.jsonl")
     }
@@ -232,7 +232,7 @@ def test_settings_of_a_tuning(folder: Path, tmp_path: Path) -> None:
     assert (report["steps"], report["seed"]) == (7, 5)
     assert report["trace"]["num_augmentations"] == 3
     assert report["trace"]["augment"].startswith("Augmentation(size=16")
-    assert {step["stage"] for step in report["history"]} == {"untuned", "held out"}
+    assert {step["stage"] for step in report["history"]} == {"untuned", "choice"}
 
 
 def test_plans_for_patches_are_tuned_on_what_implanting_saw(

@@ -116,25 +116,28 @@ def test_the_network_is_not_made_worse(monkeypatch: pytest.MonkeyPatch, model: L
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
 
 
-@pytest.mark.parametrize("loss", [1, 0.02])
-def test_a_gain_that_is_not_there_on_other_images_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case], loss: float
+def test_what_a_search_finds_has_to_do_best_on_other_images_too(
+    monkeypatch: pytest.MonkeyPatch, model: LoadedModel, cases: list[Case]
 ) -> None:
-    order = Tuner(model, cases, "insertion", **FEW)
-    held_out = {case.name for case in order.held_out}
-    assert len(held_out) == 3
-    wanted = Wanted(monkeypatch, model, blocks_1_wide=0.9)
+    held_out = {case.name for case in Tuner(model, cases, "insertion", **FEW).held_out}
+    wanted = Wanted(monkeypatch, model, blocks_0_wide=0.3, blocks_1_wide=0.9)
+    # From there, one target for all blocks is 0.6 away and the dense network 1.2: on other images that is the best.
+    uniform = 0.6
 
     def misleading(model: LoadedModel, case: Case, maps: Tensor) -> Tensor:
         values = wanted(model, case, maps)
-        return -loss * values if case.name in held_out else values
+        return -(values + uniform).abs() if case.name in held_out else values
 
     found = tune(model, cases, misleading, "saliency", **FEW)
-    assert found.name == "dense"
-    taken = [step for step in found.history if step.stage == "held out"]
-    assert {step.images for step in taken} == {3}
-    assert next(step.gain for step in taken if step.name == "tuned") < 0
-    assert [step.name for step in taken if step.chosen] == ["dense"]
+    choice = {step.name: step for step in found.history if step.stage == "choice"}
+    assert choice["tuned"].images == len(held_out) == 3
+    assert choice["tuned"].gain == pytest.approx(0, abs=4)
+    seen = next(step for step in reversed(found.history) if step.stage == "search" and step.chosen)
+    assert seen.gain > 100  # it is the best of all on what the search has seen
+    assert not choice["tuned"].chosen
+    assert found.name in {step.name for step in found.history if step.stage == "untuned"}
+    assert choice[found.name].images == 12
+    assert found.gain == choice[found.name].gain > 50
 
 
 def test_a_gain_that_is_not_sure_is_not_taken(
@@ -149,8 +152,10 @@ def test_a_gain_that_is_not_sure_is_not_taken(
         return wanted(model, case, maps) * (-1 if case.name in worse else 1)
 
     found = tune(model, cases, uneven, "saliency", **FEW)
-    last = {step.name: step.gain for step in found.history if step.stage == "held out"}
-    assert max(last.values()) > 10
+    last = {step.name: step for step in found.history if step.stage == "choice"}
+    best = max(last.values(), key=lambda step: step.gain)
+    assert best.gain > 10
+    assert best.gain < 2 * best.error
     assert found.name == "dense"
 
 
@@ -196,7 +201,8 @@ def test_without_a_search_the_best_untuned_plan_is_taken(
     shares = {layer.replace(".", "_"): 0.6 for layer in ("blocks.0.wide", "blocks.1.wide", "classifier")}
     found = tune(model, cases, Wanted(monkeypatch, model, **shares), "saliency", search=False, **FEW)
     assert found.name == "all blocks at 0.6"
-    assert {step.stage for step in found.history} == {"untuned", "held out"}
+    assert {step.stage for step in found.history} == {"untuned", "choice"}
+    assert {step.images for step in found.history if step.stage == "choice"} == {len(cases)}
     assert set(found.plan.targets.values()) == {0.6}
 
 
@@ -440,10 +446,10 @@ def test_files_hold_plan_history_and_chart(tuned: Tuning, cases: list[Case], tmp
 def test_the_figure_shows_what_was_tried(tuned: Tuning) -> None:
     tried, choice, plan = tuned.figure().axes
     points = sum(len(collection.get_offsets()) for collection in tried.collections)
-    assert points == sum(step.stage != "held out" for step in tuned.history)
+    assert points == sum(step.stage != "choice" for step in tuned.history)
     names = [label.get_text() for label in choice.get_yticklabels()]
-    assert names == [step.name for step in tuned.history if step.stage == "held out"]
-    assert names[0] == "dense"
+    assert names == [f"{step.name} ({step.images} images)" for step in tuned.history if step.stage == "choice"]
+    assert names[0].startswith("dense")
     assert [label.get_text() for label in plan.get_xticklabels()] == list(tuned.plan.targets)
 
 

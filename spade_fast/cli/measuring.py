@@ -221,15 +221,16 @@ def tune(
         num_augmentations=num_augmentations,
         augment=read_views(views, network),
     )
-    title = f"Tuned on {len(tuner.cases)} images; points above dense on {len(tuner.held_out)} more, which had a say"
-    table = Table("method", "plan", "points", "95 % interval", "maps made", title=title, title_justify="left")
+    title = "Points above dense, on images that had a say in the choice"
+    table = Table("method", "plan", "images", "points", "95 % interval", "maps made", title=title, title_justify="left")
     reports = {}
     for name in names:
         tuning = tuner.tune(name, search=search, log=out / f"{name}.log.jsonl")
         tuning.save(out / f"{name}.json")
         low, high = tuning.interval
         interval = "-" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
-        table.add_row(name, tuning.name, f"{tuning.gain:+.2f}", interval, str(tuning.evaluations))
+        chosen_on = next(step.images for step in tuning.history if step.stage == "choice" and step.chosen)
+        table.add_row(name, tuning.name, str(chosen_on), f"{tuning.gain:+.2f}", interval, str(tuning.evaluations))
         reports[name] = tuning.report()
     if as_json:
         print_json(reports)
