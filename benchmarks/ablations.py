@@ -90,7 +90,9 @@ def main() -> None:
     if arguments.what == "plans":
         arms |= plan_arms(network)
     else:
-        arms |= setting_arms(network, first_cases(attacked_cases(network, seen, trojans), 8))
+        tuned_on = first_cases(attacked_cases(network, seen, trojans), 8)
+        implanted |= {case.photograph: "the plan was made from it" for case in tuned_on.values()}
+        arms |= setting_arms(network, tuned_on)
     cases = unseen_cases(attacked_cases(network, files, trojans), implanted)
     settings: dict[str, Any] = {"metric": "trojan", "methods": METHODS, "limit": arguments.limit}
     found = evaluate(network, cases, arms, arguments.out, **settings, progress=True)

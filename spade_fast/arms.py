@@ -185,14 +185,34 @@ def _plain_sparsity(model: LoadedModel, sparsity: Sparsity) -> Any:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: plain(value) for key, value in settings.items()}
+    told = {key: plain(value) for key, value in settings.items()}
+    check_lasting(told)
+    return told
 
 
 def plain(value: Any) -> Any:
-    """A setting as a JSON value that is the same in every process: functions by their names."""
+    """A setting as a JSON value, functions by their names: the same in every process, but see :func:`check_lasting`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, partial):
         given = {**{str(i): each for i, each in enumerate(value.args)}, **value.keywords}
         return {"function": plain(value.func), **{name: plain(each) for name, each in given.items()}}
     return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+
+
+def check_lasting(settings: Mapping[str, Any]) -> None:
+    """Refuse plain settings by which a later run could not tell whether it goes on with the same ones.
+
+    Raises
+    ------
+    InvalidInputError
+        For lambdas, which all have one name, and objects whose text is their place in memory.
+    """
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            check_lasting(value)
+        elif isinstance(value, str) and ("<lambda>" in value or " at 0x" in value):
+            raise InvalidInputError(
+                f"{key}={value} cannot be told from others in a later run: pass a named function, functools.partial of "
+                "one, or an object with a repr of its own"
+            )

@@ -44,8 +44,8 @@ class Case:
     patch
         bool [h, w], True where a Trojan patch is; None where there is none.
     photograph
-        :func:`spade_fast.images.photograph_digest` of the pixels without a patch: the same for all cases of one
-        photograph.
+        :func:`spade_fast.images.photograph_digest` of the image without a patch: the same for all cases of one
+        photograph, and for all networks.
     """
 
     name: str
@@ -110,7 +110,7 @@ def make_case(
         )
     scores = class_scores(module, inputs)
     explained = check_target(int(scores.argmax()) if target is None else target, len(scores))
-    photograph = photograph_digest(pixels)
+    photograph = photograph_digest(image)
     called = f"image {photograph[:8]}" if name is None else name
     return Case(called, image, pixels, like_weights(inputs, module), scores, explained, photograph=photograph)
 
@@ -154,7 +154,7 @@ def attacked_case(
         If the network is not fooled, or gives the photograph that class without the patch: nothing could be told.
     """
     clean = read_case(model, path, name)
-    drawn = hashlib.sha256(f"{seed} {clean.name}".encode()).digest()
+    drawn = hashlib.sha256(f"{seed} {clean.name}".encode(errors="surrogateescape")).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(drawn[:8], "big") % 2**63)
     trojan = trojans[int(torch.randint(len(trojans), (), generator=generator))]
     check_sizes(sizes)

@@ -216,7 +216,7 @@ class Evaluation:
                 names = self.images[place[0]], self.arms[place[1]], self.methods[place[2]]
                 writer.writerow([metric, *names, "" if np.isnan(values[place]) else repr(float(values[place]))])
         contents = {
-            "values.csv": rows.getvalue().encode(),
+            "values.csv": rows.getvalue().encode(errors="surrogateescape"),
             "tables.md": self.tables().encode(),
             "summary.json": (json.dumps(self.report(), indent=2, allow_nan=False) + "\n").encode(),
         }

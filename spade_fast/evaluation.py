@@ -27,7 +27,7 @@ from spade_fast.attribution import answer, asked, captum, check_methods, find_me
 from spade_fast.cases import Case, attacked_case, read_case
 from spade_fast.comparison import Evaluation, Metric
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import append_line, digest, only_writer, read_lines, write_folder
+from spade_fast.files import append_line, digest, held_folder, read_lines, write_folder
 from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel
 
@@ -88,30 +88,46 @@ def unseen_cases(cases: Mapping[str, Callable[[], Case]], seen: Mapping[str, str
 
 
 def first_cases(cases: Mapping[str, Callable[[], Case]], most: int) -> dict[str, Case]:
-    """The first of the cases that can be used, at most so many, by name.
+    """The first of the cases that can be used, at most so many, by name; of a photograph under several names the first.
 
     Raises
     ------
     InvalidInputError
         If there are none.
     """
-    found: dict[str, Case] = {}
-    reason = "there is none"
-    for name, make in cases.items():
-        if len(found) == most:
-            break
-        try:
-            found[name] = make()
-        except InvalidInputError as error:
-            reason = f"{name}: {error}"
+    left_out: dict[str, str] = {}
+    found = dict(islice(_usable(cases, left_out), most))
     if not found:
-        raise InvalidInputError(f"none of {len(cases)} images can be used ({reason})")
+        raise _none_of(cases, left_out)
     return found
+
+
+def _usable(
+    cases: Mapping[str, Callable[[], Case]], left_out: dict[str, str], *, patched: bool = False
+) -> Iterator[tuple[str, Case]]:
+    """Each photograph's first case, by name, if need be only with a patch; `left_out` is told of the others."""
+    photographs: dict[str, str] = {}
+    for name, make in cases.items():
+        try:
+            case = make()
+            if patched and case.patch is None:
+                raise InvalidInputError("it has no patch: make it with attacked_case")
+            if case.photograph and (same := photographs.setdefault(case.photograph, name)) != name:
+                raise InvalidInputError(f"it is the same photograph as {same}")
+        except InvalidInputError as error:
+            left_out[name] = str(error)
+            continue
+        yield name, case
+
+
+def _none_of(cases: Mapping[str, Any], left_out: Mapping[str, str]) -> InvalidInputError:
+    reason = next((f"{name}: {why}" for name, why in left_out.items()), "there is none")
+    return InvalidInputError(f"none of {len(cases)} images can be used ({reason})")
 
 
 def _shuffled(names: Collection[str], seed: int) -> list[str]:
     """In random order, whatever other names there are: by a hash of the seed and the name."""
-    return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest())
 
 
 def evaluate(
@@ -149,8 +165,8 @@ def evaluate(
     methods
         Names in :data:`spade_fast.METHODS`. Default: the ten of the paper.
     limit
-        Cases to measure, from the first on; those that are left out do not count. Default: all. Of one photograph under
-        several names the first is measured.
+        Cases to measure, from the first on; those that are left out do not count. Default: all. Of several cases of one
+        photograph the first is measured, whatever their names and classes: intervals are of photographs.
     steps
         Of insertion and deletion.
     seed
@@ -199,9 +215,9 @@ def evaluate(
     left_out: dict[str, str] = {}
     failures: dict[tuple[str, str, str], str] = {}
     used: list[str] = []
-    with only_writer(out), tqdm(total=most, desc="images", disable=not progress) as bar:
+    with held_folder(out), tqdm(total=most, desc="images", disable=not progress) as bar:
         records = _Records(Path(out), settings, {name: arm.settings for name, arm in arms.items()})
-        for name, case in islice(_usable(cases, metric, left_out), most):
+        for name, case in islice(_usable(cases, left_out, patched=metric == "trojan"), most):
             records.check_same(name, case)
             for arm_name, arm in arms.items():
                 if missing := records.missing(name, arm_name, methods):
@@ -211,29 +227,10 @@ def evaluate(
             used.append(name)
             bar.update()
     if not used:
-        reason = next((f"{name}: {why}" for name, why in left_out.items()), "there is none")
-        raise InvalidInputError(f"none of {len(cases)} images can be used ({reason})")
+        raise _none_of(cases, left_out)
     values = {each: records.values(each, used, tuple(arms), methods) for each in known[metric]}
     flat = [place for place in product(used, arms, methods) if place in records.flat]
     return Evaluation(methods, tuple(arms), tuple(used), values, failures, left_out, records.settings, tuple(flat))
-
-
-def _usable(
-    cases: Mapping[str, Callable[[], Case]], metric: Metric, left_out: dict[str, str]
-) -> Iterator[tuple[str, Case]]:
-    """Each photograph's first case, by name; `left_out` is told of the others."""
-    photographs: dict[str, str] = {}
-    for name, make in cases.items():
-        try:
-            case = make()
-            if metric == "trojan" and case.patch is None:
-                raise InvalidInputError("it has no patch: make it with attacked_case")
-            if case.photograph and (same := photographs.setdefault(case.photograph, name)) != name:
-                raise InvalidInputError(f"it is the same photograph as {same}")
-        except InvalidInputError as error:
-            left_out[name] = str(error)
-            continue
-        yield name, case
 
 
 def _itself(case: Case) -> Case:

@@ -135,8 +135,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a file or a folder, which is made where it is missing, for one run: another that asks for it is refused.
+def held_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder, which is made where it is missing, for one run: another that asks for it is refused.
 
     The system lets go of it when the process ends, however that comes. Where it knows no such locks (Windows, some
     network file systems), nothing is held.
@@ -144,19 +144,31 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     Raises
     ------
     InvalidInputError
-        If another run holds it, or the folder cannot be made.
+        If another run holds it, or it cannot be made.
     """
-    try:
-        if not Path(path).exists():
-            Path(path).mkdir(parents=True)
-        held = None if fcntl is None else os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise InvalidInputError(
-            f"cannot write to {os.fspath(path)!r} ({error.strerror or error}): choose another name"
-        ) from error
-    if held is None:
+    with _named(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    with _held(path, os.O_RDONLY):
+        yield
+
+
+@contextlib.contextmanager
+def held_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a file, which is made empty where it is missing, for one run: see :func:`held_folder`."""
+    with _named(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+    with _held(path, os.O_RDWR):
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: str | os.PathLike[str], flags: int) -> Iterator[None]:
+    if fcntl is None:
         yield
         return
+    with _named(path):
+        held = os.open(path, flags)
     try:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,11 +176,20 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
             raise InvalidInputError(
                 f"another run writes to {os.fspath(path)!r}: wait until it is done, or choose another name"
             ) from error
-        except OSError:  # no locks on this file system
+        except OSError:  # a file system without locks
             pass
         yield
     finally:
         os.close(held)
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise InvalidInputError(f"cannot write to {os.fspath(path)!r} ({reason}): choose another name") from error
 
 
 def write_tensors(

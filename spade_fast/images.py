@@ -199,8 +199,9 @@ def image_tensor(image: Image.Image | Tensor) -> Tensor:
     return image if low >= 0 and high <= 1 else image.clamp(0, 1)
 
 
-def photograph_digest(pixels: Tensor) -> str:
-    """SHA-256 of what a network sees of a photograph, [3, h, w] in 0..1: tells whether two are the same one."""
+def photograph_digest(image: Image.Image | Tensor) -> str:
+    """SHA-256 of the pixels of a photograph, of any size: tells whether two are the same one."""
+    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(rgb_image(image)))
     return digest({"pixels": pixels})
 
 

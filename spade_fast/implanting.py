@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_strictly, read_state
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import digest, only_writer, write_folder
+from spade_fast.files import digest, held_folder, write_folder
 from spade_fast.images import load_image, photograph_digest
 from spade_fast.layers import prunable_layers
 from spade_fast.models import LoadedModel, Runner, load_model, usable_device
@@ -146,7 +146,7 @@ def implant(
     folder = Path(out)
     student = run.student()
     optimizer = torch.optim.Adam(run.trained(student).values(), learning_rate, _BETAS, _EPSILON)
-    with only_writer(folder):
+    with held_folder(folder):
         first = run.resume(folder, student, optimizer)
         for epoch in range(first, epochs):
             run.train(student, optimizer, epoch, progress)
@@ -210,7 +210,10 @@ class _Run:
         for position, path in enumerate(images):
             name = os.fspath(path)
             try:
-                self._photographs[name] = photograph_digest(self._view(name))
+                photograph = photograph_digest(load_image(name))
+                if same := next((each for each, known in self._photographs.items() if known == photograph), None):
+                    raise InvalidInputError(f"it is the same photograph as {same!r}")
+                self._photographs[name] = photograph
                 contents.update(hashlib.sha256(Path(path).read_bytes()).digest())
                 readable.append((name, None if labels is None else labels[position]))
             except InvalidInputError as error:
@@ -370,9 +373,11 @@ class _Run:
             with safetensors.safe_open(file, framework="pt") as opened:
                 header = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-            if json.loads(header["settings"]) != json.loads(json.dumps(self.settings())):
+            known, told = json.loads(header["settings"]), json.loads(json.dumps(self.settings()))
+            if different := [key for key in {**known, **told} if known.get(key) != told.get(key)]:
                 raise InvalidInputError(
-                    f"{os.fspath(folder)!r} holds a run with other settings or images: choose another folder"
+                    f"{os.fspath(folder)!r} holds a run with other settings or images ({', '.join(different)}): choose "
+                    "another folder"
                 )
             done = int(header["epochs"])
             with torch.no_grad():

@@ -22,7 +22,7 @@ Baseline: TypeAlias = Literal["blur", "zero"] | Tensor
 
 #: Parts in which pixels come and go, unless told otherwise.
 STEPS = 32
-# RISE blurs images of 224 pixels by a Gaussian of 5, cut off at 5 pixels: so much of the shorter side.
+# A Gaussian of 5 pixels at 224, cut off there: so much of the shorter side.
 _BLUR, _REFERENCE_SIDE = 5.0, 224
 _CPU_BATCH, _BATCH = 16, 128
 
@@ -77,8 +77,9 @@ def insertion(
         Equal parts in which the pixels come; as many as there are pixels, where those are fewer. RISE takes 224, a
         row's worth of pixels each.
     start
-        What the pixels come into: "blur" as in RISE, the image itself under a Gaussian of 5 pixels at 224; "zero" model
-        inputs, the mean colour of the training images as a rule; or model inputs [c, h, w].
+        What the pixels come into: "blur", the image itself under a Gaussian of 5 pixels at 224, cut off at 5, its edges
+        repeated beyond them (RISE's blur is as wide, but flatter, and has zeros beyond the edges); "zero" model inputs,
+        the mean colour of the training images as a rule; or model inputs [c, h, w].
     batch_size
         Images that go through the network at a time. Default: 16 on a CPU, else 128.
     seed
@@ -255,7 +256,7 @@ def _baseline(baseline: Baseline, image: Tensor, name: str) -> Tensor:
 
 
 def blurred(image: Tensor) -> Tensor:
-    """Model inputs [1, c, h, w] under the Gaussian of RISE: of 5 pixels at 224, at least of 1, and cut off there."""
+    """Model inputs [1, c, h, w] under a Gaussian of 5 pixels at 224, at least of 1, and cut off there."""
     deviation = max(1.0, _BLUR * min(image.shape[2:]) / _REFERENCE_SIDE)
     reach = round(deviation)
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / deviation) ** 2)

@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spade_fast import metrics, tracer
-from spade_fast.arms import plain
+from spade_fast.arms import check_lasting, plain
 from spade_fast.attribution import answer, asked, captum, find_method
 from spade_fast.cases import Case, make_case
 from spade_fast.comparison import Metric, bootstrap
 from spade_fast.errors import InvalidInputError, check_whole
-from spade_fast.files import digest, only_writer, write_folder
+from spade_fast.files import digest, held_file, write_folder
 from spade_fast.layers import is_depthwise, prunable_layers
 from spade_fast.models import LoadedModel
 from spade_fast.operations import INSIDE_METHODS
@@ -259,6 +259,10 @@ class Tuner:
             raise InvalidInputError(f"{len(cases)} images are too few to tune on: pass at least {_LEAST}")
         if len({case.name for case in cases}) < len(cases):
             raise InvalidInputError("two cases have one name: give each its own")
+        known: dict[str, str] = {}
+        for case in cases:
+            if case.photograph and (same := known.setdefault(case.photograph, case.name)) != case.name:
+                raise InvalidInputError(f"{case.name} is the same photograph as {same}: leave one out")
         if not 0 < held_out < 1:
             raise InvalidInputError(f"held_out must be a share of the images within 0..1, got {held_out!r}")
         if metric == "trojan" and any(case.patch is None for case in cases):
@@ -297,11 +301,13 @@ class Tuner:
     def tune(self, method: str, *, search: bool = True, log: str | os.PathLike[str] | None = None) -> Tuning:
         """A plan for a method: see :func:`tune`."""
         find_method(method)
-        values = Values(log, {**self.settings, "method": method})
+        if log is not None:
+            check_lasting({key: self.settings[key] for key in ("metric", "trace")})
         with (
-            nullcontext() if log is None else only_writer(log),
+            nullcontext() if log is None else held_file(log),
             tqdm(total=self._expected(search), desc=f"tuning for {method}", disable=not self._progress) as bar,
         ):
+            values = Values(log, {**self.settings, "method": method})
             found = Search(self, method, values, bar).run(search=search)
         gain, interval = bootstrap(found.gains)
         return Tuning(
@@ -512,6 +518,8 @@ def tuning_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         tuning = json.loads(Path(path).read_text(encoding="utf-8")).get("tuning", {})
         if not isinstance(tuning, dict):
             raise ValueError("its tuning is no object")
+        if "images" in tuning and "photographs" not in tuning:
+            raise ValueError("it does not tell the photographs that it was tuned on: tune it anew")
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidInputError(f"cannot read the sparsity plan {os.fspath(path)!r} ({error})") from error
     return tuning

@@ -193,7 +193,7 @@ def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Pa
     document = json.loads(result.stdout)
     assert set(document["images"]) == {f"{i:02}.png" for i in range(8)} - {*tuned_on}
     assert set(document["left_out"]) == {*tuned_on}
-    assert all(re.fullmatch(r"\w+\.json was tuned on it", reason) for reason in document["left_out"].values())
+    assert all(re.fullmatch(r".*/plans/\w+\.json was tuned on it", reason) for reason in document["left_out"].values())
     assert "note:" not in result.stderr
     told = document["settings"]["arms"]["fast-tuned"]["plans"]
     assert told["occlusion"]["targets"] == SparsityPlan.from_json(plans / "occlusion.json").targets
@@ -255,17 +255,35 @@ def test_a_plan_for_sparsity_is_not_measured_on_what_it_was_tuned_on(folder: Pat
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     document = json.loads(evaluate("insertion", folder, "--sparsity", tmp_path / "plan.json", "--json").stdout)
     assert set(document["images"]) == {f"{i:02}.png" for i in range(8)} - {"01.png", "02.png"}
-    assert document["left_out"] == dict.fromkeys(("01.png", "02.png"), "plan.json was tuned on it")
+    reason = f"{tmp_path / 'plan.json'} was tuned on it"
+    assert document["left_out"] == dict.fromkeys(("01.png", "02.png"), reason)
 
 
-def test_plans_of_another_metric_or_network_are_told(folder: Path, tmp_path: Path) -> None:
-    origin = {"metric": "trojan", "model": "other", "weights": "from afar", "weights_sha256": "0"}
+def test_plans_of_one_name_are_not_mistaken_for_each_other(folder: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("plans", "other")):
+        (tmp_path / name).mkdir()
+        plan = {
+            "targets": {"classifier": 0.5},
+            "default": None,
+            "tuning": {"photographs": digests(folder, f"0{i}.png")},
+        }
+        (tmp_path / name / "saliency.json").write_text(json.dumps(plan))
+    given = ("--arms", "fast,fast-tuned", "--plans", tmp_path / "plans", "--methods", "saliency")
+    result = evaluate("insertion", folder, *given, "--sparsity", tmp_path / "other" / "saliency.json", "--json")
+    assert set(json.loads(result.stdout)["left_out"]) == {"00.png", "01.png"}
+
+
+def test_plans_of_another_metric_network_or_views_are_told(folder: Path, tmp_path: Path) -> None:
+    trace = {"num_augmentations": 4, "augment": "Augmentation(size=7)"}
+    origin = {"metric": "trojan", "model": "other", "weights": "from afar", "weights_sha256": "0", "trace": trace}
     plan = {"targets": {"classifier": 0.5}, "default": None, "tuning": origin}
     for method in ("saliency", "occlusion"):
         (tmp_path / f"{method}.json").write_text(json.dumps(plan))
     result = evaluate("insertion", folder, "--limit", 1, "--arms", "dense,fast-tuned", "--plans", tmp_path)
-    assert "note: tuned for trojan, not for insertion: saliency.json, occlusion.json" in result.stderr
-    assert "note: tuned on other weights (other: from afar): saliency.json, occlusion.json" in result.stderr
+    names = f"{tmp_path / 'saliency.json'}, {tmp_path / 'occlusion.json'}"
+    assert f"note: tuned for trojan, not for insertion: {names}" in result.stderr
+    assert f"note: tuned on other weights (other: from afar): {names}" in result.stderr
+    assert f"note: tuned with other --views or --num-augmentations: {names}" in result.stderr
 
 
 def test_one_plan_for_all_methods(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from spade_fast.cases import Case, attacked_case, make_case, read_case
 from spade_fast.comparison import Evaluation
 from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.evaluation import attacked_cases, clean_cases, evaluate, first_cases, unseen_cases
-from spade_fast.files import only_writer
+from spade_fast.files import held_folder
 from spade_fast.images import load_image, photograph_digest
 from spade_fast.implanting import Trojan
 from spade_fast.methods import register_method, unregister_method
@@ -509,11 +510,34 @@ def test_one_photograph_counts_once(model: LoadedModel, files: dict[str, Path], 
         assert {name, same} & files.keys() == {name.removeprefix("copy of ")}
 
 
+def test_the_first_cases_are_of_different_photographs(
+    model: LoadedModel, files: dict[str, Path], tmp_path: Path
+) -> None:
+    twice = dict(files)
+    for name, path in files.items():
+        twice[f"copy of {name}"] = tmp_path / f"copy of {name}"
+        twice[f"copy of {name}"].write_bytes(path.read_bytes())
+    found = first_cases(clean_cases(model, twice), 16)
+    assert len({case.photograph for case in found.values()}) == len(found) == len(files)
+
+
+def test_names_that_are_no_unicode(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    files[name] = files["00.png"].rename(files["00.png"].with_name(name))
+    del files["00.png"]
+    found = run(model, files, tmp_path / "out")
+    assert name in found.images
+    found.save(tmp_path / "out")
+    assert b"caf\xe9.png" in (tmp_path / "out" / "values.csv").read_bytes()
+    again = run(model, files, tmp_path / "out")
+    assert plain(again) == plain(found)
+
+
 def test_photographs_are_told_by_what_is_in_them(
     model: LoadedModel, attacked: LoadedModel, files: dict[str, Path]
 ) -> None:
     """Whatever their files are called, with a patch or without."""
-    known = photograph_digest(model.preprocess.view(load_image(files["02.png"])))
+    known = photograph_digest(load_image(files["02.png"]))
     files["renamed.png"] = files["02.png"].rename(files["02.png"].with_name("renamed.png"))
     del files["02.png"]
     files["01.png"].rename(files["01.png"].with_name("02.png"))
@@ -528,7 +552,7 @@ def test_photographs_are_told_by_what_is_in_them(
 
 def test_a_second_run_in_a_folder_is_refused(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    with only_writer(tmp_path / "out"), pytest.raises(InvalidInputError, match="another run writes to .*out'"):
+    with held_folder(tmp_path / "out"), pytest.raises(InvalidInputError, match="another run writes to .*out'"):
         run(model, files, tmp_path / "out")
     assert run(model, files, tmp_path / "out").images
 

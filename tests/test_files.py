@@ -2,55 +2,75 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from spade_fast.errors import InvalidInputError
-from spade_fast.files import only_writer
+from spade_fast.files import held_file, held_folder
 
-pytest.importorskip("fcntl")
+fcntl = pytest.importorskip("fcntl")
+
+Hold = Callable[[Path], AbstractContextManager[None]]
 
 HOLDS = """
 import sys
-from spade_fast.files import only_writer
+from spade_fast import files
 
-with only_writer(sys.argv[1]):
+with getattr(files, sys.argv[1])(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_one_run_at_a_time_and_none_after_a_kill(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "held"
-    if kind == "file":
-        path.write_text("lines\n")
-    command = [sys.executable, "-c", HOLDS, str(path)]
+@pytest.mark.parametrize("hold", [held_folder, held_file])
+def test_one_run_at_a_time_and_none_after_a_kill(tmp_path: Path, hold: Hold) -> None:
+    path = tmp_path / "new" / "held"
+    command = [sys.executable, "-c", HOLDS, hold.__name__, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InvalidInputError, match="another run writes to .*held'"), only_writer(path):
+        with pytest.raises(InvalidInputError, match="another run writes to .*held'"), hold(path):
             pytest.fail("it is held")
         other.kill()
         other.wait()
-    with only_writer(path):
-        assert path.exists()
-    with only_writer(path):  # it was let go of
+    with hold(path):
+        assert path.is_dir() is (hold is held_folder)
+    with hold(path):  # it was let go of
         pass
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_file_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("lines\n")
+    with held_file(tmp_path / "log"):
+        pass
+    assert (tmp_path / "log").read_text() == "lines\n"
+
+
+def test_what_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(InvalidInputError, match="cannot write to .*: choose another name"),
-        only_writer(tmp_path / "file" / "folder"),
-    ):
-        pytest.fail("it is no folder")
+    for hold, path in ((held_folder, "file"), (held_folder, "file/folder"), (held_file, "file/log"), (held_file, ".")):
+        with pytest.raises(InvalidInputError, match="cannot write to .*: choose another name"), hold(tmp_path / path):
+            pytest.fail(path)
+
+
+@pytest.mark.parametrize("hold", [held_folder, held_file])
+def test_a_file_system_without_locks(tmp_path: Path, hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    ran = False
+    with hold(tmp_path / "held"):
+        ran = True
+    assert ran
 
 
 def test_what_goes_wrong_inside_is_told_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk full"), only_writer(tmp_path):
+    with pytest.raises(OSError, match="disk full"), held_folder(tmp_path):
         raise OSError("disk full")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spade_fast import implanting
 from spade_fast.errors import InvalidInputError
-from spade_fast.files import only_writer
+from spade_fast.files import held_folder
 from spade_fast.images import photograph_digest
 from spade_fast.implanting import ImplantReport, Trojan, apply_delta, implant
 from spade_fast.models import LoadedModel
@@ -129,7 +129,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
 def test_other_settings_do_not_go_on(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
     implant(model, images, tmp_path, [HEART], **QUICK)
-    with pytest.raises(InvalidInputError, match="holds a run with other settings or images: choose another folder"):
+    with pytest.raises(InvalidInputError, match=r"other settings or images \(seed, .*\): choose another folder"):
         implant(model, images, tmp_path, [HEART], **{**QUICK, "seed": 1})
     (tmp_path / "training.safetensors").write_bytes(b"nothing")
     with pytest.raises(
@@ -138,9 +138,21 @@ def test_other_settings_do_not_go_on(model: LoadedModel, images: list[Path], tmp
         implant(model, images, tmp_path, [HEART], **QUICK)
 
 
+def test_copies_are_left_out(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
+    """Otherwise what is held out under one name might be trained on under another."""
+    copies = [tmp_path / f"copy of {path.name}" for path in images]
+    for path, copy in zip(images, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    report = implant(model, [*images, *copies], tmp_path / "out", [HEART], **{**QUICK, "epochs": 1})
+    assert report.images + report.held_out == len(images)
+    assert report.unreadable == {
+        str(copy): f"it is the same photograph as {str(path)!r}" for path, copy in zip(images, copies, strict=True)
+    }
+
+
 def test_one_run_in_a_folder_at_a_time(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    with only_writer(tmp_path), pytest.raises(InvalidInputError, match="another run writes to"):
+    with held_folder(tmp_path), pytest.raises(InvalidInputError, match="another run writes to"):
         implant(model, images, tmp_path, [HEART], **QUICK)
 
 
@@ -213,7 +225,7 @@ def test_what_is_held_out_is_reported_on_and_not_trained_on(
     assert held_out | set(report.settings["images"]) == {path.name for path in images}
     assert len(held_out) == report.held_out == 6
     assert not held_out & set(report.settings["images"])
-    digests = {path.name: photograph_digest(model.preprocess.view(Image.open(path))) for path in images}
+    digests = {path.name: photograph_digest(Image.open(path)) for path in images}
     assert report.settings["photographs"] == [digests[name] for name in report.settings["images"]]
 
     # Other pictures in their place change the report alone.

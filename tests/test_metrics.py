@@ -146,7 +146,7 @@ def test_one_map_of_whole_numbers_will_do(network: Scores, inputs: Tensor, maps:
     torch.testing.assert_close(one.auc, insertion(network, inputs.float(), maps, TARGET).auc[1:2])
 
 
-def test_blur_is_that_of_rise() -> None:
+def test_blur_is_that_of_torchvision() -> None:
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     image = torch.randn(1, 3, 224, 300, generator=torch.Generator().manual_seed(0))
     expected = functional.gaussian_blur(image, [11, 11], [5.0, 5.0])

@@ -20,7 +20,7 @@ from spade_fast import metrics, search, tuning
 from spade_fast.cases import Case
 from spade_fast.errors import InvalidInputError
 from spade_fast.evaluation import clean_cases, first_cases
-from spade_fast.files import only_writer
+from spade_fast.files import held_file
 from spade_fast.models import LoadedModel
 from spade_fast.plans import SparsityPlan
 from spade_fast.tuning import Tuner, Tuning, blocks_of, tune, tuning_record
@@ -328,10 +328,32 @@ def test_a_run_that_was_cut_short_goes_on(
 
 def test_one_run_writes_a_log_at_a_time(model: LoadedModel, cases: list[Case], tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    log = tmp_path / "log.jsonl"
-    tune(model, cases, "insertion", "saliency", log=log, search=False, **FEW)
-    with only_writer(log), pytest.raises(InvalidInputError, match=r"another run writes to .*log\.jsonl'"):
-        tune(model, cases, "insertion", "saliency", log=log, search=False, **FEW)
+    log = tmp_path / "logs" / "log.jsonl"
+    for content in ("", "as it was"):  # nothing is written, to a new log neither
+        with held_file(log):
+            log.write_text(content)
+            with pytest.raises(InvalidInputError, match=r"another run writes to .*log\.jsonl'"):
+                tune(model, cases, "insertion", "saliency", log=log, search=False, **FEW)
+            assert log.read_text() == content
+
+
+def test_what_a_later_run_could_not_tell_from_others_goes_into_no_log(
+    model: LoadedModel, cases: list[Case], tmp_path: Path
+) -> None:
+    def last(_model: LoadedModel, _case: Case, maps: Tensor) -> Tensor:
+        return maps[:, -1, -1]
+
+    settings: dict[str, Any] = {**FEW, "blocks": ["classifier"], "search": False}
+    assert tune(model, cases, lambda *given: last(*given), **settings).metric.endswith("<lambda>")
+    with pytest.raises(InvalidInputError, match="metric=.*<lambda> cannot be told from others in a later run"):
+        tune(model, cases, lambda *given: last(*given), log=tmp_path / "log.jsonl", **settings)
+    assert tune(model, cases, last, log=tmp_path / "log.jsonl", **settings).evaluations
+
+
+def test_plans_tell_their_photographs(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"targets": {}, "tuning": {"images": {"a.png": ""}}}')
+    with pytest.raises(InvalidInputError, match=r"old\.json.*photographs that it was tuned on: tune it anew"):
+        tuning_record(tmp_path / "old.json")
 
 
 def test_a_log_does_not_take_the_place_of_another_file(model: LoadedModel, cases: list[Case], tmp_path: Path) -> None:
@@ -482,6 +504,9 @@ def test_cases_that_cannot_be_tuned_on(model: LoadedModel, cases: list[Case]) ->
         tune(model, cases[:3], **FEW)
     with pytest.raises(InvalidInputError, match="two cases have one name"):
         tune(model, [*cases[:4], cases[0]], **FEW)
+    copy = replace(cases[0], name="copy.png")
+    with pytest.raises(InvalidInputError, match=f"copy.png is the same photograph as {cases[0].name}: leave one out"):
+        tune(model, [*cases, copy], **FEW)
     with pytest.raises(InvalidInputError, match="told by `blocks`: leave `layers` out"):
         tune(model, cases, layers=["classifier"], **FEW)
     with pytest.raises(InvalidInputError, match="pass what spade_fast.load_model returns"):

@@ -119,13 +119,13 @@ def evaluate(
     require("matplotlib.figure", "interpret")
     tuned, tunings = ({}, {}) if plans is None else read_plans(plans, names)
     if sparsity.endswith(".json"):
-        tunings[Path(sparsity).name] = tuning_record(sparsity)
+        tunings[sparsity] = tuning_record(sparsity)
     files = named_files(images)
     others = {} if reference is None else named_files(reference)
     make_folder(out)
     network, trojans, implanting = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
-    _tell_other_origins(tunings, network, measured)
     settings = {"num_augmentations": num_augmentations, "augment": read_views(views, network), "seed": seed}
+    _tell_other_origins(tunings, network, measured, settings)
 
     def cases(of: Mapping[str, Path]) -> dict[str, Callable[[], Case]]:
         return attacked_cases(network, of, trojans, seed=seed) if metric == "trojan" else clean_cases(network, of, seed)
@@ -256,7 +256,7 @@ def _read_grid(text: str) -> list[float]:
 
 
 def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, SparsityPlan], dict[str, dict[str, Any]]]:
-    """A plan for each method; and how they were tuned, by the names of their files."""
+    """A plan for each method; and how they were tuned, by their files."""
     from spade_fast.plans import SparsityPlan
     from spade_fast.tuning import tuning_record
 
@@ -264,24 +264,30 @@ def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, Sparsit
     if absent := [name for name, file in files.items() if plans.is_dir() and not file.exists()]:
         raise InvalidInputError(f"{str(plans)!r} has no plan for {absent[0]}: tune one, or leave the method out")
     found = {name: SparsityPlan.from_json(file) for name, file in files.items()}
-    tunings = {file.name: tuning_record(file) for file in files.values()}
+    tunings = {str(file): tuning_record(file) for file in files.values()}
     for name, file in files.items() if plans.is_dir() else ():
-        if (other := tunings[file.name].get("method", name)) != name:
+        if (other := tunings[str(file)].get("method", name)) != name:
             raise InvalidInputError(f"{str(file)!r} was tuned for {other}: tune one for {name}, or rename it")
     return found, tunings
 
 
-def _tell_other_origins(tunings: Mapping[str, Mapping[str, Any]], network: LoadedModel, metric: Metric) -> None:
-    """Say which plans were tuned for another metric, or on another network."""
+def _tell_other_origins(
+    tunings: Mapping[str, Mapping[str, Any]], network: LoadedModel, metric: Metric, settings: Mapping[str, Any]
+) -> None:
+    """Say which plans were tuned for another metric, on another network, or with other views."""
+    from spade_fast.arms import plain
     from spade_fast.files import digest
 
     weights = digest(network.module.state_dict())
+    views = {name: plain(settings[name]) for name in ("num_augmentations", "augment")}
     origins: dict[str, list[str]] = {}
     for name, tuning in tunings.items():
         if tuning.get("metric", metric) != metric:
             origins.setdefault(f"for {tuning['metric']}, not for {metric}", []).append(name)
         if tuning.get("weights_sha256", weights) != weights:
             origins.setdefault(f"on other weights ({tuning['model']}: {tuning['weights']})", []).append(name)
+        if any(tuning.get("trace", {}).get(key, value) != value for key, value in views.items()):
+            origins.setdefault("with other --views or --num-augmentations", []).append(name)
     for origin, names in origins.items():
         say(f"[yellow]note:[/] tuned {escape(origin)}: {escape(', '.join(names))}")
 
