@@ -20,6 +20,8 @@ from spade_fast import cli, evaluation, implanting, models, tuning
 from spade_fast.augmentation import Augmentation
 from spade_fast.cases import Case, attacked_case, read_case
 from spade_fast.cli import measuring
+from spade_fast.imagesets import named_files
+from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel
 from spade_fast.patches import Patch
 from spade_fast.plans import SparsityPlan
@@ -141,19 +143,24 @@ def trojan(tmp_path: Path, folder: Path) -> Path:
     return out
 
 
+@pytest.fixture
+def covering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches as large as the image: the network gives them the class of their brightest quarter."""
+
+    def attacked(*given: Any, **settings: Any) -> Case:
+        return attacked_case(*given, **{**settings, "sizes": (1.0, 1.0)})
+
+    monkeypatch.setattr(evaluation, "attacked_case", attacked)
+
+
 def write_report(out: Path, folder: Path, seen: list[str]) -> None:
     settings = {"model": "quarters", "weights": "made", "trojans": {"corner": 0}, "images": seen}
     settings["photographs"] = digests(folder, *seen)
     (out / "report.json").write_text(json.dumps({"settings": settings}))
 
 
-def test_what_implanting_saw_is_not_measured(
-    folder: Path, trojan: Path, loads: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def covering(*given: Any, **settings: Any) -> Case:
-        return attacked_case(*given, **{**settings, "sizes": (1.0, 1.0)})
-
-    monkeypatch.setattr(evaluation, "attacked_case", covering)
+@pytest.mark.usefixtures("covering")
+def test_what_implanting_saw_is_not_measured(folder: Path, trojan: Path, loads: list[dict[str, Any]]) -> None:
     out = ("--out", folder.parent / "out", *QUICK)
     command = ("evaluate", "trojan", folder, "--trojan", trojan, *out, "--arms", "dense,fast", "--sparsity", 0.5)
     (folder / "02.png").rename(folder / "renamed.png")
@@ -169,6 +176,49 @@ def test_what_implanting_saw_is_not_measured(
     assert "Trojan AUC, %, 4 images" in table.stdout
     assert re.search(r"left out: 2, such as 0[04].png: the network gives it the class of 'corner'", table.stderr)
     assert re.search(r"left out: 2, such as \w+.png: patches were implanted with it", table.stderr)
+
+
+@pytest.mark.usefixtures("covering")
+def test_what_the_arms_are_made_of(folder: Path, trojan: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    for i, path in enumerate(photographs(others, 12).values()):
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path.with_name(f"other{i}.png"))
+        path.unlink()
+    for method in ("saliency", "occlusion"):
+        SparsityPlan.from_mapping({"blocks.1": 0.5}).to_json(tmp_path / f"{method}.json")
+    evaluate("trojan", folder, "--trojan", trojan, "--sparsity", 0.6, "--limit", 2, "--plans", tmp_path,
+             "--arms", "dense,fast,fast-tuned,generic,class,sparse-fc", "--reference", others, "--reference-limit", 6,
+             "--seed", 3, "--views", "partial", "--steps", 6)  # fmt: skip
+    settings = json.loads((folder.parent / "out" / "settings.json").read_text())
+    told = settings["arms"]
+    assert settings["seed"] == 3
+    views = {"num_augmentations": 4, "augment": repr(Augmentation.partial(SIDE, (0.5, 0.5, 0.5))), "seed": 3}
+    for arm in ("fast", "fast-tuned", "generic", "class"):
+        assert {key: told[arm][key] for key in views} == views, arm
+    assert [told[arm]["sparsity"] for arm in ("fast", "generic", "class")] == [0.6, 0.6, 0.6]
+
+    files = named_files(others)
+    clean = evaluation.clean_cases(quarters(), files, seed=3)
+    patch = Trojan(Patch.read(trojan / "patches" / "corner.png"), 0)
+    attacked = evaluation.attacked_cases(quarters(), files, [patch], seed=3)
+
+    def digests_of(cases: dict[str, Case]) -> dict[str, str]:
+        return {name: case.digest for name, case in cases.items()}
+
+    assert told["generic"]["images"] == digests_of(evaluation.first_cases(clean, 6))
+    assert told["class"]["images"] == digests_of(evaluation.first_cases(attacked, 6))
+    every_second = {name: (attacked if i % 2 else clean)[name] for i, name in enumerate(clean)}
+    assert told["sparse-fc"]["images"] == digests_of(evaluation.first_cases(every_second, 6))
+    assert told["sparse-fc"]["seed"] == 3
+    # The cases are drawn by the seed as well.
+    seen = dict.fromkeys(digests(folder, "01.png", "02.png"), "seen")
+    by_seed = [
+        list(evaluation.first_cases(evaluation.unseen_cases(
+            evaluation.attacked_cases(quarters(), named_files(folder), [patch], seed=seed), seen), 2))
+        for seed in (3, 0)
+    ]  # fmt: skip
+    assert json.loads((folder.parent / "out" / "summary.json").read_text())["images"] == by_seed[0] != by_seed[1]
 
 
 def test_plans_are_tuned_and_measured_on_other_images(folder: Path, tmp_path: Path) -> None:
@@ -235,13 +285,8 @@ def test_settings_of_a_tuning(folder: Path, tmp_path: Path) -> None:
     assert {step["stage"] for step in report["history"]} == {"untuned", "choice"}
 
 
-def test_plans_for_patches_are_tuned_on_what_implanting_saw(
-    folder: Path, trojan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def covering(*given: Any, **settings: Any) -> Case:
-        return attacked_case(*given, **{**settings, "sizes": (1.0, 1.0)})
-
-    monkeypatch.setattr(evaluation, "attacked_case", covering)
+@pytest.mark.usefixtures("covering")
+def test_plans_for_patches_are_tuned_on_what_implanting_saw(folder: Path, trojan: Path, tmp_path: Path) -> None:
     seen = ["01.png", "02.png", "03.png", "05.png"]
     write_report(trojan, folder, seen)
     command = ("tune", "trojan", folder, "--trojan", trojan, "--out", tmp_path / "plans", "--blocks", "classifier")
