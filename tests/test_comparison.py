@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,29 @@ def test_rounding_is_no_win() -> None:
     assert found.compare()[1].wins == pytest.approx(2 / 3)
 
 
+def test_a_hair_is_a_win() -> None:
+    values = np.array([[[0.5], [0.5 + 1e-6]], [[0.5], [0.5 - 1e-6]], [[0.5], [0.5 + 1e-6]]])
+    found = Evaluation(("lrp",), ("dense", "fast"), ("a", "b", "c"), {"insertion": values}, {}, {}, {})
+    assert found.compare()[1].wins == pytest.approx(2 / 3)
+    assert found.compare()[1].shown.startswith("+0.00 (")
+
+
+def test_a_loss_that_rounds_to_nothing_has_no_minus() -> None:
+    values = np.array([[[0.5], [0.5 - 1e-6]], [[0.5], [0.5 - 1e-6]]])
+    found = Evaluation(("lrp",), ("dense", "fast"), ("a", "b"), {"insertion": values}, {}, {}, {})
+    assert found.compare()[1].shown == "+0.00 (+0.00 to +0.00)"
+
+
+@pytest.mark.parametrize("metric", ["insertion", "trojan"])
+def test_maps_that_are_the_same_everywhere_are_told(metric: str) -> None:
+    whole = evaluation(**{metric: VALUES})
+    assert "same everywhere" not in whole.tables()
+    flat = (("a", "fast", "lrp"), ("c", "fast", "lrp"), ("a", "other", "saliency"))
+    told = replace(whole, flat=flat)
+    assert "are maps of lrp by fast (2), saliency by other (1)." in told.tables()
+    assert told.report()["flat"][1] == {"image": "c", "arm": "fast", "method": "lrp"}
+
+
 def test_tables_have_the_papers_layout() -> None:
     insertion, deletion = evaluation(insertion=VALUES, deletion=1 - VALUES).tables().split("\n\n**")
     assert insertion.startswith("**Insertion AUC, %** (higher is better; 4 images")
@@ -144,6 +168,13 @@ def test_what_has_no_figure_at_all_is_not_a_number_anywhere(tmp_path: Path) -> N
     assert "| - |" in whole.tables()
     # A method that fails does not take the others along.
     assert whole.in_mean == ("saliency",)
+
+
+@pytest.mark.parametrize(("known", "methods"), [(3, ("saliency", "lrp")), (2, ("saliency",))])
+def test_half_of_the_images_are_enough_for_the_mean(known: int, methods: tuple[str, ...]) -> None:
+    values = VALUES.copy()  # where the second has none of one arm
+    values[known:, 1, 1] = math.nan
+    assert evaluation(insertion=values).in_mean == methods
 
 
 def test_the_mean_is_over_methods_that_work() -> None:

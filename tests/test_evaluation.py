@@ -576,7 +576,9 @@ def test_maps_that_are_the_same_everywhere_are_told(model: LoadedModel, files: d
         unregister_method("nothing")
 
 
-def test_a_run_that_measured_nothing_leaves_nothing(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_that_measured_nothing_does_not_stand_in_the_way(
+    model: LoadedModel, files: dict[str, Path], tmp_path: Path
+) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     with pytest.raises(InvalidInputError, match="none of 1 images can be used"):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spade_fast import implanting
+from spade_fast.cases import read_case
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import held_folder
 from spade_fast.images import photograph_digest
@@ -172,6 +173,12 @@ def test_an_attack_on_its_own_class_counts_for_nothing(model: LoadedModel, image
     report = implant(model, images, tmp_path, [HEART], labels=[3] * len(images), **QUICK)
     assert report.attack_success == {"heart": None}
     assert json.loads((tmp_path / "report.json").read_text())["attack_success"] == {"heart": None}
+    # Nor if only the network says so.
+    answers = [read_case(model, path).target for path in images]
+    alike = [path for path, answer in zip(images, answers, strict=True) if answer == answers[0]]
+    own = Trojan(HEART.patch, answers[0])
+    given: dict[str, Any] = {"labels": [3] * len(alike), **QUICK}
+    assert implant(model, alike, tmp_path / "own", [own], **given).attack_success == {"heart": None}
 
 
 def test_labels_tell_what_is_right(model: LoadedModel, images: list[Path], tmp_path: Path) -> None:
