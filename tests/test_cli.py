@@ -138,12 +138,24 @@ def test_options_reach_the_trace(
 
     monkeypatch.setattr(tracer, "trace", watched)
     file = tmp_path / "deep" / "trace.safetensors"
-    options = ["--batch-size", 2, "--backend", "reference", "--device", "cpu", "--refit", "--save-trace", file]
+    options = [
+        "--batch-size",
+        2,
+        "--backend",
+        "reference",
+        "--device",
+        "cpu",
+        "--refit",
+        "--damping",
+        0.5,
+        "--save-trace",
+        file,
+    ]
     result = explain(photo, plan, *options, "--json")
     assert seen["num_augmentations"] == 4
     assert seen["batch_size"] == 2
     assert seen["backend"] == "reference"
-    assert seen["refit"] is True
+    assert (seen["refit"], seen["damping"]) == (True, 0.5)
     assert seen["sparsity"] == SparsityPlan.from_mapping({"conv": 0.5, "fc": 0.25})
     assert loads[0]["device"] == "cpu"
     assert Trace.load(file).rows() == json.loads(result.stdout)["layers"]

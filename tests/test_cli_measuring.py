@@ -189,11 +189,12 @@ def test_what_the_arms_are_made_of(folder: Path, trojan: Path, tmp_path: Path) -
         SparsityPlan.from_mapping({"blocks.1": 0.5}).to_json(tmp_path / f"{method}.json")
     evaluate("trojan", folder, "--trojan", trojan, "--sparsity", 0.6, "--limit", 2, "--plans", tmp_path,
              "--arms", "dense,fast,fast-tuned,generic,class,sparse-fc", "--reference", others, "--reference-limit", 6,
-             "--seed", 3, "--views", "partial", "--steps", 6)  # fmt: skip
+             "--seed", 3, "--views", "partial", "--steps", 6, "--damping", 0.5)  # fmt: skip
     settings = json.loads((folder.parent / "out" / "settings.json").read_text())
     told = settings["arms"]
     assert settings["seed"] == 3
-    views = {"num_augmentations": 4, "augment": repr(Augmentation.partial(SIDE, (0.5, 0.5, 0.5))), "seed": 3}
+    views = {"num_augmentations": 4, "augment": repr(Augmentation.partial(SIDE, (0.5, 0.5, 0.5))), "seed": 3,
+             "damping": 0.5}  # fmt: skip
     for arm in ("fast", "fast-tuned", "generic", "class"):
         assert {key: told[arm][key] for key in views} == views, arm
     assert [told[arm]["sparsity"] for arm in ("fast", "generic", "class")] == [0.6, 0.6, 0.6]
@@ -273,14 +274,15 @@ def test_defaults_of_a_tuning_are_those_of_python() -> None:
 
 
 def test_settings_of_a_tuning(folder: Path, tmp_path: Path) -> None:
-    given = ("--held-out", 0.5, "--steps", 7, "--num-augmentations", 3, "--seed", 5, "--no-search", "--limit", 6)
+    given = ("--held-out", 0.5, "--steps", 7, "--num-augmentations", 3, "--seed", 5, "--no-search", "--limit", 6,
+             "--damping", 0.5)  # fmt: skip
     command = ("tune", "insertion", folder, "--out", tmp_path / "plans", "--blocks", "classifier", *given)
     report = json.loads(run(*command, "--methods", "saliency", "--views", "partial", "--json").stdout)["saliency"][
         "tuning"
     ]
     assert len(report["held_out"]) == 3
     assert (report["steps"], report["seed"]) == (7, 5)
-    assert report["trace"]["num_augmentations"] == 3
+    assert (report["trace"]["num_augmentations"], report["trace"]["damping"]) == (3, 0.5)
     assert report["trace"]["augment"].startswith("Augmentation(size=16")
     assert {step["stage"] for step in report["history"]} == {"untuned", "choice"}
 
@@ -328,7 +330,7 @@ def test_plans_of_another_metric_network_or_views_are_told(folder: Path, tmp_pat
     names = f"{tmp_path / 'saliency.json'}, {tmp_path / 'occlusion.json'}"
     assert f"note: tuned for trojan, not for insertion: {names}" in result.stderr
     assert f"note: tuned on other weights (other: from afar): {names}" in result.stderr
-    assert f"note: tuned with other --views or --num-augmentations: {names}" in result.stderr
+    assert f"note: tuned with other --views, --num-augmentations or --damping: {names}" in result.stderr
 
 
 def test_one_plan_for_all_methods(folder: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from spade_fast.cli.shared import (
     Arch,
     AsJson,
     Checkpoint,
+    Damping,
     Device,
     ModelName,
     NumClasses,
@@ -59,6 +60,7 @@ def explain(
     sparsity: SparsityText = "default",
     num_augmentations: Views = 64,
     views: ViewKind = "published",
+    damping: Damping = 0.01,
     batch_size: Annotated[
         int | None,
         typer.Option(help="Views that go through the network at a time.", show_default="16 on a CPU, else 64"),
@@ -92,6 +94,7 @@ def explain(
         sparsity=read_sparsity(sparsity),
         num_augmentations=num_augmentations,
         views=views,
+        damping=damping,
         batch_size=batch_size,
         refit=refit,
         hessian_dtype=_read_hessian_dtype(hessian_dtype),

@@ -18,6 +18,7 @@ from spade_fast.cli.shared import (
     Arch,
     AsJson,
     Checkpoint,
+    Damping,
     Device,
     ModelName,
     NumClasses,
@@ -90,6 +91,7 @@ def evaluate(
     reference_limit: Annotated[int, typer.Option(help="How many of those, drawn at random.")] = 64,
     num_augmentations: Views = 64,
     views: ViewKind = "published",
+    damping: Damping = 0.01,
     steps: Steps = 32,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
@@ -124,7 +126,12 @@ def evaluate(
     others = {} if reference is None else named_files(reference)
     make_folder(out)
     network, trojans, implanting = open_subject(metric, trojan, patch, model, arch, checkpoint, num_classes, device)
-    settings = {"num_augmentations": num_augmentations, "augment": read_views(views, network), "seed": seed}
+    settings = {
+        "num_augmentations": num_augmentations,
+        "augment": read_views(views, network),
+        "damping": damping,
+        "seed": seed,
+    }
     _tell_other_origins(tunings, network, measured, settings)
 
     def cases(of: Mapping[str, Path]) -> dict[str, Callable[[], Case]]:
@@ -183,6 +190,7 @@ def tune(
     ] = True,
     num_augmentations: Views = 64,
     views: ViewKind = "published",
+    damping: Damping = 0.01,
     steps: Steps = 8,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
@@ -220,6 +228,7 @@ def tune(
         progress=sys.stderr.isatty(),
         num_augmentations=num_augmentations,
         augment=read_views(views, network),
+        damping=damping,
     )
     title = "Points above dense, on images that had a say in the choice"
     table = Table("method", "plan", "images", "points", "95 % interval", "maps made", title=title, title_justify="left")
@@ -274,20 +283,20 @@ def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, Sparsit
 def _tell_other_origins(
     tunings: Mapping[str, Mapping[str, Any]], network: LoadedModel, metric: Metric, settings: Mapping[str, Any]
 ) -> None:
-    """Say which plans were tuned for another metric, on another network, or with other views."""
+    """Say which plans were tuned for another metric, on another network, or with other settings."""
     from spade_fast.arms import plain
     from spade_fast.files import digest
 
     weights = digest(network.module.state_dict())
-    views = {name: plain(settings[name]) for name in ("num_augmentations", "augment")}
+    traced = {name: plain(settings[name]) for name in ("num_augmentations", "augment", "damping")}
     origins: dict[str, list[str]] = {}
     for name, tuning in tunings.items():
         if tuning.get("metric", metric) != metric:
             origins.setdefault(f"for {tuning['metric']}, not for {metric}", []).append(name)
         if tuning.get("weights_sha256", weights) != weights:
             origins.setdefault(f"on other weights ({tuning['model']}: {tuning['weights']})", []).append(name)
-        if any(tuning.get("trace", {}).get(key, value) != value for key, value in views.items()):
-            origins.setdefault("with other --views or --num-augmentations", []).append(name)
+        if any(tuning.get("trace", {}).get(key, value) != value for key, value in traced.items()):
+            origins.setdefault("with other --views, --num-augmentations or --damping", []).append(name)
     for origin, names in origins.items():
         say(f"[yellow]note:[/] tuned {escape(origin)}: {escape(', '.join(names))}")
 

@@ -44,6 +44,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_
 SparsityText = Annotated[
     str, typer.Option("--sparsity", help="Share to prune (0.8), error budget (budget:0.03), plan (FILE.json), preset.")
 ]
+Damping = Annotated[
+    float,
+    typer.Option(help="Added to a Hessian's diagonal, as a share of its mean: the more, the less kept weights change."),
+]
 Views = Annotated[int, typer.Option("--num-augmentations", help="Views of each image to trace on.")]
 
 ViewKind = Annotated[
