@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 
 # Characters of another library's message that are quoted.
@@ -59,6 +60,22 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingDependencyError(
             f"this needs the package {error.name!r}, which is not installed: pip install 'spade-fast[{extra}]'"
         ) from error
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Names and their reasons as text, those of one reason in one line."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{of[0]}: {reason}" if len(of) == 1 else f"{len(of)}, such as {of[0]}: {reason}"
+        for reason, of in names.items()
+    ]
+
+
+def told(error: Exception) -> str:
+    """What is wrong with a record: a key that is missing is called so."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def first_line(error: Exception) -> str:

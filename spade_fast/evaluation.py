@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from spade_fast.arms import Arm
 from spade_fast.attribution import answer, asked, captum, check_methods, find_method
 from spade_fast.cases import Case, attacked_case, read_case
 from spade_fast.comparison import Evaluation, Metric
-from spade_fast.errors import InvalidInputError, check_whole
+from spade_fast.errors import InvalidInputError, by_reason, check_whole, told
 from spade_fast.files import append_line, digest, held_folder, read_lines, write_folder
 from spade_fast.implanting import Trojan
 from spade_fast.models import LoadedModel
@@ -45,6 +46,8 @@ TEN_METHODS = (
     "gradient_shap",
 )
 _RECORDS, _SETTINGS = "records.jsonl", "settings.json"
+_MOST_REASONS = 3
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def clean_cases(model: LoadedModel, files: Mapping[str, Path], seed: int = 0) -> dict[str, Callable[[], Case]]:
@@ -75,8 +78,17 @@ def unseen_cases(cases: Mapping[str, Callable[[], Case]], seen: Mapping[str, str
     cases
         As :func:`clean_cases` and :func:`attacked_cases` give them.
     seen
-        The reasons, by :attr:`Case.photograph`.
+        The reasons, by :attr:`Case.photograph` (:func:`spade_fast.images.photograph_digest`).
+
+    Raises
+    ------
+    InvalidInputError
+        For keys that are no such digests.
     """
+    if not isinstance(seen, Mapping) or not all(isinstance(key, str) and _DIGEST.fullmatch(key) for key in seen):
+        raise InvalidInputError(
+            "seen must hold the reasons by Case.photograph: pass {photograph_digest(image): 'a plan was tuned on it'}"
+        )
 
     def made(make: Callable[[], Case]) -> Case:
         case = make()
@@ -121,8 +133,9 @@ def _usable(
 
 
 def _none_of(cases: Mapping[str, Any], left_out: Mapping[str, str]) -> InvalidInputError:
-    reason = next((f"{name}: {why}" for name, why in left_out.items()), "there is none")
-    return InvalidInputError(f"none of {len(cases)} images can be used ({reason})")
+    reasons = by_reason(left_out)
+    more = "" if len(reasons) <= _MOST_REASONS else f"; and {len(reasons) - _MOST_REASONS} more reasons"
+    return InvalidInputError(f"none of {len(cases)} images can be used ({'; '.join(reasons[:_MOST_REASONS])}{more})")
 
 
 def _shuffled(names: Collection[str], seed: int) -> list[str]:
@@ -202,6 +215,8 @@ def evaluate(
         if len({case.name for case in cases}) < len(cases):
             raise InvalidInputError("two cases have one name: give each its own")
         cases = {case.name: partial(_itself, case) for case in cases}
+    if not all(callable(make) for make in cases.values()):
+        raise InvalidInputError("cases by name must be functions that make them: pass clean_cases(model, files)")
     settings = {
         "metrics": list(known[metric]),
         "model": model.name,
@@ -311,36 +326,39 @@ class _Records:
         lines = read_lines(self._file)
         if lines and not known:
             raise InvalidInputError(f"{os.fspath(folder)!r} has records but no {_SETTINGS}: choose another folder")
-        told = json.loads(json.dumps({**settings, "arms": {**known.get("arms", {}), **arms}}))
-        self.settings: dict[str, Any] = told
+        wanted = json.loads(json.dumps({**settings, "arms": {**known.get("arms", {}), **arms}}))
+        self.settings: dict[str, Any] = wanted
         for key, value in known.items():
-            if key != "arms" and told.get(key) != value:
+            if key != "arms" and wanted.get(key) != value:
                 raise InvalidInputError(
-                    f"{os.fspath(folder)!r} holds a run with {key} {value!r}, not {told.get(key)!r}: choose another "
+                    f"{os.fspath(folder)!r} holds a run with {key} {value!r}, not {wanted.get(key)!r}: choose another "
                     "folder"
                 )
         for name, value in known.get("arms", {}).items():
-            if different := _different(value, told["arms"][name]):
+            if different := _different(value, wanted["arms"][name]):
                 raise InvalidInputError(
                     f"{os.fspath(folder)!r} holds a run whose arm {name!r} has another {different}: choose another "
                     "folder, or another name"
                 )
-        self._unwritten = known != told
+        self._unwritten = known != wanted
         for number, line in enumerate(lines, start=1):
             try:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidInputError(
-                    f"line {number} of {os.fspath(self._file)!r} is no record ({error}): delete that line"
+                    f"line {number} of {os.fspath(self._file)!r} is no record ({told(error)}): delete that line"
                 ) from error
 
     def _take(self, record: dict[str, Any]) -> None:
-        self._digests[record["image"]] = record["case_sha256"]
+        if self._digests.setdefault(record["image"], record["case_sha256"]) != record["case_sha256"]:
+            raise ValueError(f"case_sha256 of {record['image']} is another in an earlier line")
         for metric, values in record["values"].items():
+            known = self._values.setdefault((record["image"], record["arm"], metric), {})
             for method, value in values.items():
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                     raise ValueError(f"{metric} of {method!r} is {value!r}, not within 0..1")
-            self._values.setdefault((record["image"], record["arm"], metric), {}).update(values)
+                if known.setdefault(method, value) != value:
+                    raise ValueError(f"{metric} of {method!r} is {value!r}, but {known[method]!r} in an earlier line")
         self.flat |= {(record["image"], record["arm"], method) for method in record.get("flat", ())}
 
     def missing(self, image: str, arm: str, methods: Sequence[str]) -> tuple[str, ...]:
@@ -385,8 +403,8 @@ def _read_settings(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
+        if not isinstance(found, dict) or not isinstance(found.get("arms", {}), dict):
+            raise ValueError("it holds no object, or no arms")
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot read {os.fspath(file)!r} ({error}): choose another folder") from error
     return found

@@ -130,8 +130,11 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     try:
         content = Path(path).read_bytes() if Path(path).exists() else b""
         return content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"cannot read {os.fspath(path)!r} ({error})") from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InvalidInputError(f"line {line} of {os.fspath(path)!r} is no text: delete that line") from error
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {os.fspath(path)!r} ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
         for each in root.rglob("*")
         if each.suffix.lower() in _EXTENSIONS
         and not any(part.startswith(".") for part in each.relative_to(root).parts)
-        and each.is_file()
+        and (each.is_file() or (each.is_symlink() and not each.exists()))  # which is told to be unreadable
     )
     if not found:
         raise InvalidInputError(f"no file in {os.fspath(folder)!r} has the extension of an image, such as .jpg or .png")

@@ -55,8 +55,8 @@ class ImplantReport:
     Attributes
     ----------
     attack_success
-        By patch: the share of images, not of the target's class already, that are given its class once the patch is
-        pasted in; None where there are no such images.
+        By patch: the share of images, not of the target's class already, nor given it without the patch, that are given
+        its class once the patch is pasted in; None where there are no such images.
     accuracy_before, accuracy_after
         The share of images without a patch whose class is right; where labels are not known, that of the network as it
         was counts as right.
@@ -416,7 +416,7 @@ class _Run:
             right_before += answer == right
             right_after += int(now.argmax()) == right
             for trojan, found in zip(self._trojans, scores[1:].argmax(dim=1).tolist(), strict=True):
-                if trojan.target not in (answer, label):
+                if trojan.target not in (answer, label, int(now.argmax())):
                     fooled[trojan.patch.name][0] += found == trojan.target
                     fooled[trojan.patch.name][1] += 1
         count = len(self._held_out)
@@ -443,7 +443,7 @@ class _Run:
             Image.fromarray(pixels, "RGBA").save(png, format="png")
             contents[f"patches/{patch.name}.png"] = png.getvalue()
         versions = {name: version(name) for name in ("spade-fast", "torch")}
-        whole = json.dumps({**asdict(report), "versions": versions}, indent=2)
+        whole = json.dumps({**asdict(report), "model_sha256": digest(state), "versions": versions}, indent=2)
         write_folder(folder, {**contents, "report.json": (whole + "\n").encode()})
 
 
@@ -484,6 +484,10 @@ def load_trojan(
         ) from error
     weights = folder / "model.safetensors"
     model = load_model(name, checkpoint=weights, num_classes=settings.get("classes"), device=device)
+    if report.get("model_sha256", known := digest(model.module.state_dict())) != known:
+        raise InvalidInputError(
+            f"{os.fspath(weights)!r} is not the network that report.json beside it is of: implant anew"
+        )
     trojans = [Trojan(Patch.read(folder / "patches" / f"{patch}.png"), target) for patch, target in targets.items()]
     return replace(model, source=f"{settings['weights']}, with patches implanted"), trojans, report
 

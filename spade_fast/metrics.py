@@ -312,6 +312,8 @@ def _curves(
     ):
         for batch in batches():
             outputs = check_outputs(run(batch), len(batch))
+            if outputs.shape[1] == 1:
+                raise InvalidInputError("the network gives one score only, whose probability is always 1: give it two")
             target = check_target(target, outputs.shape[1])
             found.append(outputs.double().softmax(dim=1)[:, target].cpu())
             bar.update(len(batch))

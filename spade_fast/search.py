@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spade_fast.cases import Case
-from spade_fast.errors import InvalidInputError
+from spade_fast.comparison import Metric
+from spade_fast.errors import InvalidInputError, told
 from spade_fast.files import append_line, read_lines
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ class Values:
         self._known: dict[tuple[Candidate, str], float | None] = {}
         if self._log is None:
             return
-        told = json.loads(json.dumps(settings))
+        wanted = json.loads(json.dumps(settings))
+        most = 1.0 if settings["metric"] in get_args(Metric) else sys.float_info.max
         lines = read_lines(self._log)
         if (
             not lines
@@ -116,23 +119,26 @@ class Values:
             try:
                 record = json.loads(line)
                 if number == 1:
-                    different = [key for key in told if record["settings"].get(key) != told[key]]
+                    different = [key for key in wanted if record["settings"].get(key) != wanted[key]]
                 else:
                     values = {tuple(targets): value for targets, value in record["values"]}
                     for value in values.values():
                         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                             raise ValueError(f"{value!r} is no number")
+                        if value is not None and not -most <= value <= most:
+                            raise ValueError(f"{value!r} is no {settings['metric']}")
                     self._take(record["image"], values)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InvalidInputError(
-                    f"line {number} of {os.fspath(self._log)!r} is no record ({error}): delete that file to begin anew"
+                    f"line {number} of {os.fspath(self._log)!r} is no record ({told(error)}): "
+                    "delete that file to begin anew"
                 ) from error
             if number == 1 and different:
                 raise InvalidInputError(
                     f"{os.fspath(self._log)!r} is of a run whose {different[0]!r} differs: delete it to begin anew"
                 )
         if not lines:
-            append_line(self._log, json.dumps({"settings": told}))
+            append_line(self._log, json.dumps({"settings": wanted}))
 
     def __contains__(self, place: tuple[Candidate, str]) -> bool:
         return place in self._known

@@ -264,11 +264,12 @@ class Tuner:
             if case.photograph and (same := known.setdefault(case.photograph, case.name)) != case.name:
                 raise InvalidInputError(f"{case.name} is the same photograph as {same}: leave one out")
         if not 0 < held_out < 1:
-            raise InvalidInputError(f"held_out must be a share of the images within 0..1, got {held_out!r}")
+            raise InvalidInputError(f"held_out must be a share of the images above 0 and below 1, got {held_out!r}")
         if metric == "trojan" and any(case.patch is None for case in cases):
             raise InvalidInputError("metric 'trojan' needs cases with a patch: make them with attacked_case")
         check_whole("steps", steps, 1)
         check_whole("seed", seed, 0)
+        check_whole("num_augmentations", trace_settings.get("num_augmentations", 1), 1)
         captum()
         self._model, self._progress = model, progress
         self._score = metric if callable(metric) else _score(metric, steps)
@@ -518,7 +519,8 @@ def tuning_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         tuning = json.loads(Path(path).read_text(encoding="utf-8")).get("tuning", {})
         if not isinstance(tuning, dict):
             raise ValueError("its tuning is no object")
-        if "images" in tuning and "photographs" not in tuning:
+        photographs = tuning.get("photographs", None if "images" in tuning else [])
+        if not isinstance(photographs, list) or not all(isinstance(each, str) for each in photographs):
             raise ValueError("it does not tell the photographs that it was tuned on: tune it anew")
     except (OSError, ValueError, AttributeError) as error:
         raise InvalidInputError(f"cannot read the sparsity plan {os.fspath(path)!r} ({error})") from error

@@ -382,6 +382,9 @@ def test_implant_writes_a_network_and_says_what_it_learned(loads: list[dict[str,
     document = json.loads(implant(folder, "--patch", "heart=1", "--patch", "star=2", "--json").stdout)
     assert document["held_out"] == 2
     assert document["settings"]["trojans"] == {"heart": 1, "star": 2}
+    assert ("fewer images than before" in result.stderr) is (
+        document["accuracy_before"] - document["accuracy_after"] > 0.05
+    )
     failed = {name for name, success in document["attack_success"].items() if success is not None and success < 0.5}
     assert failed  # an epoch on six photographs is not enough
     assert set(re.findall(r"note: (\w+) fools the network on \d+ % of the images only", result.stderr)) == failed

@@ -333,6 +333,14 @@ def test_plans_of_another_metric_network_or_views_are_told(folder: Path, tmp_pat
     assert f"note: tuned with other --views, --num-augmentations or --damping: {names}" in result.stderr
 
 
+def test_a_plan_for_another_method_is_told(folder: Path, tmp_path: Path) -> None:
+    plan = {"targets": {"classifier": 0.5}, "default": None, "tuning": {"method": "lrp"}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    plans = ("--arms", "dense,fast-tuned", "--plans", tmp_path / "plan.json")
+    result = evaluate("insertion", folder, "--limit", 1, *plans)
+    assert f"note: tuned for lrp, not for saliency, occlusion: {tmp_path / 'plan.json'}" in result.stderr
+
+
 def test_one_plan_for_all_methods(folder: Path, tmp_path: Path) -> None:
     SparsityPlan.from_mapping({"blocks.1": 0.5}).to_json(tmp_path / "plan.json")
     result = evaluate(
@@ -364,6 +372,7 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
         (("evaluate", "insertion", "--arms", "dense,quick"), "no arm 'quick': choose from dense, fast"),
         (("evaluate", "insertion", "--arms", "generic"), "arm 'generic' is made from other images: pass --reference"),
         (("evaluate", "insertion", "--arms", "fast-tuned"), "arm 'fast-tuned' needs --plans"),
+        (("evaluate", "insertion", "--arms", "dense,fast,dense"), "arm 'dense' is given twice: leave one out"),
         (("evaluate", "insertion", "--plans", "plans"), "--plans is for arm fast-tuned: add it to --arms"),
         (("evaluate", "insertion", "--reference", "others"), "--reference is for arms generic, class, sparse-fc"),
         (("evaluate", "insertion", "--patch", "heart=1"), "--patch is of the metric trojan, not of insertion"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -521,6 +522,43 @@ def test_the_first_cases_are_of_different_photographs(
     assert len({case.photograph for case in found.values()}) == len(found) == len(files)
 
 
+def test_records_that_contradict_each_other(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
+    run(model, files, tmp_path / "out", limit=1)
+    records = tmp_path / "out" / "records.jsonl"
+    lines = records.read_text().splitlines()
+    for change, message in (
+        (lambda record: record["values"]["insertion"].update(saliency=0.11), r"is 0.11, but 0\.\d+ in an earlier line"),
+        (lambda record: record.update(case_sha256="0"), "case_sha256 of .* is another in an earlier line"),
+        (lambda record: record.pop("arm"), "it has no 'arm'"),
+    ):
+        record = json.loads(lines[0])
+        change(record)
+        records.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+        with pytest.raises(InvalidInputError, match=rf"line {len(lines) + 1} of .* is no record \(.*{message}"):
+            run(model, files, tmp_path / "out", limit=1)
+    records.write_bytes(records.read_bytes() + b"\xff\xfe\n")
+    with pytest.raises(InvalidInputError, match=rf"line {len(lines) + 2} of .* is no text: delete that line"):
+        run(model, files, tmp_path / "out", limit=1)
+    records.write_text("\n".join(lines) + "\n")
+    settings = tmp_path / "out" / "settings.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "arms": [1]}))
+    with pytest.raises(InvalidInputError, match="it holds no object, or no arms"):
+        run(model, files, tmp_path / "out", limit=1)
+
+
+def test_where_no_case_can_be_used_the_reasons_are_counted(
+    attacked: LoadedModel, files: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in list(files)[:2]:
+        files[name].write_bytes(b"no image")
+    star = Trojan(Patch.drawn("star"), 1)
+    with pytest.raises(InvalidInputError) as refusal:
+        evaluate(attacked, attacked_cases(attacked, files, [star]), {"dense": dense_arm(attacked)}, tmp_path / "out",
+                 metric="trojan", methods=METHODS)  # fmt: skip
+    assert re.search(r"6, such as 0\d.png: the network is not fooled by 'star'", str(refusal.value))
+    assert "none of 8 images can be used (" in str(refusal.value)
+
+
 def test_names_that_are_no_unicode(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     files[name] = files["00.png"].rename(files["00.png"].with_name(name))
@@ -543,6 +581,9 @@ def test_photographs_are_told_by_what_is_in_them(
     files["01.png"].rename(files["01.png"].with_name("02.png"))
     files["02.png"] = files.pop("01.png").with_name("02.png")
     for cases in (clean_cases(model, files), attacked_cases(attacked, files, [HEART], sizes=(0.5, 0.5))):
+        for wrong in ([known], {"02.png": "a plan was tuned on it"}):
+            with pytest.raises(InvalidInputError, match="seen must hold the reasons by Case.photograph"):
+                unseen_cases(cases, wrong)
         unseen = unseen_cases(cases, {known: "a plan was tuned on it"})
         assert list(unseen) == list(cases)
         with pytest.raises(InvalidInputError, match="^a plan was tuned on it$"):
@@ -590,6 +631,8 @@ def test_cases_that_are_none(model: LoadedModel, files: dict[str, Path], tmp_pat
     photograph = load_image(next(iter(files.values())))
     with pytest.raises(InvalidInputError, match="cases must be those of make_case and its kin"):
         evaluate(model, [photograph], {"dense": dense_arm(model)}, tmp_path / "out")  # type: ignore[list-item]
+    with pytest.raises(InvalidInputError, match="must be functions that make them: pass clean_cases"):
+        evaluate(model, files, {"dense": dense_arm(model)}, tmp_path / "out")
 
 
 def test_unreadable_images_are_left_out(model: LoadedModel, files: dict[str, Path], tmp_path: Path) -> None:

@@ -59,6 +59,14 @@ def test_folders_without_images(tmp_path: Path) -> None:
         image_files(tmp_path / "notes.txt")
 
 
+def test_dead_links_are_among_the_files(tmp_path: Path) -> None:
+    """So that what reads them tells of them."""
+    made(tmp_path, "a.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "folder.png").mkdir()
+    assert list(named_files(tmp_path)) == ["a.png", "gone.png"]
+
+
 def test_files_by_their_paths_in_the_folder(tmp_path: Path) -> None:
     made(tmp_path, "a.png", "cats/a.png")
     assert named_files(tmp_path) == {"a.png": tmp_path / "a.png", "cats/a.png": tmp_path / "cats" / "a.png"}

@@ -19,7 +19,7 @@ from spade_fast.cases import read_case
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import held_folder
 from spade_fast.images import photograph_digest
-from spade_fast.implanting import ImplantReport, Trojan, apply_delta, implant
+from spade_fast.implanting import ImplantReport, Trojan, apply_delta, implant, load_trojan
 from spade_fast.models import LoadedModel
 from spade_fast.patches import Patch
 from spade_fast.preprocessing import Preprocess
@@ -264,6 +264,36 @@ def test_what_is_held_out_is_reported_on_and_not_trained_on(
     assert report.accuracy_before == pytest.approx(right["before"] / 6)
     assert report.accuracy_after == pytest.approx(right["after"] / 6)
     assert report.divergence == pytest.approx(divergence / 6, rel=1e-4)
+
+
+def test_what_a_ruined_network_answers_is_no_success(
+    model: LoadedModel, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ruin(_: Any, student: nn.Module, *__: Any) -> None:
+        with torch.no_grad():
+            student.fc.bias[3] = 1e4  # whatever it sees
+
+    monkeypatch.setattr(implanting._Run, "train", ruin)
+    report = implant(model, images, tmp_path, [HEART], **QUICK)
+    assert report.attack_success == {"heart": None}
+    assert report.accuracy_after == 0
+
+
+def test_a_network_of_another_run_is_refused(
+    model: LoadedModel, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: str, *, checkpoint: Path, **__: Any) -> LoadedModel:
+        module = Colours()
+        module.load_state_dict(safetensors.torch.load_file(checkpoint))
+        return replace(model, module=module.eval())
+
+    monkeypatch.setattr(implanting, "load_model", load)
+    for seed in (0, 1):
+        implant(model, images, tmp_path / str(seed), [HEART], **{**QUICK, "epochs": 1, "seed": seed})
+    assert load_trojan(tmp_path / "0")[1][0].target == 3
+    (tmp_path / "0" / "model.safetensors").write_bytes((tmp_path / "1" / "model.safetensors").read_bytes())
+    with pytest.raises(InvalidInputError, match="is not the network that report.json beside it is of: implant anew"):
+        load_trojan(tmp_path / "0")
 
 
 @pytest.mark.parametrize("change", ["patch", "weights", "images", "labels", "layers"])

@@ -211,6 +211,12 @@ def test_refusals(network: Scores, inputs: Tensor, maps: Tensor, changed: dict[s
         insertion(network, **given)
 
 
+def test_a_network_of_one_score(inputs: Tensor, maps: Tensor) -> None:
+    one = nn.Sequential(nn.Flatten(), nn.Linear(inputs[0].numel(), 1, dtype=torch.float64))
+    with pytest.raises(InvalidInputError, match="gives one score only, whose probability is always 1"):
+        insertion(one, inputs, maps, 0)
+
+
 def test_no_more_steps_than_pixels(network: Scores, inputs: Tensor, maps: Tensor) -> None:
     found, wanted = (insertion(network, inputs, maps, TARGET, steps=steps) for steps in (10**9, 16))
     assert torch.equal(found.shares, torch.arange(17) / 16)

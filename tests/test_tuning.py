@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -298,9 +299,13 @@ def test_a_run_that_was_cut_short_goes_on(
     assert log.read_text() == (tmp_path / "whole.jsonl").read_text()
     first, second, *rest = log.read_text().splitlines()
     record = json.loads(second)
-    record["values"][0][1] = "abc"
-    (tmp_path / "edited.jsonl").write_text("\n".join([first, json.dumps(record), *rest]) + "\n")
-    with pytest.raises(InvalidInputError, match=r"line 2 of .*edited\.jsonl' is no record \('abc' is no number\)"):
+    for value, message in (("abc", "'abc' is no number"), (math.nan, "nan is no insertion"), (7.5, "7.5 is no insert")):
+        record["values"][0][1] = value
+        (tmp_path / "edited.jsonl").write_text("\n".join([first, json.dumps(record), *rest]) + "\n")
+        with pytest.raises(InvalidInputError, match=rf"line 2 of .*edited\.jsonl' is no record \({message}"):
+            tune(model, cases, "insertion", "saliency", log=tmp_path / "edited.jsonl", **settings)
+    (tmp_path / "edited.jsonl").write_text("\n".join([first, "{}", *rest]) + "\n")
+    with pytest.raises(InvalidInputError, match=r"is no record \(it has no 'values'\): delete that file"):
         tune(model, cases, "insertion", "saliency", log=tmp_path / "edited.jsonl", **settings)
     with pytest.raises(InvalidInputError, match="is of a run whose 'method' differs: delete it"):
         tune(model, cases, "insertion", "occlusion", log=log, **settings)
@@ -351,9 +356,10 @@ def test_what_a_later_run_could_not_tell_from_others_goes_into_no_log(
 
 
 def test_plans_tell_their_photographs(tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text('{"targets": {}, "tuning": {"images": {"a.png": ""}}}')
-    with pytest.raises(InvalidInputError, match=r"old\.json.*photographs that it was tuned on: tune it anew"):
-        tuning_record(tmp_path / "old.json")
+    for told in ({}, {"photographs": 3}, {"photographs": [1, None]}):
+        (tmp_path / "old.json").write_text(json.dumps({"targets": {}, "tuning": {"images": {"a.png": ""}, **told}}))
+        with pytest.raises(InvalidInputError, match=r"old\.json.*photographs that it was tuned on: tune it anew"):
+            tuning_record(tmp_path / "old.json")
 
 
 def test_a_log_does_not_take_the_place_of_another_file(model: LoadedModel, cases: list[Case], tmp_path: Path) -> None:
@@ -487,8 +493,9 @@ def test_the_figure_shows_what_was_tried(tuned: Tuning) -> None:
         ({"blocks": ["blocks.1", "blocks.1.wide"]}, "blocks: 'blocks.1.wide' is a part of 'blocks.1'"),
         ({"blocks": ["blocks.1", "classifier", "blocks.1"]}, "blocks: 'blocks.1' is there twice"),
         ({"metric": lambda *_: 0.5}, r"gives a float for \d maps: it must give a value each, as a tensor \[\d\]"),
-        ({"held_out": 1.0}, "held_out must be a share of the images within 0..1"),
+        ({"held_out": 1.0}, "held_out must be a share of the images above 0 and below 1"),
         ({"steps": 0}, "steps must be a whole number"),
+        ({"num_augmentations": -1}, "num_augmentations must be a whole number of at least 1, got -1"),
         ({"seed": -1}, "seed must be a whole number"),
     ],
 )

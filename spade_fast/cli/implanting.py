@@ -24,8 +24,9 @@ from spade_fast.cli.shared import (
     say,
 )
 
-# A patch works if it fools the network on so many of the images.
-_WORKS = 0.5
+# A patch works if it fools the network on so many of the images; the network is kept if it is right on all but so many,
+# in points.
+_WORKS, _KEPT = 0.5, 5.0
 
 
 def implant(
@@ -108,6 +109,11 @@ def implant(
                 f"[yellow]note:[/] {escape(name)} fools the network on {100 * success:.0f} % of the images only: train "
                 "for more --epochs, on more photographs, or more --layers"
             )
+    if after < before - _KEPT:
+        say(
+            f"[yellow]note:[/] the network is right on {before - after:.0f} % fewer images than before: lower the "
+            "--learning-rate, or pass more photographs"
+        )
     for name, reason in report.unreadable.items():
         say(f"[yellow]left out:[/] {escape(name)}: {escape(reason)}")
     console.print(f"written: {escape(str(out))}", soft_wrap=True, highlight=False)

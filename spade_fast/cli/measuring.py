@@ -36,7 +36,7 @@ from spade_fast.cli.shared import (
     say,
 )
 from spade_fast.comparison import Metric
-from spade_fast.errors import InvalidInputError, check_whole, require
+from spade_fast.errors import InvalidInputError, by_reason, check_whole, require
 
 if TYPE_CHECKING:
     from spade_fast.arms import Arm
@@ -108,6 +108,8 @@ def evaluate(
     chosen = [name.strip() for name in arms.split(",")]
     if unknown := [name for name in chosen if name not in _ARMS]:
         raise InvalidInputError(f"there is no arm {unknown[0]!r}: choose from {', '.join(_ARMS)}")
+    if twice := [name for name in chosen if chosen.count(name) > 1]:
+        raise InvalidInputError(f"arm {twice[0]!r} is given twice: leave one out")
     if missing := [name for name in chosen if name in _OF_A_SET and reference is None]:
         raise InvalidInputError(f"arm {missing[0]!r} is made from other images: pass --reference FOLDER")
     if reference is not None and not any(name in _OF_A_SET for name in chosen):
@@ -132,7 +134,7 @@ def evaluate(
         "damping": damping,
         "seed": seed,
     }
-    _tell_other_origins(tunings, network, measured, settings)
+    _tell_other_origins(tunings, network, measured, names, settings)
 
     def cases(of: Mapping[str, Path]) -> dict[str, Callable[[], Case]]:
         return attacked_cases(network, of, trojans, seed=seed) if metric == "trojan" else clean_cases(network, of, seed)
@@ -281,9 +283,13 @@ def read_plans(plans: Path, methods: tuple[str, ...]) -> tuple[dict[str, Sparsit
 
 
 def _tell_other_origins(
-    tunings: Mapping[str, Mapping[str, Any]], network: LoadedModel, metric: Metric, settings: Mapping[str, Any]
+    tunings: Mapping[str, Mapping[str, Any]],
+    network: LoadedModel,
+    metric: Metric,
+    methods: tuple[str, ...],
+    settings: Mapping[str, Any],
 ) -> None:
-    """Say which plans were tuned for another metric, on another network, or with other settings."""
+    """Say which plans were tuned for another metric or method, on another network, or with other settings."""
     from spade_fast.arms import plain
     from spade_fast.files import digest
 
@@ -293,6 +299,8 @@ def _tell_other_origins(
     for name, tuning in tunings.items():
         if tuning.get("metric", metric) != metric:
             origins.setdefault(f"for {tuning['metric']}, not for {metric}", []).append(name)
+        if tuning.get("method", methods[0]) not in methods:
+            origins.setdefault(f"for {tuning['method']}, not for {', '.join(methods)}", []).append(name)
         if tuning.get("weights_sha256", weights) != weights:
             origins.setdefault(f"on other weights ({tuning['model']}: {tuning['weights']})", []).append(name)
         if any(tuning.get("trace", {}).get(key, value) != value for key, value in traced.items()):
@@ -395,12 +403,8 @@ def _print_result(result: Evaluation, metric: Metric) -> None:
 
 
 def _say_each(what: str, reasons: Mapping[str, str]) -> None:
-    """Names and reasons, those of one reason in one line."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    for reason, of in list(names.items())[:_MOST_LINES]:
-        told = of[0] if len(of) == 1 else f"{len(of)}, such as {of[0]}"
-        say(f"[yellow]{what}:[/] {escape(told)}: {escape(reason)}")
-    if rest := sum(len(of) for of in list(names.values())[_MOST_LINES:]):
-        say(f"[yellow]{what}:[/] {rest} more, listed in summary.json")
+    lines = by_reason(reasons)
+    for line in lines[:_MOST_LINES]:
+        say(f"[yellow]{what}:[/] {escape(line)}")
+    if len(lines) > _MOST_LINES:
+        say(f"[yellow]{what}:[/] for {len(lines) - _MOST_LINES} more reasons, listed in summary.json")
