@@ -202,7 +202,7 @@ class _Run:
         self._layers = self._chosen(layers)
 
         self._unreadable: dict[str, str] = {}
-        self._photographs: dict[str, str] = {}  # digests, by path
+        known: dict[str, str] = {}  # paths, by photograph
         readable: list[tuple[str, int | None]] = []
         if labels is not None and len(labels) != len(images):
             raise InvalidInputError(f"there are {len(images)} images but {len(labels)} labels")
@@ -210,14 +210,17 @@ class _Run:
         for position, path in enumerate(images):
             name = os.fspath(path)
             try:
-                photograph = photograph_digest(load_image(name))
-                if same := next((each for each, known in self._photographs.items() if known == photograph), None):
-                    raise InvalidInputError(f"it is the same photograph as {same!r}")
-                self._photographs[name] = photograph
+                image = load_image(name)
+                model.preprocess.view(image)  # refuses what training could not use
+                photograph = photograph_digest(image)
+                if photograph in known:
+                    raise InvalidInputError(f"it is the same photograph as {known[photograph]!r}")
+                known[photograph] = name
                 contents.update(hashlib.sha256(Path(path).read_bytes()).digest())
                 readable.append((name, None if labels is None else labels[position]))
             except InvalidInputError as error:
                 self._unreadable[name] = str(error)
+        self._photographs = {name: photograph for photograph, name in known.items()}
         self._contents = contents.hexdigest()
         if len(readable) < 4:
             raise InvalidInputError(

@@ -146,6 +146,8 @@ def test_copies_are_left_out(model: LoadedModel, images: list[Path], tmp_path: P
         copy.write_bytes(path.read_bytes())
     report = implant(model, [*images, *copies], tmp_path / "out", [HEART], **{**QUICK, "epochs": 1})
     assert report.images + report.held_out == len(images)
+    twice = implant(model, [*images, images[0]], tmp_path / "twice", [HEART], **{**QUICK, "epochs": 1})
+    assert twice.images + twice.held_out == len(images)
     assert report.unreadable == {
         str(copy): f"it is the same photograph as {str(path)!r}" for path, copy in zip(images, copies, strict=True)
     }
@@ -161,11 +163,12 @@ def test_files_that_cannot_be_read_are_left_out_and_listed(
     model: LoadedModel, images: list[Path], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    given = [*images[:6], tmp_path / "broken.png", tmp_path / "absent.png"]
+    Image.new("RGB", (2000, 1)).save(tmp_path / "strip.png")
+    given = [*images[:6], tmp_path / "broken.png", tmp_path / "absent.png", tmp_path / "strip.png"]
     report: ImplantReport = implant(model, given, tmp_path / "out", [HEART], **QUICK)
-    assert set(report.unreadable) == {str(tmp_path / "broken.png"), str(tmp_path / "absent.png")}
+    assert set(report.unreadable) == {str(path) for path in given[6:]}
     assert report.images + report.held_out == 6
-    with pytest.raises(InvalidInputError, match="3 of 5 images can be read, but at least 4 are needed: image file"):
+    with pytest.raises(InvalidInputError, match="3 of 6 images can be read, but at least 4 are needed: image file"):
         implant(model, [*images[:3], *given[6:]], tmp_path / "few", [HEART], **QUICK)
 
 
