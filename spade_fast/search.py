@@ -262,10 +262,10 @@ class Search:
         if SEARCHED in sure and apart[SEARCHED].mean() < max(apart[name].mean() for name in sure):
             del sure[SEARCHED]
         winner = max(sure, key=sure.__getitem__)
-        told = {**whole, **({SEARCHED: apart[SEARCHED]} if SEARCHED in named else {})}
+        judged = {**whole, **({SEARCHED: apart[SEARCHED]} if SEARCHED in named else {})}
         for name, candidate in named.items():
-            self._tell("choice", name, candidate, told[name], chosen=name == winner)
-        return winner, told[winner]
+            self._tell("choice", name, candidate, judged[name], chosen=name == winner)
+        return winner, judged[winner]
 
 
 def _distinct(named: Mapping[str, Candidate]) -> dict[str, Candidate]:
