@@ -37,6 +37,11 @@ STABLE_TORCH_LIBRARY(spade_fast, m) {
       "prune_layers(Tensor[] weights, Tensor[] factors, float[] sparsities, int[] block_sizes, bool published_count) "
       "-> (Tensor[], Tensor[], Tensor)");
 
+  // The order in which optimal brain compression prunes each row of the weights [G, r, d] of many layers, given H^-1
+  // [G, d, d]: blocks of block_size columns, which divides d, each time the one whose loss is least. Returns the blocks'
+  // positions, int32, and their losses, both [G, r, d / block_size]; from a pivot that is rounding noise on, -1 and NaN.
+  m.def("elimination_orders(Tensor[] weights, Tensor[] inverses, int[] block_sizes) -> (Tensor[], Tensor[])");
+
   // Views [views, 3, height, width] of an image [3, h, w]. Along an axis, output i of a view is the sum over t of
   // weights[view, t, i] * input[starts[view, i] + t]. Colours [views, 3]: factor of all channels, clamped to 0..1, turn
   // of the hue, a second factor and clamp.

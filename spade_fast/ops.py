@@ -198,6 +198,36 @@ def prune_layers(
     return sparse, masks, losses
 
 
+def elimination_orders(
+    weights: Sequence[Tensor], inverses: Sequence[Tensor], block_sizes: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The order in which optimal brain compression prunes each row, of many layers (OBC, Frantar et al. 2022, section 4).
+
+    A row is pruned to the end, block by block, each time the block whose removal costs least; the kept weights make up
+    for it before the next is chosen. Of blocks that cost the same the one at the lowest position goes.
+
+    Parameters
+    ----------
+    weights
+        [G, r, d] of each layer, float32 or float64.
+    inverses
+        Inverse Hessians [G, d, d], same dtypes, symmetric.
+    block_sizes
+        Columns that are pruned at once; each divides its layer's d.
+
+    Returns
+    -------
+    orders, losses
+        Of each layer int32 [G, r, d / block_size], which block goes at each step; and in the weight's dtype what that
+        adds to half of the row's w H w^T. From a pivot on that is rounding noise, or a weight that is not finite, they
+        are -1 and NaN: pivots are no more than 10 * sqrt(d) * eps times what the inverse's diagonal was there.
+    """
+    orders, losses = torch.ops.spade_fast.elimination_orders(
+        [weight.detach() for weight in weights], inverses, block_sizes
+    )
+    return orders, losses
+
+
 def render_views(
     image: Tensor,
     row_starts: Tensor,
@@ -282,6 +312,17 @@ def _fake_prune_layers(
     return sparse, masks, weights[0].new_empty(len(weights), dtype=torch.float64)
 
 
+def _fake_elimination_orders(
+    weights: Sequence[Tensor], inverses: Sequence[Tensor], block_sizes: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    _check_one_device(*weights, *inverses)
+    losses = [
+        weight.new_empty(*weight.shape[:2], weight.shape[2] // size)
+        for weight, size in zip(weights, block_sizes, strict=True)
+    ]
+    return [torch.empty_like(each, dtype=torch.int32) for each in losses], losses
+
+
 def _fake_render_views(
     image: Tensor,
     row_starts: Tensor,
@@ -301,4 +342,5 @@ if _C is not None:
     torch.library.register_fake("spade_fast::prune_columns", _fake_prune_columns)
     torch.library.register_fake("spade_fast::factor_hessians", _fake_factor_hessians)
     torch.library.register_fake("spade_fast::prune_layers", _fake_prune_layers)
+    torch.library.register_fake("spade_fast::elimination_orders", _fake_elimination_orders)
     torch.library.register_fake("spade_fast::render_views", _fake_render_views)

@@ -21,6 +21,9 @@ from torch import Tensor
 from spade_fast.errors import InvalidInputError
 from spade_fast.ops import Geometry
 
+# Of which the exact solver keeps inverses at a time, as published.
+_ROWS_AT_ONCE = 32
+
 
 def conv2d_gram(input: Tensor, geometry: Geometry) -> Tensor:
     """Plain form of :func:`spade_fast.ops.conv2d_gram` for one batch: unfold, then multiply, group by group."""
@@ -91,6 +94,87 @@ def factor(hessian: Tensor) -> Tensor | None:
         return None
     upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     return None if info.any() or not upper.isfinite().all() else upper
+
+
+def elimination_order(weight: Tensor, inverse: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Plain form of :func:`spade_fast.ops.elimination_orders` for one layer, as published: an inverse for every row.
+
+    Rewrites each of these [d, d] inverses at every step (OBC, Frantar et al. 2022, algorithm 1 and section 4).
+
+    Parameters
+    ----------
+    weight
+        [G, r, d].
+    inverse
+        [G, d, d].
+    block_size
+        Columns that are pruned at once; divides d.
+
+    Returns
+    -------
+    order, losses
+        As there.
+    """
+    orders, losses = [], []
+    for rows, of_group in zip(weight, inverse, strict=True):
+        for some in rows.split(_ROWS_AT_ONCE):
+            order, loss = _eliminate(some.clone(), of_group, block_size)
+            orders.append(order)
+            losses.append(loss)
+    shape = (*weight.shape[:2], weight.shape[2] // block_size)
+    return torch.cat(orders).view(shape), torch.cat(losses).view(shape)
+
+
+def _eliminate(weight: Tensor, inverse: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    count, columns = weight.shape
+    blocks = columns // size
+    inverses = inverse.repeat(count, 1, 1)  # [count, d, d]
+    least = least_pivot(columns, weight.dtype) * inverse.diagonal().view(blocks, size)
+    order = torch.full((count, blocks), -1, dtype=torch.int32, device=weight.device)
+    losses = torch.full_like(order, math.nan, dtype=weight.dtype)
+    gone = torch.zeros(count, blocks, dtype=torch.bool, device=weight.device)
+    failed = torch.zeros(count, dtype=torch.bool, device=weight.device)
+    each = torch.arange(count, device=weight.device)
+    for step in range(blocks):
+        if size == 1:
+            pivots = inverses.diagonal(dim1=1, dim2=2)
+            scores = weight**2 / pivots
+        else:
+            of_blocks = inverses.view(count, blocks, size, blocks, size).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+            lower = torch.linalg.cholesky_ex(of_blocks).L  # [count, blocks, size, size]
+            halves = torch.linalg.solve_triangular(lower, weight.view(count, blocks, size, 1), upper=False)
+            scores = (halves**2).sum((2, 3))
+        scores.masked_fill_(gone, math.inf)
+        chosen = scores.nan_to_num(nan=math.inf, posinf=math.inf).argmin(1)  # the first of equal ones
+        loss = scores[each, chosen] / 2
+        if size == 1:
+            rows = inverses[each, chosen]
+            pivot = pivots[each, chosen].clone()
+            failed |= ~(pivot > least[chosen, 0])
+            weight -= rows * (weight[each, chosen] / pivot)[:, None]
+            rows /= pivot.sqrt()[:, None]
+            inverses.baddbmm_(rows[:, :, None], rows[:, None, :], alpha=-1)
+        else:
+            rows = inverses.view(count, blocks, size, columns)[each, chosen]  # [count, size, d]
+            pivot = lower[each, chosen]
+            failed |= ~(pivot.diagonal(dim1=1, dim2=2) ** 2 > least[chosen]).all(1)
+            rows = torch.linalg.solve_triangular(pivot, rows, upper=False)
+            weight -= (halves[each, chosen].mT @ rows)[:, 0]
+            inverses.baddbmm_(rows.mT, rows, alpha=-1)
+        failed |= ~loss.isfinite()
+        order[:, step] = chosen.int().masked_fill(failed, -1)
+        losses[:, step] = loss.masked_fill(failed, math.nan)
+        gone[each, chosen] = True
+        # What is gone stays alone, and costs nothing.
+        columns_gone = gone.repeat_interleave(size, dim=1)
+        weight.masked_fill_(columns_gone, 0)
+        inverses.diagonal(dim1=1, dim2=2).masked_fill_(columns_gone, 1)
+    return order, losses
+
+
+def least_pivot(columns: int, dtype: torch.dtype) -> float:
+    """The least share of a diagonal entry that is no rounding noise after subtractions from it: csrc/pivot_noise.h."""
+    return 10 * math.sqrt(columns) * torch.finfo(dtype).eps
 
 
 def count_to_prune(candidates: int, sparsity: float) -> int:

@@ -21,8 +21,6 @@ Fallback = Literal["float64", "damping"]
 
 # Backward error of a Cholesky factor in units of d * eps above which LAPACK's own tests call it broken.
 _LAPACK_TEST_RATIO = 30.0
-# How far a pivot must stand out from its own rounding error: as in csrc/pivot_noise.h.
-_PIVOT_TO_NOISE = 10.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6
 _LARGEST_DAMPING = 1.0
@@ -580,7 +578,7 @@ def _has_noise_for_pivot(upper: Tensor, hessian: Tensor, damping: float) -> bool
     """
     diagonal = _add_damping(hessian, damping).diagonal(dim1=1, dim2=2)
     smallest = (upper.diagonal(dim1=1, dim2=2) ** -2 / diagonal).amin().item()
-    return not smallest > _PIVOT_TO_NOISE * math.sqrt(hessian.shape[1]) * torch.finfo(hessian.dtype).eps
+    return not smallest > reference.least_pivot(hessian.shape[1], hessian.dtype)
 
 
 def largest_entry(values: Tensor) -> Tensor:
