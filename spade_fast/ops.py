@@ -201,7 +201,7 @@ def prune_layers(
 def elimination_orders(
     weights: Sequence[Tensor], inverses: Sequence[Tensor], block_sizes: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The order in which optimal brain compression prunes each row, of many layers (OBC, Frantar et al. 2022, section 4).
+    """The order in which optimal brain compression prunes each row, of many layers (OBC; Frantar et al. 2022).
 
     A row is pruned to the end, block by block, each time the block whose removal costs least; the kept weights make up
     for it before the next is chosen. Of blocks that cost the same the one at the lowest position goes.

@@ -143,7 +143,7 @@ class PanelFactor {
       for (int64_t r = 0; r < rows; r += kernel_.rows) {
         const int64_t column = begin + r;
         kernel_.multiply(panels, at(depth, column / lanes_) + column % lanes_, at(depth, group * kPanels),
-                         panel_stride_, std::min(kDepth, d_ - depth), sums + r * width, width);
+                         panel_stride_, std::min(kDepth, d_ - depth), sums + r * width, width, lanes_);
       }
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -179,7 +179,7 @@ class PanelFactor {
       T sums[kLargestLanes * kPanels * kLargestLanes] = {};
       if (last < end) {
         kernel_.multiply(panels, element(last, first), at(last, group * kPanels), panel_stride_, end - last, sums,
-                         width);
+                         width, lanes_);
       }
       kernel_.substitute(panels, last - first, element(first, first), sums, at(first, group * kPanels), panel_stride_);
       last = first;

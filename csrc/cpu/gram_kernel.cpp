@@ -145,12 +145,12 @@ void multiply_tile(const Kernels<T>& kernel, const Tile& tile, const T* a, const
   const int64_t rows = std::min(kernel.rows, n - tile.row);
   const int64_t columns = std::min(tile.panels * kernel.lanes, n - column);
   if (rows == kernel.rows && columns == tile.panels * kernel.lanes) {
-    kernel.multiply(tile.panels, a, b, panel_stride, count, corner, n);
+    kernel.multiply(tile.panels, a, b, panel_stride, count, corner, n, kernel.lanes);
     return;
   }
   T whole[kLargestTile] = {};
   const int64_t stride = tile.panels * kernel.lanes;
-  kernel.multiply(tile.panels, a, b, panel_stride, count, whole, stride);
+  kernel.multiply(tile.panels, a, b, panel_stride, count, whole, stride, kernel.lanes);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) corner[r * n + c] += whole[r * stride + c];
   }

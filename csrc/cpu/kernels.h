@@ -18,10 +18,11 @@ struct Kernels {
   int64_t rows;    // rows of an output tile; divides `lanes`
   int64_t panels;  // panels of an output tile, at most
 
-  // out[r * out_stride + p * lanes + l] += sum_{k < count} a[k * lanes + r] * b[p * panel_stride + k * lanes + l]
+  // out[r * out_stride + p * out_panel_stride + l] +=
+  //   sum_{k < count} a[k * lanes + r] * b[p * panel_stride + k * lanes + l]
   // for all r < rows, p < panels (at most the above), l < lanes.
   void (*multiply)(int64_t panels, const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
-                   int64_t out_stride);
+                   int64_t out_stride, int64_t out_panel_stride);
 
   // Back substitution, the last row first, for r < rows (at most the above) and p < panels:
   // out[p * panel_stride + r * lanes + l] becomes (itself - sums[r * panels * lanes + p * lanes + l]
@@ -48,6 +49,29 @@ struct Kernels {
   // 0 or what error propagation made of it, delta what it lost. Returns the sum of (current * pivot)^2 over the pruned.
   double (*prune)(const T* sum, const T* score, T threshold, bool ties, T pivot, int64_t rows, T* weight, T* delta,
                   bool* kept);
+
+  // One pivot of optimal brain surgery on a row of `panels` panels of columns, weights w and diagonal g of their inverse.
+  // The pivot's vector, v = -(row + sum_{k < count} coefficients[k] * vectors[k]) / root with vectors[k] at
+  // vectors[p * panel_stride + k * lanes + l], is written behind the last of these; w -= step * v and g -= v^2. Returns
+  // the name of the column with the least w^2 / g, and that; of equal ones the lowest name; infinity where there is
+  // none. Where w is NaN there is no column.
+  T (*sweep)(const T* row, T* vectors, int64_t panel_stride, const T* coefficients, int64_t count, int64_t panels,
+             T root, T step, const T* names, T* w, T* g, T* least);
+
+  // The same for a pivot of `size` columns in three steps. Its vectors, from the rows [size, row_stride] without the
+  // products and the Cholesky factor L [size, size] of its block, v[a] = -(row[a] + sum_{c < a} L[a][c] v[c]) / L[a][a]
+  // with c < a negated, are written to vectors[p * panel_stride + a * lanes + l] and in place of the rows.
+  void (*pivot_block)(int64_t size, const T* lower, T* rows, int64_t row_stride, int64_t panels, T* vectors,
+                      int64_t panel_stride);
+
+  // w[e][b] -= sum_a step[a] * rows[a][b * size + e], for all blocks b < `panels` panels of them, w [size, stride]; and
+  // the blocks' diagonals [size * (size + 1) / 2, stride], lower triangles by rows, lose the rows' products.
+  void (*update_blocks)(int64_t size, const T* rows, int64_t row_stride, const T* step, int64_t panels, T* w,
+                        T* diagonal, int64_t stride);
+
+  // As what sweep returns, of the blocks: the least w^T D^-1 w. `scratch` holds size * (size + 3) / 2 vectors.
+  T (*score_blocks)(int64_t size, const T* w, const T* diagonal, int64_t stride, int64_t panels, const T* names,
+                    T* scratch, T* least);
 
   // out[i] += weights[i] * from[starts[i]] for all i < count.
   void (*add_scattered)(const T* from, const int64_t* starts, const T* weights, int64_t count, T* out);

@@ -48,7 +48,7 @@ static_assert(kLanes<float> <= kLargestLanes && kTilePanels <= kMostPanels && kT
 
 template <class T, int kPanels>
 SPADE_FAST_TARGET void multiply_panels(const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
-                                       int64_t out_stride) {
+                                       int64_t out_stride, int64_t out_panel_stride) {
   Vector<T> sums[kTileRows][kPanels] = {};
   for (int64_t k = 0; k < count; ++k) {
     Vector<T> right[kPanels];
@@ -62,18 +62,18 @@ SPADE_FAST_TARGET void multiply_panels(const T* a, const T* b, int64_t panel_str
   }
   for (int r = 0; r < kTileRows; ++r) {
     for (int p = 0; p < kPanels; ++p) {
-      *reinterpret_cast<Vector<T>*>(out + r * out_stride + p * kLanes<T>) += sums[r][p];
+      *reinterpret_cast<Vector<T>*>(out + r * out_stride + p * out_panel_stride) += sums[r][p];
     }
   }
 }
 
 template <class T>
 SPADE_FAST_TARGET void multiply(int64_t panels, const T* a, const T* b, int64_t panel_stride, int64_t count, T* out,
-                                int64_t out_stride) {
+                                int64_t out_stride, int64_t out_panel_stride) {
   static_assert(kTilePanels == 3 && kLanes<T> % kTileRows == 0, "a tile's rows lie in one panel");
-  if (panels == 3) return multiply_panels<T, 3>(a, b, panel_stride, count, out, out_stride);
-  if (panels == 2) return multiply_panels<T, 2>(a, b, panel_stride, count, out, out_stride);
-  multiply_panels<T, 1>(a, b, panel_stride, count, out, out_stride);
+  if (panels == 3) return multiply_panels<T, 3>(a, b, panel_stride, count, out, out_stride, out_panel_stride);
+  if (panels == 2) return multiply_panels<T, 2>(a, b, panel_stride, count, out, out_stride, out_panel_stride);
+  multiply_panels<T, 1>(a, b, panel_stride, count, out, out_stride, out_panel_stride);
 }
 
 template <class T>
@@ -202,6 +202,160 @@ SPADE_FAST_TARGET double prune(const T* __restrict sum, const T* __restrict scor
   return loss;
 }
 
+// The least score of what each lane has seen, and its name: of equal scores the lowest name.
+template <class T>
+struct Lowest {
+  Vector<T> score = Vector<T>{} + T(__builtin_inf()), name = Vector<T>{} + T(__builtin_inf());
+
+  SPADE_FAST_TARGET inline void see(Vector<T> other, Vector<T> other_name) {
+    const auto lower = (other < score) | ((other == score) & (other_name < name));
+    score = lower ? other : score;
+    name = lower ? other_name : name;
+  }
+
+  SPADE_FAST_TARGET inline T name_of_least(T* least) const {
+    T best = score[0], best_name = name[0];
+    for (int l = 1; l < kLanes<T>; ++l) {
+      if (score[l] < best || (score[l] == best && name[l] < best_name)) {
+        best = score[l];
+        best_name = name[l];
+      }
+    }
+    *least = best;
+    return best_name;
+  }
+};
+
+template <class T, int kPanels>
+SPADE_FAST_TARGET inline void sweep_panels(const T* row, T* vectors, int64_t panel_stride, const T* coefficients,
+                                           int64_t count, T root, T step, const T* names, T* w, T* g,
+                                           Lowest<T>& lowest) {
+  Vector<T> sums[kPanels];
+  for (int p = 0; p < kPanels; ++p) sums[p] = *reinterpret_cast<const Vector<T>*>(row + p * kLanes<T>);
+  for (int64_t k = 0; k < count; ++k) {
+    const T coefficient = coefficients[k];
+    for (int p = 0; p < kPanels; ++p) {
+      sums[p] += coefficient * *reinterpret_cast<const Vector<T>*>(vectors + p * panel_stride + k * kLanes<T>);
+    }
+  }
+  for (int p = 0; p < kPanels; ++p) {
+    const Vector<T> vector = sums[p] / -root;
+    *reinterpret_cast<Vector<T>*>(vectors + p * panel_stride + count * kLanes<T>) = vector;
+    auto& weights = *reinterpret_cast<Vector<T>*>(w + p * kLanes<T>);
+    auto& diagonal = *reinterpret_cast<Vector<T>*>(g + p * kLanes<T>);
+    weights -= step * vector;
+    diagonal -= vector * vector;
+    lowest.see(weights * weights / diagonal, *reinterpret_cast<const Vector<T>*>(names + p * kLanes<T>));
+  }
+}
+
+template <class T>
+SPADE_FAST_TARGET T sweep(const T* row, T* vectors, int64_t panel_stride, const T* coefficients, int64_t count,
+                          int64_t panels, T root, T step, const T* names, T* w, T* g, T* least) {
+  constexpr int kTogether = 4;  // sums in flight: one would wait for each addition
+  Lowest<T> lowest;
+  int64_t p = 0;
+  for (; p + kTogether <= panels; p += kTogether) {
+    const int64_t at = p * kLanes<T>;
+    sweep_panels<T, kTogether>(row + at, vectors + p * panel_stride, panel_stride, coefficients, count, root, step,
+                               names + at, w + at, g + at, lowest);
+  }
+  for (; p < panels; ++p) {
+    const int64_t at = p * kLanes<T>;
+    sweep_panels<T, 1>(row + at, vectors + p * panel_stride, panel_stride, coefficients, count, root, step, names + at,
+                       w + at, g + at, lowest);
+  }
+  return lowest.name_of_least(least);
+}
+
+template <class T>
+SPADE_FAST_TARGET void pivot_block(int64_t size, const T* lower, T* rows, int64_t row_stride, int64_t panels,
+                                   T* vectors, int64_t panel_stride) {
+  for (int64_t p = 0; p < panels; ++p) {
+    auto* out = reinterpret_cast<Vector<T>*>(vectors + p * panel_stride);
+    for (int64_t a = 0; a < size; ++a) {
+      auto& row = *reinterpret_cast<Vector<T>*>(rows + a * row_stride + p * kLanes<T>);
+      Vector<T> rest = -row;
+      for (int64_t c = 0; c < a; ++c) rest -= lower[a * size + c] * out[c];
+      row = out[a] = rest / lower[a * size + a];
+    }
+  }
+}
+
+// Element e of each of the blocks from `block` on.
+template <class T>
+SPADE_FAST_TARGET inline Vector<T> of_blocks(const T* row, int64_t block, int64_t size, int64_t e) {
+  Vector<T> values;
+  for (int l = 0; l < kLanes<T>; ++l) values[l] = row[(block + l) * size + e];
+  return values;
+}
+
+template <class T>
+SPADE_FAST_TARGET void update_blocks(int64_t size, const T* rows, int64_t row_stride, const T* step, int64_t panels,
+                                     T* w, T* diagonal, int64_t stride) {
+  constexpr int64_t kTogether = 16;  // elements of a block whose values are held at a time
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t block = p * kLanes<T>;
+    for (int64_t a = 0; a < size; ++a) {
+      const T* row = rows + a * row_stride;
+      for (int64_t begin = 0; begin < size; begin += kTogether) {
+        const int64_t end = begin + kTogether < size ? begin + kTogether : size;
+        Vector<T> held[kTogether];
+        for (int64_t e = begin; e < end; ++e) {
+          held[e - begin] = of_blocks(row, block, size, e);
+          *reinterpret_cast<Vector<T>*>(w + e * stride + block) -= step[a] * held[e - begin];
+        }
+        for (int64_t e = begin; e < size; ++e) {
+          const Vector<T> left = e < end ? held[e - begin] : of_blocks(row, block, size, e);
+          T* out = diagonal + e * (e + 1) / 2 * stride + block;
+          for (int64_t f = begin; f < (e + 1 < end ? e + 1 : end); ++f) {
+            *reinterpret_cast<Vector<T>*>(out + f * stride) -= left * held[f - begin];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+SPADE_FAST_TARGET inline Vector<T> square_root(Vector<T> values) {
+  for (int l = 0; l < kLanes<T>; ++l) {
+    if constexpr (sizeof(T) == 4) {
+      values[l] = __builtin_sqrtf(values[l]);
+    } else {
+      values[l] = __builtin_sqrt(values[l]);
+    }
+  }
+  return values;
+}
+
+template <class T>
+SPADE_FAST_TARGET T score_blocks(int64_t size, const T* w, const T* diagonal, int64_t stride, int64_t panels,
+                                 const T* names, T* scratch, T* least) {
+  auto* lower = reinterpret_cast<Vector<T>*>(scratch);  // Cholesky factors by rows, the diagonal's entries inverted
+  Vector<T>* half = lower + size * (size + 1) / 2;      // L^-1 w
+  Lowest<T> lowest;
+  for (int64_t p = 0; p < panels; ++p) {
+    const T* from = diagonal + p * kLanes<T>;
+    Vector<T> score{};
+    for (int64_t a = 0; a < size; ++a) {
+      Vector<T>* row = lower + a * (a + 1) / 2;
+      Vector<T> rest = *reinterpret_cast<const Vector<T>*>(w + a * stride + p * kLanes<T>);
+      for (int64_t b = 0; b <= a; ++b) {
+        const Vector<T>* other = lower + b * (b + 1) / 2;
+        Vector<T> value = *reinterpret_cast<const Vector<T>*>(from + (a * (a + 1) / 2 + b) * stride);
+        for (int64_t c = 0; c < b; ++c) value -= row[c] * other[c];
+        row[b] = b < a ? value * other[b] : T(1) / square_root<T>(value);
+        if (b < a) rest -= row[b] * half[b];
+      }
+      half[a] = rest * row[a];
+      score += half[a] * half[a];
+    }
+    lowest.see(score, *reinterpret_cast<const Vector<T>*>(names + p * kLanes<T>));
+  }
+  return lowest.name_of_least(least);
+}
+
 template <class T>
 SPADE_FAST_TARGET void add_scattered(const T* __restrict from, const int64_t* __restrict starts,
                                      const T* __restrict weights, int64_t count, T* __restrict out) {
@@ -243,9 +397,10 @@ SPADE_FAST_TARGET void jitter(T before, T turn, T after, int64_t count, T* __res
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {kLanes<T>,    kTileRows,        kTilePanels,  multiply<T>, substitute<T>,
-                               correlate<T>, copy<T>,          transpose<T>, combine<T>,  score<T>,
-                               prune<T>,     add_scattered<T>, jitter<T>};
+constexpr Kernels<T> kTable = {kLanes<T>,        kTileRows, kTilePanels,    multiply<T>,      substitute<T>,
+                               correlate<T>,     copy<T>,   transpose<T>,   combine<T>,       score<T>,
+                               prune<T>,         sweep<T>,  pivot_block<T>, update_blocks<T>, score_blocks<T>,
+                               add_scattered<T>, jitter<T>};
 
 }  // namespace
 }  // namespace spade_fast
