@@ -182,6 +182,11 @@ def count_to_prune(candidates: int, sparsity: float) -> int:
     return math.floor(candidates * sparsity + 0.5)
 
 
+def blocks_to_prune(blocks: int, sparsity: float, published_count: bool) -> int:
+    """How many of the blocks of all rows the exact solver prunes; the published rule rounds up."""
+    return math.ceil(blocks * sparsity) if published_count else count_to_prune(blocks, sparsity)
+
+
 def prune_columns(
     weight: Tensor, upper: Tensor, sparsity: float, block_size: int, published_count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
-"""Pruning one layer: damping, factorization, column-wise OBS."""
+"""Pruning layers: damping, factorization, column-wise OBS (fast) or optimal brain compression by rows (exact)."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from spade_fast import ops, reference
 from spade_fast.autocast import without_autocast
+from spade_fast.elimination import BlockLayout, Blocks, Elimination, eliminate_layers
 from spade_fast.errors import InvalidInputError
 from spade_fast.plans import check_sparsity
 
-Solver = Literal["fast"]
+Solver = Literal["fast", "exact"]
 Fallback = Literal["float64", "damping"]
 
 # Backward error of a Cholesky factor in units of d * eps above which LAPACK's own tests call it broken.
@@ -48,7 +50,7 @@ class Solution:
     damping
         What was added to the Hessian's diagonal, as a share of its mean.
     fallback
-        None, "float64" (the factorization was redone in float64) or "damping" (raised too, beyond what was asked).
+        None, "float64" (what failed in float32 was redone in float64) or "damping" (raised too, beyond what was asked).
     """
 
     weight: Tensor
@@ -60,7 +62,10 @@ class Solution:
 
 @dataclass(frozen=True)
 class Factor:
-    """What a backend factored a damped Hessian [G, d, d] into, and how it got there (see :class:`Solution`)."""
+    """A damped Hessian's factor, or for the exact solver its inverse, and how it was found (see :class:`Solution`).
+
+    A backend has its own kind of factor, in the dtype of the weight or float64; an inverse is float64. [G, d, d]
+    """
 
     matrix: Tensor
     damping: float
@@ -76,6 +81,7 @@ def solve(
     block_size: int = ...,
     damping: float = ...,
     solver: Solver = ...,
+    block_layout: BlockLayout = ...,
     mask_rule: ops.MaskRule = ...,
     refit: bool = ...,
     backend: ops.Backend = ...,
@@ -89,6 +95,7 @@ def solve(
     block_size: int = ...,
     damping: float = ...,
     solver: Solver = ...,
+    block_layout: BlockLayout = ...,
     mask_rule: ops.MaskRule = ...,
     refit: bool = ...,
     backend: ops.Backend = ...,
@@ -101,11 +108,17 @@ def solve(
     block_size: int = 1,
     damping: float = 0.01,
     solver: Solver = "fast",
+    block_layout: BlockLayout = "taps",
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
     backend: ops.Backend = "auto",
 ) -> Solution | list[Solution]:
-    """Prune one layer to a target sparsity, adjusting the kept weights (FastSPADE; SPADE section 3).
+    """Prune one layer to a target sparsity, adjusting the kept weights (SPADE section 3).
+
+    The fast solver (FastSPADE, after SparseGPT) goes through the columns once, the same for all rows. The exact one
+    (SPADE, after OBC) goes through each row by itself: it prunes the weight, or block of weights, that costs least when
+    all that are left make up for it, then the next one, and of all rows' steps it takes the cheapest. It reaches lower
+    losses and takes r * d^3 / 6 multiply-adds instead of d^3 / 6 + r * d^2 / 2; several shares cost little more.
 
     Inputs that are zero in every sample (zero on the Hessian's diagonal) lose all their weights, beside the count that
     is asked for, and take no part in the damping. Sparsity 0 returns the weights bit for bit, without looking at the
@@ -119,20 +132,26 @@ def solve(
     hessian
         [G, d, d] or, for one group, [d, d]: as from :func:`spade_fast.hessian`. Not changed.
     sparsity
-        Share of each block of columns to prune, 0..1; or several such shares, which have one factorization in common.
+        Share of weights to prune, 0..1, by the fast solver of each block of columns; or several such shares, which have
+        one factorization in common, or one elimination.
     block_size
-        Columns that share one threshold, over all rows and groups. k * k for a convolution.
+        Fast: columns that share one threshold, over all rows and groups. Exact: columns of which a row's weights are
+        kept or pruned as one; the share is one of such blocks. Either way k * k for a convolution, as published.
     damping
         Added to the diagonal, as a share of its mean; at least 0.
     solver
-        "fast", column by column.
+        "fast" or "exact".
+    block_layout
+        What the exact solver's blocks are made of: "taps", neighbouring columns, so the taps of one channel; or
+        "channels", as published, neighbouring channels at one tap. The last block may have fewer.
     mask_rule
         "exact_count" prunes round-half-up(n * sparsity) of a block's n weights, ties to the lowest (row, column);
-        "published" prunes all scores up to and including the int(n * sparsity)-th smallest: one more, and all ties.
+        "published" prunes all scores up to and including the int(n * sparsity)-th smallest: one more, and all ties. Of
+        the exact solver, n being all blocks of all rows: round-half-up, and rounded up.
     refit
-        Give the kept weights of each row their least-squares optimum under the mask, which stays as it is. Otherwise a
-        weight makes up only for those pruned before it, column by column. Costs n^3 / 6 multiply-adds in float64 a
-        row, n being the smaller of its counts of kept and pruned weights.
+        Give the kept weights of each row their least-squares optimum under the mask, which stays as it is, as the exact
+        solver always does. Otherwise a weight makes up only for those pruned before it, column by column. Costs n^3 / 6
+        multiply-adds in float64 a row, n being the smaller of its counts of kept and pruned weights.
     backend
         "auto" (native, or with a warning the reference), "native" or "reference".
 
@@ -152,6 +171,7 @@ def solve(
         [Problem(weight, hessian, tuple(Target(share, block_size) for share in shares))],
         damping=damping,
         solver=solver,
+        block_layout=block_layout,
         mask_rule=mask_rule,
         refit=refit,
         backend=backend,
@@ -186,79 +206,78 @@ def solve_layers(
     *,
     damping: float = 0.01,
     solver: Solver = "fast",
+    block_layout: BlockLayout = "taps",
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
     backend: ops.Backend = "auto",
 ) -> list[list[Solution]]:
     """Solve many layers, which natively are factored and pruned side by side: see :func:`solve`.
 
-    All are on one device. Peak memory is some three times that of the Hessians, and what the solutions take.
+    All are on one device. Peak memory is some three times that of the Hessians, of the exact solver some six times (its
+    inverses are float64), and what the solutions take.
 
     Returns
     -------
     list[list[Solution]]
         Of each problem a solution for each of its targets.
     """
-    factored = _factor_layers(problems, damping, solver, mask_rule, refit, backend)
+    prepared = _prepare_layers(problems, damping, solver, block_layout, mask_rule, refit, backend)
     wanted = [(i, j) for i, problem in enumerate(problems) for j in range(len(problem.targets))]
-    solutions = factored.solve(wanted, refit=refit)
+    solutions = prepared.solve(wanted, refit=refit)
     return [[solutions[i, j] for j in range(len(problem.targets))] for i, problem in enumerate(problems)]
 
 
 @without_autocast
 def solve_within(
     problems: Sequence[Problem],
-    allowed: Callable[[int, Solution], bool],
+    allowed: Callable[[int, float], bool],
     *,
     damping: float = 0.01,
     solver: Solver = "fast",
+    block_layout: BlockLayout = "taps",
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
     backend: ops.Backend = "auto",
 ) -> list[tuple[int, Solution] | None]:
-    """Solve many layers each as far as is `allowed`, which is asked of a problem's position and a solution.
+    """Solve many layers each as far as is `allowed`, which is asked of a problem's position and a loss.
 
     See :func:`solve_layers`. The targets of a problem ascend in sparsity, and so do losses: the last that is allowed is
-    found by bisection. Of eleven targets four at most are solved, and one solution of a layer is kept. What is asked
-    about is not refitted yet, which would make its loss smaller.
+    found by bisection. Of eleven targets four at most are solved, and one solution of a layer is kept; the exact solver
+    knows all losses beforehand. What the fast one asks about is not refitted yet, which would make its loss smaller.
 
     Returns
     -------
     list[tuple[int, Solution] | None]
         Of each problem which target that is, and the solution; None where not even the first is allowed.
     """
-    factored = _factor_layers(problems, damping, solver, mask_rule, refit, backend)
-    best: dict[int, tuple[int, Solution]] = {}
+    prepared = _prepare_layers(problems, damping, solver, block_layout, mask_rule, refit, backend)
+    best: dict[int, tuple[int, Solution | None]] = {}
     first = [0] * len(problems)  # of the targets that are neither known to be allowed nor known not to be
     end = [len(problem.targets) for problem in problems]
     while places := [(i, (first[i] + end[i]) // 2) for i in range(len(problems)) if first[i] < end[i]]:
-        for (i, j), solution in factored.solve(places, refit=False).items():
-            if allowed(i, solution):
+        for (i, j), (loss, solution) in prepared.attempt(places).items():
+            if allowed(i, loss):
                 best[i], first[i] = (j, solution), j + 1
             else:
                 end[i] = j
-    if refit:
-        refitted = factored.solve([(i, j) for i, (j, _) in best.items()], refit=True)
-        best = {i: (j, solution) for (i, j), solution in refitted.items()}
-    return [best.get(i) for i in range(len(problems))]
+    unfinished = [(i, j) for i, (j, solution) in best.items() if refit or solution is None]
+    finished = prepared.solve(unfinished, refit=refit)
+    found: list[tuple[int, Solution] | None] = [None] * len(problems)
+    for i, (j, solution) in best.items():
+        found[i] = (j, finished[i, j] if solution is None or refit else solution)
+    return found
 
 
-def _factor_layers(
+def _prepare_layers(
     problems: Sequence[Problem],
     damping: float,
     solver: Solver,
+    block_layout: BlockLayout,
     mask_rule: ops.MaskRule,
     refit: bool,
     backend: ops.Backend,
-) -> _Factored:
-    if solver not in get_args(Solver):
-        raise InvalidInputError(f"solver={solver!r} is unknown: choose one of {', '.join(get_args(Solver))}")
-    if mask_rule not in get_args(ops.MaskRule):
-        raise InvalidInputError(f"mask_rule={mask_rule!r} is unknown: choose 'exact_count' or 'published'")
-    if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise InvalidInputError(f"damping must be a finite share of the mean diagonal, at least 0, got {damping!r}")
-    if not isinstance(refit, bool):
-        raise InvalidInputError(f"refit must be True or False, got {refit!r}")
+) -> _Prepared:
+    check_rules(damping, solver, block_layout, mask_rule, refit)
     grouped: dict[int, tuple[Tensor, Tensor]] = {}  # weight and Hessian of what is to be pruned
     for i, problem in enumerate(problems):
         with _naming(problem):
@@ -270,7 +289,29 @@ def _factor_layers(
     # Each step looks at what decides in all layers at once, since on a GPU the host waits whenever it looks.
     prepared = _prepare_all(problems, grouped)
     native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
+    if solver == "exact":
+        factors, eliminations = _eliminate_all(problems, prepared, damping, block_layout, native)
+        return _Eliminated(problems, prepared, factors, mask_rule, eliminations)
     return _Factored(problems, prepared, _factor_all(problems, prepared, damping, native), mask_rule, native)
+
+
+def check_rules(damping: object, solver: object, block_layout: object, mask_rule: object, refit: object) -> None:
+    """Refuse values that no layer could be solved by (see :func:`solve`)."""
+    for name, value, known in (
+        ("solver", solver, get_args(Solver)),
+        ("block_layout", block_layout, get_args(BlockLayout)),
+        ("mask_rule", mask_rule, get_args(ops.MaskRule)),
+    ):
+        if value not in known:
+            raise InvalidInputError(f"{name}={value!r} is unknown: choose one of {', '.join(known)}")
+    if solver == "fast" and block_layout != "taps":
+        raise InvalidInputError(
+            f"block_layout={block_layout!r} is for solver='exact': the fast solver has no such blocks"
+        )
+    if isinstance(damping, bool) or not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
+        raise InvalidInputError(f"damping must be a finite share of the mean diagonal, at least 0, got {damping!r}")
+    if not isinstance(refit, bool):
+        raise InvalidInputError(f"refit must be True or False, got {refit!r}")
 
 
 def _is_dense(target: Target, mask_rule: ops.MaskRule) -> bool:
@@ -291,14 +332,13 @@ class _Grouped(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Factored:
+class _Prepared(ABC):
     """Layers whose Hessians are factored: to be solved for any of their targets."""
 
     problems: Sequence[Problem]
     grouped: Mapping[int, _Grouped]
     factors: Mapping[int, Factor]
     mask_rule: ops.MaskRule
-    native: bool
 
     def solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
         solutions: dict[_Place, Solution] = {}
@@ -311,9 +351,55 @@ class _Factored:
             else:
                 wanted.append((i, j))
         if wanted:
-            pruned = _prune_all(self.problems, wanted, self.grouped, self.factors, self.mask_rule, self.native)
-            solutions.update(_finish_all(self.problems, self.grouped, self.factors, pruned, refit))
+            solutions.update(self._solve(wanted, refit=refit))
         return solutions
+
+    @abstractmethod
+    def _solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
+        """Solutions of what is not to stay dense."""
+
+    @abstractmethod
+    def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
+        """Losses, and solutions where these are needed to know them, not refitted."""
+
+
+@dataclass(frozen=True)
+class _Factored(_Prepared):
+    """For the fast solver."""
+
+    native: bool
+
+    def _solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
+        pruned = _prune_all(self.problems, places, self.grouped, self.factors, self.mask_rule, self.native)
+        return _finish_all(self.problems, self.grouped, self.factors, pruned, refit)
+
+    def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
+        return {place: (solution.loss, solution) for place, solution in self.solve(places, refit=False).items()}
+
+
+@dataclass(frozen=True)
+class _Eliminated(_Prepared):
+    """For the exact solver."""
+
+    eliminations: Mapping[int, Mapping[int, Elimination]]  # by layer and block size
+
+    def _elimination(self, place: _Place) -> tuple[Elimination, Tensor]:
+        """And how far it goes in each row."""
+        target = self.problems[place[0]].targets[place[1]]
+        elimination = self.eliminations[place[0]][target.block_size]
+        return elimination, elimination.steps(elimination.count(target.sparsity, self.mask_rule))
+
+    def _solve(self, places: Sequence[_Place], *, refit: bool = True) -> dict[_Place, Solution]:
+        del refit  # a mask alone is found: the weights have to be
+        pruned = {}
+        for place in places:
+            elimination, steps = self._elimination(place)
+            pruned[place] = (self.grouped[place[0]].weight, elimination.mask(steps), elimination.loss(steps))
+        return _finish_all(self.problems, self.grouped, self.factors, pruned, refit=True)
+
+    def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
+        losses = torch.stack([elimination.loss(steps) for elimination, steps in map(self._elimination, places)])
+        return {place: (loss, None) for place, loss in zip(places, losses.tolist(), strict=True)}
 
 
 @contextmanager
@@ -396,6 +482,44 @@ def _factor_all(
     return factors
 
 
+def _eliminate_all(
+    problems: Sequence[Problem],
+    grouped: Mapping[int, _Grouped],
+    damping: float,
+    block_layout: BlockLayout,
+    native: bool,
+) -> tuple[dict[int, Factor], dict[int, dict[int, Elimination]]]:
+    """Of all layers the inverses of damped Hessians, and the eliminations by block size."""
+    invert_each = _native_inverses if native else _reference_inverses
+    found = invert_each([each.hessian.double() for each in grouped.values()], damping)
+    inverses = {i: inverse for i, inverse in zip(grouped, found, strict=True) if inverse is not None}
+    blocks: dict[_Place, Blocks] = {}  # by layer and block size
+    for i in grouped:
+        weight, sizes = problems[i].weight, {target.block_size for target in problems[i].targets}
+        blocks.update({(i, size): Blocks.of(weight.shape, size, block_layout, weight.device) for size in sizes})
+    attempted = [key for key in blocks if key[0] in inverses]
+    eliminations: dict[int, dict[int, Elimination]] = {i: {} for i in grouped}
+    if attempted:
+        eliminated = eliminate_layers(
+            [grouped[i].weight for i, _ in attempted],
+            [inverses[i] for i, _ in attempted],
+            [blocks[key] for key in attempted],
+            native,
+        )
+        failures: list[bool] = torch.stack([each.failed for each in eliminated]).tolist()
+        for (i, size), elimination, failed in zip(attempted, eliminated, failures, strict=True):
+            eliminations[i][size] = elimination
+            if failed:
+                inverses.pop(i, None)
+    factors = {i: Factor(inverse, damping, None) for i, inverse in inverses.items()}
+    for i, each in grouped.items():
+        if i not in factors:
+            of_layer = {size: of_size for (layer, size), of_size in blocks.items() if layer == i}
+            with _naming(problems[i]):
+                factors[i], eliminations[i] = _eliminate_harder(each, of_layer, damping, invert_each, native)
+    return factors, eliminations
+
+
 def _prune_all(
     problems: Sequence[Problem],
     wanted: Sequence[_Place],
@@ -466,20 +590,49 @@ def _factor_harder(
     InvalidInputError
         If no damping up to 1 makes it positive definite.
     """
-    hessian = hessian.double()
-    (matrix,) = factor_each([hessian], damping)
-    if matrix is not None:
-        return Factor(matrix, damping, "float64")
+    for harder, fallback in _harder(damping):
+        (matrix,) = factor_each([hessian.double()], harder)
+        if matrix is not None:
+            return Factor(matrix, harder, fallback)
+    raise InvalidInputError(_NO_FACTOR)
+
+
+def _eliminate_harder(
+    layer: _Grouped,
+    blocks: Mapping[int, Blocks],
+    damping: float,
+    invert_each: Callable[[list[Tensor], float], list[Tensor | None]],
+    native: bool,
+) -> tuple[Factor, dict[int, Elimination]]:
+    """As :func:`_factor_harder`, of what has failed before: eliminations by block size, which may fail too."""
+    weight, problem = layer.weight.double(), _NO_FACTOR
+    for harder, fallback in _harder(damping):
+        (inverse,) = invert_each([layer.hessian.double()], harder)
+        if inverse is None:
+            continue
+        eliminated = eliminate_layers([weight] * len(blocks), [inverse] * len(blocks), [*blocks.values()], native)
+        if not any(each.failed for each in eliminated):
+            return Factor(inverse, harder, fallback), dict(zip(blocks, eliminated, strict=True))
+        problem = (
+            f"a row cannot be pruned to the end, even in float64 and with damping up to {_LARGEST_DAMPING:g}: the "
+            f"weights reach {weight.abs().max().item():.1e}; scale them down, or use solver='fast'"
+        )
+    raise InvalidInputError(problem)
+
+
+_NO_FACTOR = (
+    f"the Hessian has no Cholesky factor, even in float64 and with damping up to {_LARGEST_DAMPING:g}: it is not "
+    "positive semidefinite, so it is no sum of x x^T; build it with spade_fast.hessian"
+)
+
+
+def _harder(damping: float) -> Iterator[tuple[float, Fallback]]:
+    """What is tried in float64 where something has failed, one after the other."""
+    yield damping, "float64"
     raised = max(10 * damping, _SMALLEST_RAISED_DAMPING)
     while raised <= _LARGEST_DAMPING:
-        (matrix,) = factor_each([hessian], raised)
-        if matrix is not None:
-            return Factor(matrix, raised, "damping")
+        yield raised, "damping"
         raised *= 10
-    raise InvalidInputError(
-        f"the Hessian has no Cholesky factor, even in float64 and with damping up to {_LARGEST_DAMPING:g}: it is not "
-        "positive semidefinite, so it is no sum of x x^T; build it with spade_fast.hessian"
-    )
 
 
 def refit_kept(weight: Tensor, hessian: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -569,6 +722,19 @@ def _reference_factors(hessians: list[Tensor], damping: float) -> list[Tensor | 
         upper = reference.factor(_add_damping(hessian, damping))
         found.append(None if upper is None or _has_noise_for_pivot(upper, hessian, damping) else upper)
     return found
+
+
+def _native_inverses(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
+    """Of each (H + damping * mean(diag H) * I)^-1, None where :func:`lower_factors` has no factor."""
+    # With both axes reversed, H = M^T M is L L^T.
+    return [
+        None if lower is None else torch.cholesky_inverse(lower.flip(1, 2).mT).flip(1, 2)
+        for lower in lower_factors(hessians, damping)
+    ]
+
+
+def _reference_inverses(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
+    return [None if upper is None else upper.mT @ upper for upper in _reference_factors(hessians, damping)]
 
 
 def _has_noise_for_pivot(upper: Tensor, hessian: Tensor, damping: float) -> bool:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from spade_fast import ops, presets
 from spade_fast.augmentation import Augmentation
+from spade_fast.elimination import BlockLayout
 from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.heap import kept_heap
@@ -35,7 +36,16 @@ from spade_fast.layers import (
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
-from spade_fast.solver import Problem, Solution, Solver, Target, largest_entry, solve_layers, solve_within
+from spade_fast.solver import (
+    Problem,
+    Solution,
+    Solver,
+    Target,
+    check_rules,
+    largest_entry,
+    solve_layers,
+    solve_within,
+)
 from spade_fast.traces import LayerTrace, Trace
 
 Picture: TypeAlias = Image.Image | Tensor
@@ -71,6 +81,7 @@ def trace(
     solver: Solver = "fast",
     layers: Sequence[str] | None = None,
     block_size: int | None = None,
+    block_layout: BlockLayout = "taps",
     damping: float = 0.01,
     mask_rule: ops.MaskRule = "exact_count",
     refit: bool = False,
@@ -108,14 +119,15 @@ def trace(
     preprocess
         Turns views [n, 3, h, w] in 0..1 into model inputs. Default: the model's own, where it is known.
     solver
-        "fast" (FastSPADE).
+        "fast" (FastSPADE) or "exact" (SPADE): slower, with lower errors (measured in docs/experiments.md).
     layers
         Names of layers or blocks: all others stay dense.
     block_size
-        Columns that share one threshold. Default, as published: the k * k taps of one channel, 1 for 1x1 convolutions
-        and linear layers; more channels where few rows put the target out of reach (under the published `mask_rule`
-        never). The more columns, the lower each layer's error.
-    damping, mask_rule, refit
+        Fast: columns that share one threshold. Default, as published: the k * k taps of one channel, 1 for 1x1
+        convolutions and linear layers; more channels where few rows put the target out of reach (under the published
+        `mask_rule` never). The more columns, the lower each layer's error. Exact: columns that are pruned as one, k * k
+        by default, so of a depthwise layer whole channels.
+    block_layout, damping, mask_rule, refit
         As in :func:`spade_fast.solve`. A layer of target 0 stays dense under either rule. A refitted trace takes longer
         and keeps the image's own answer more often (measured in docs/experiments.md).
     batch_size
@@ -156,6 +168,7 @@ def trace(
         solver=solver,
         layers=layers,
         block_size=block_size,
+        block_layout=block_layout,
         damping=damping,
         mask_rule=mask_rule,
         refit=refit,
@@ -218,9 +231,9 @@ class Tracing:
         }
 
     def block_size_of(self, weight: Tensor, target: float) -> int:
-        """Columns of a layer that share one threshold."""
-        exact = self.rules["mask_rule"] == "exact_count"
-        return self.block_size or mask_block_size(weight, target if exact else 0.0)
+        """Columns of a layer that share one threshold, or are pruned as one."""
+        taps_alone = self.rules["solver"] == "exact" or self.rules["mask_rule"] == "published"
+        return self.block_size or mask_block_size(weight, 0.0 if taps_alone else target)
 
     def recorder(self) -> InputRecorder:
         return InputRecorder(
@@ -253,6 +266,7 @@ def prepare_tracing(
     solver: Solver,
     layers: Sequence[str] | None,
     block_size: int | None,
+    block_layout: BlockLayout,
     damping: float,
     mask_rule: ops.MaskRule,
     refit: bool,
@@ -269,8 +283,7 @@ def prepare_tracing(
     check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
     check_whole("block_size", 1 if block_size is None else block_size, 1)
     check_whole("seed", seed, 0)
-    if not isinstance(refit, bool):
-        raise InvalidInputError(f"refit must be True or False, got {refit!r}")
+    check_rules(damping, solver, block_layout, mask_rule, refit)
     if hessian_dtype not in (None, torch.bfloat16, torch.float32, torch.float64, "tf32"):
         raise InvalidInputError(
             f"hessian_dtype must be torch.bfloat16, torch.float32, torch.float64, 'tf32' or None, got {hessian_dtype!r}"
@@ -298,7 +311,13 @@ def prepare_tracing(
         positions_per_column=positions_per_column,
         block_size=block_size,
         budget=sparsity if isinstance(sparsity, ErrorBudget) else None,
-        rules={"solver": solver, "damping": damping, "mask_rule": mask_rule, "refit": refit},
+        rules={
+            "solver": solver,
+            "block_layout": block_layout,
+            "damping": damping,
+            "mask_rule": mask_rule,
+            "refit": refit,
+        },
         seed=seed,
         backend=backend,
         progress=progress,
@@ -372,7 +391,7 @@ def solve_observed(
             return [(each, ()) for each in solutions]
         energies = _output_energies(problems)
         return [
-            (of_layer, tuple(_relative_error(each, energy) for each in of_layer))
+            (of_layer, tuple(_relative_error(each.loss, energy) for each in of_layer))
             for of_layer, energy in zip(solutions, energies, strict=True)
         ]
 
@@ -417,9 +436,9 @@ def _output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
     return ((grouped @ hessian) * grouped).sum(dtype=torch.float64)
 
 
-def _relative_error(solution: Solution, energy: float) -> float:
+def _relative_error(loss: float, energy: float) -> float:
     # A loss is half of the squared error. Outputs that are zero have none.
-    return 2 * solution.loss / energy if energy else 0.0
+    return 2 * loss / energy if energy else 0.0
 
 
 def _solve(tracing: Tracing, observed: Sequence[Observed]) -> list[Trace]:
@@ -435,7 +454,7 @@ def _solve(tracing: Tracing, observed: Sequence[Observed]) -> list[Trace]:
             energies = _output_energies(problems)
             return solve_within(
                 problems,
-                lambda i, solution: _relative_error(solution, energies[i]) <= budget.error,
+                lambda i, loss: _relative_error(loss, energies[i]) <= budget.error,
                 backend=tracing.backend,
                 **tracing.rules,
             )

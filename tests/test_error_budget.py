@@ -127,7 +127,7 @@ def test_the_sparsest_allowed_target_is_found_by_bisection(monkeypatch: pytest.M
     for best in range(-1, count):
         solved.clear()
         limit = all_of_them[best].loss if best >= 0 else 0.0
-        (found,) = solve_within([problem], lambda _, solution, limit=limit: solution.loss <= limit)
+        (found,) = solve_within([problem], lambda _, loss, limit=limit: loss <= limit)
         assert len(solved) == len(set(solved)) <= count.bit_length()
         if best < 0:
             assert found is None

@@ -1,0 +1,155 @@
+"""The exact solver's part that knows no sparsity: in which order the weights of a layer go, and at what loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spade_fast import ops, reference
+
+BlockLayout = Literal["taps", "channels"]
+
+
+class Blocks(NamedTuple):
+    """Which columns of a layer are pruned together.
+
+    Attributes
+    ----------
+    of_column
+        int64 [d], the block that each column belongs to.
+    columns
+        int64 [blocks, size], the columns of each; d where a block has fewer.
+    """
+
+    of_column: Tensor
+    columns: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.columns.shape[1]
+
+    @staticmethod
+    def of(shape: Sequence[int], size: int, layout: BlockLayout, device: torch.device) -> Blocks:
+        """Blocks of `size` columns of a weight of that shape, of which the last ones may have fewer.
+
+        Parameters
+        ----------
+        shape
+            [rows, ...]; of a convolution [rows, channels, *taps].
+        size
+            Columns of a block, where there are as many.
+        layout
+            "taps": neighbours in the order of ``weight.flatten(1)``, so with as many as it has taps one channel's.
+            "channels": neighbouring channels at one tap.
+        device
+            Of the result.
+        """
+        channels = shape[1]
+        taps = torch.Size(shape[2:]).numel()
+        column = torch.arange(channels * taps, device=device)
+        if layout == "taps":
+            size = min(size, len(column))
+            of_column, place = column // size, column % size
+        else:
+            channel, tap = column // taps, column % taps
+            size = min(size, channels)
+            of_column, place = tap * -(-channels // size) + channel // size, channel % size
+        columns = column.new_full((int(of_column[-1]) + 1, size), len(column))
+        columns[of_column, place] = column
+        return Blocks(of_column, columns)
+
+    def gather(self, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [G, r, d] and inverse [G, d, d] with blocks side by side; columns that are no column touch none."""
+        count = len(self.of_column)
+        columns = self.columns.flatten()
+        if torch.equal(columns, torch.arange(count, device=columns.device)):
+            return weight, inverse
+        absent = columns == count
+        at = columns.masked_fill(absent, 0)
+        inverse = inverse[:, at[:, None], at].masked_fill(absent | absent[:, None], 0)
+        inverse.diagonal(dim1=1, dim2=2).masked_fill_(absent, 1)
+        return weight[:, :, at].masked_fill(absent, 0), inverse
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """How the rows of a layer are pruned to the end: every sparsity is a part of it.
+
+    Attributes
+    ----------
+    order
+        int32 [G, r, blocks], which block of a row goes at each step.
+    losses
+        float64, same shape: what each step adds to the layer's loss. Not monotone within a row.
+    blocks
+        Which columns these are.
+    """
+
+    order: Tensor
+    losses: Tensor
+    blocks: Blocks
+
+    @property
+    def failed(self) -> Tensor:
+        """Scalar bool: whether some pivot was rounding noise."""
+        return self.losses.isnan().any()
+
+    def count(self, sparsity: float, mask_rule: ops.MaskRule) -> int:
+        """How many blocks of all rows go."""
+        return reference.blocks_to_prune(self.losses.numel(), sparsity, mask_rule == "published")
+
+    def steps(self, count: int) -> Tensor:
+        """int64 [G, r], how far each row is pruned: as often as its losses are among the `count` least of all rows'.
+
+        Of equal losses those of the first row's first steps.
+        """
+        if count == 0:
+            return self.losses.new_zeros(self.losses.shape[:2], dtype=torch.int64)
+        threshold = self.losses.flatten().kthvalue(count).values
+        below, equal = self.losses < threshold, self.losses == threshold
+        among_equal = equal.flatten().cumsum(0).view_as(equal)
+        return (below | (equal & (among_equal <= count - below.sum()))).sum(2)
+
+    def loss(self, steps: Tensor) -> Tensor:
+        """Scalar: what so many steps of the rows [G, r] cost."""
+        done = torch.arange(self.losses.shape[2], device=steps.device) < steps[:, :, None]
+        return self.losses.where(done, 0).sum()
+
+    def mask(self, steps: Tensor) -> Tensor:
+        """bool [G, r, d], True where a weight is kept after so many steps of the rows [G, r]."""
+        left = torch.arange(self.losses.shape[2], device=steps.device) >= steps[:, :, None]
+        kept = torch.empty_like(left).scatter_(2, self.order.long(), left)
+        return kept[:, :, self.blocks.of_column]
+
+
+def eliminate_layers(
+    weights: Sequence[Tensor], inverses: Sequence[Tensor], blocks: Sequence[Blocks], native: bool
+) -> list[Elimination]:
+    """Eliminate the rows of many layers, natively side by side.
+
+    Parameters
+    ----------
+    weights
+        [G, r, d] of each.
+    inverses
+        Inverse Hessians [G, d, d], of any dtype: they are rounded to the weight's.
+    blocks
+        Which columns are pruned together.
+    native
+        Whether by :func:`spade_fast.ops.elimination_orders`, else by the reference.
+    """
+    rows, matrices, sizes = [], [], []
+    for weight, inverse, each in zip(weights, inverses, blocks, strict=True):
+        row, matrix = each.gather(weight, inverse.to(weight.dtype))
+        rows.append(row)
+        matrices.append(matrix)
+        sizes.append(each.size)
+    if native:
+        orders, losses = ops.elimination_orders(rows, matrices, sizes)
+    else:
+        orders, losses = map(list, zip(*map(reference.elimination_order, rows, matrices, sizes), strict=True))
+    return [Elimination(order, loss.double(), each) for order, loss, each in zip(orders, losses, blocks, strict=True)]
