@@ -42,6 +42,11 @@ STABLE_TORCH_LIBRARY(spade_fast, m) {
   // positions, int32, and their losses, both [G, r, d / block_size]; from a pivot that is rounding noise on, -1 and NaN.
   m.def("elimination_orders(Tensor[] weights, Tensor[] inverses, int[] block_sizes) -> (Tensor[], Tensor[])");
 
+  // For each right side [G, systems, d] and subset S of the columns, bool [G, systems, d], the x with H_SS x_S = b_S, zero
+  // outside S, of symmetric matrices [G, d, d] of which the lower triangles are read. NaN where H_SS has no Cholesky
+  // factor. CPU only: elsewhere torch's own batches of systems do.
+  m.def("solve_subsets(Tensor matrix, Tensor subsets, Tensor right_sides) -> Tensor");
+
   // Views [views, 3, height, width] of an image [3, h, w]. Along an axis, output i of a view is the sum over t of
   // weights[view, t, i] * input[starts[view, i] + t]. Colours [views, 3]: factor of all channels, clamped to 0..1, turn
   // of the hue, a second factor and clamp.

@@ -23,10 +23,13 @@ class Blocks(NamedTuple):
         int64 [d], the block that each column belongs to.
     columns
         int64 [blocks, size], the columns of each; d where a block has fewer.
+    in_order
+        Whether these are all columns as they come.
     """
 
     of_column: Tensor
     columns: Tensor
+    in_order: bool
 
     @property
     def size(self) -> int:
@@ -48,27 +51,29 @@ class Blocks(NamedTuple):
         device
             Of the result.
         """
-        channels = shape[1]
-        taps = torch.Size(shape[2:]).numel()
+        channels, taps = shape[1], torch.Size(shape[2:]).numel()
         column = torch.arange(channels * taps, device=device)
         if layout == "taps":
             size = min(size, len(column))
+            count = -(-len(column) // size)
             of_column, place = column // size, column % size
         else:
-            channel, tap = column // taps, column % taps
             size = min(size, channels)
-            of_column, place = tap * -(-channels // size) + channel // size, channel % size
-        columns = column.new_full((int(of_column[-1]) + 1, size), len(column))
+            of_tap = -(-channels // size)
+            count = taps * of_tap
+            channel, tap = column // taps, column % taps
+            of_column, place = tap * of_tap + channel // size, channel % size
+        columns = column.new_full((count, size), len(column))
         columns[of_column, place] = column
-        return Blocks(of_column, columns)
+        in_order = count * size == len(column) and (layout == "taps" or taps == 1)
+        return Blocks(of_column, columns, in_order)
 
     def gather(self, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [G, r, d] and inverse [G, d, d] with blocks side by side; columns that are no column touch none."""
-        count = len(self.of_column)
-        columns = self.columns.flatten()
-        if torch.equal(columns, torch.arange(count, device=columns.device)):
+        if self.in_order:
             return weight, inverse
-        absent = columns == count
+        columns = self.columns.flatten()
+        absent = columns == len(self.of_column)
         at = columns.masked_fill(absent, 0)
         inverse = inverse[:, at[:, None], at].masked_fill(absent | absent[:, None], 0)
         inverse.diagonal(dim1=1, dim2=2).masked_fill_(absent, 1)

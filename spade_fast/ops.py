@@ -228,6 +228,29 @@ def elimination_orders(
     return orders, losses
 
 
+def solve_subsets(matrix: Tensor, subsets: Tensor, right_sides: Tensor) -> Tensor:
+    """For each right side b and its subset S of the columns the x with matrix[S, S] x[S] = b[S], zero outside S.
+
+    On a CPU only.
+
+    Parameters
+    ----------
+    matrix
+        [G, d, d], float32 or float64, symmetric; the lower triangles are read.
+    subsets
+        bool [G, systems, d].
+    right_sides
+        [G, systems, d], dtype of the matrix.
+
+    Returns
+    -------
+    Tensor
+        [G, systems, d]; NaN on S where matrix[S, S] has no Cholesky factor.
+    """
+    solutions: Tensor = torch.ops.spade_fast.solve_subsets(matrix, subsets, right_sides)
+    return solutions
+
+
 def render_views(
     image: Tensor,
     row_starts: Tensor,
@@ -323,6 +346,11 @@ def _fake_elimination_orders(
     return [torch.empty_like(each, dtype=torch.int32) for each in losses], losses
 
 
+def _fake_solve_subsets(matrix: Tensor, subsets: Tensor, right_sides: Tensor) -> Tensor:
+    _check_one_device(matrix, subsets, right_sides)
+    return torch.empty_like(right_sides, memory_format=torch.contiguous_format)
+
+
 def _fake_render_views(
     image: Tensor,
     row_starts: Tensor,
@@ -343,4 +371,5 @@ if _C is not None:
     torch.library.register_fake("spade_fast::factor_hessians", _fake_factor_hessians)
     torch.library.register_fake("spade_fast::prune_layers", _fake_prune_layers)
     torch.library.register_fake("spade_fast::elimination_orders", _fake_elimination_orders)
+    torch.library.register_fake("spade_fast::solve_subsets", _fake_solve_subsets)
     torch.library.register_fake("spade_fast::render_views", _fake_render_views)

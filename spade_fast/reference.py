@@ -141,7 +141,8 @@ def _eliminate(weight: Tensor, inverse: Tensor, size: int) -> tuple[Tensor, Tens
             scores = weight**2 / pivots
         else:
             of_blocks = inverses.view(count, blocks, size, blocks, size).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-            lower = torch.linalg.cholesky_ex(of_blocks).L  # [count, blocks, size, size]
+            lower, info = torch.linalg.cholesky_ex(of_blocks)  # [count, blocks, size, size]
+            lower.masked_fill_((info > 0)[:, :, None, None], math.nan)
             halves = torch.linalg.solve_triangular(lower, weight.view(count, blocks, size, 1), upper=False)
             scores = (halves**2).sum((2, 3))
         scores.masked_fill_(gone, math.inf)

@@ -17,6 +17,7 @@ from spade_fast.autocast import without_autocast
 from spade_fast.elimination import BlockLayout, Blocks, Elimination, eliminate_layers
 from spade_fast.errors import InvalidInputError
 from spade_fast.plans import check_sparsity
+from spade_fast.refit import refit_kept
 
 Solver = Literal["fast", "exact"]
 Fallback = Literal["float64", "damping"]
@@ -30,8 +31,6 @@ _LARGEST_DAMPING = 1.0
 _TILE = 256
 # Share of the largest entry by which mirrored entries may differ: what float32 sums in another order may do.
 _LARGEST_ASYMMETRY = 1e-4
-# Numbers in the systems that are refitted at a time, unless a single one has more (32 MiB, about three such at once).
-_REFIT_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ def _prepare_layers(
     native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
     if solver == "exact":
         factors, eliminations = _eliminate_all(problems, prepared, damping, block_layout, native)
-        return _Eliminated(problems, prepared, factors, mask_rule, eliminations)
+        return _Eliminated(problems, prepared, factors, mask_rule, native, eliminations)
     return _Factored(problems, prepared, _factor_all(problems, prepared, damping, native), mask_rule, native)
 
 
@@ -339,6 +338,7 @@ class _Prepared(ABC):
     grouped: Mapping[int, _Grouped]
     factors: Mapping[int, Factor]
     mask_rule: ops.MaskRule
+    native: bool
 
     def solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
         solutions: dict[_Place, Solution] = {}
@@ -367,11 +367,11 @@ class _Prepared(ABC):
 class _Factored(_Prepared):
     """For the fast solver."""
 
-    native: bool
-
     def _solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
         pruned = _prune_all(self.problems, places, self.grouped, self.factors, self.mask_rule, self.native)
-        return _finish_all(self.problems, self.grouped, self.factors, pruned, refit)
+        return _finish_all(
+            self.problems, self.grouped, self.factors, pruned, refit=refit, exact=False, native=self.native
+        )
 
     def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
         return {place: (solution.loss, solution) for place, solution in self.solve(places, refit=False).items()}
@@ -395,7 +395,9 @@ class _Eliminated(_Prepared):
         for place in places:
             elimination, steps = self._elimination(place)
             pruned[place] = (self.grouped[place[0]].weight, elimination.mask(steps), elimination.loss(steps))
-        return _finish_all(self.problems, self.grouped, self.factors, pruned, refit=True)
+        return _finish_all(
+            self.problems, self.grouped, self.factors, pruned, refit=True, exact=True, native=self.native
+        )
 
     def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
         losses = torch.stack([elimination.loss(steps) for elimination, steps in map(self._elimination, places)])
@@ -550,7 +552,10 @@ def _finish_all(
     grouped: Mapping[int, _Grouped],
     factors: Mapping[int, Factor],
     pruned: Mapping[_Place, tuple[Tensor, Tensor, Tensor]],
+    *,
     refit: bool,
+    exact: bool,
+    native: bool,
 ) -> dict[_Place, Solution]:
     weights, masks, losses = [], [], []
     for (i, _), (sparse, mask, loss) in pruned.items():
@@ -559,7 +564,8 @@ def _finish_all(
             mask &= ~each.dead[:, None]
         if refit and loss.isfinite():
             damped = _add_damping(each.hessian.double(), factors[i].damping)
-            sparse, loss = refit_kept(each.weight.double(), damped, mask)
+            inverse = factors[i].matrix if exact else None
+            sparse, loss = refit_kept(each.weight.double(), damped, mask, inverse=inverse, native=native)
         # Keeps the memory format, channels_last among others, and the dtype.
         weights.append(torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape)))
         masks.append(mask.view(weight.shape))
@@ -633,68 +639,6 @@ def _harder(damping: float) -> Iterator[tuple[float, Fallback]]:
     while raised <= _LARGEST_DAMPING:
         yield raised, "damping"
         raised *= 10
-
-
-def refit_kept(weight: Tensor, hessian: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights on `mask` that minimize tr((W - Q) H (W - Q)^T) (SparseGPT section 3.1).
-
-    With K the kept and P the pruned columns of a row and G = H^-1, the optimum is q_K = w_K + H_KK^-1 H_KP w_P, or just
-    as well q_K = w_K - G_KP G_PP^-1 w_P: each row takes the smaller system.
-
-    Parameters
-    ----------
-    weight
-        [G, r, d], float64.
-    hessian
-        [G, d, d], float64, positive definite.
-    mask
-        [G, r, d] bool, True where kept.
-
-    Returns
-    -------
-    weight, loss
-        [G, r, d], and half of the minimum as a scalar. NaN where a system has no Cholesky factor.
-    """
-    sparse = weight.masked_fill(~mask, 0)
-    for group, matrix in enumerate(hessian):
-        few_kept = mask[group].sum(1) * 2 <= mask.shape[2]
-        rows = few_kept.nonzero()[:, 0]
-        change = weight[group, rows] - sparse[group, rows]
-        sparse[group, rows] += _solve_subsets(matrix, mask[group, rows], change @ matrix)
-        rows = (~few_kept).nonzero()[:, 0]
-        if len(rows):
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)
-            multipliers = _solve_subsets(inverse, ~mask[group, rows], weight[group, rows])
-            sparse[group, rows] = (weight[group, rows] - multipliers @ inverse).masked_fill(~mask[group, rows], 0)
-    change = weight - sparse
-    return sparse, ((change @ hessian) * change).sum() / 2
-
-
-def _solve_subsets(matrix: Tensor, subsets: Tensor, right_sides: Tensor) -> Tensor:
-    """For each row the x with matrix[S, S] x[S] = b[S], zero outside its subset S of the columns.
-
-    matrix is [d, d]; subsets (bool), right_sides and the result are [r, d].
-    """
-    solutions = torch.zeros_like(right_sides)
-    sizes, order = subsets.sum(1).sort(descending=True)
-    widths = sizes.tolist()
-    begin = 0
-    while begin < len(widths) and widths[begin] > 0:
-        # Rows of like counts are solved in one batch, smaller systems padded with the identity.
-        width, end = widths[begin], begin + 1
-        while end < len(widths) and widths[end] > 0.9 * width and (end + 1 - begin) * width**2 <= _REFIT_ELEMENTS:
-            end += 1
-        rows = order[begin:end]
-        begin = end
-        columns = subsets[rows].byte().argsort(dim=1, descending=True, stable=True)[:, :width]  # the subset, padding
-        inside = subsets[rows].gather(1, columns)
-        systems = matrix[columns[:, :, None], columns[:, None, :]]
-        systems.masked_fill_(~(inside[:, :, None] & inside[:, None, :]), 0)
-        systems.diagonal(dim1=1, dim2=2).add_(~inside)
-        right = right_sides[rows].gather(1, columns).masked_fill_(~inside, 0)
-        step = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky_ex(systems).L)
-        solutions[rows] = solutions[rows].scatter_add(1, columns, step[:, :, 0])
-    return solutions
 
 
 def _add_damping(hessian: Tensor, damping: float) -> Tensor:

@@ -106,6 +106,40 @@ def check_side_by_side(draw: random.Random) -> None:
         assert (found[0][i] - alone[0]).abs().max() <= TOLERANCES[torch.float64] * (1 + alone[0].abs().max())
 
 
+def check_elimination(draw: random.Random) -> None:
+    """Every block goes once, and all of them cost what the whole row does; many layers give what each gives alone."""
+    dtype, layers = draw_dtype(draw), []
+    for _ in range(draw.randint(1, 3)):
+        size = draw.choice([1, 1, 4, 9, 25, 70])
+        columns = size * draw.choice([1, 2, 7, 15] if size > 1 else [1, 9, 70, 200])
+        inputs = torch.randn(draw.choice([1, 2]), columns, 2 * columns + 5, dtype=torch.float64)
+        hessian = inputs @ inputs.mT / columns
+        weight = torch.randn(len(inputs), draw.choice([1, 5]), columns, dtype=dtype)
+        layers.append((weight, hessian.inverse().to(dtype), size, hessian))
+    weights, inverses, sizes, hessians = map(list, zip(*layers, strict=True))
+    orders, losses = torch.ops.spade_fast.elimination_orders(weights, inverses, sizes)
+    for i, (weight, hessian) in enumerate(zip(weights, hessians, strict=True)):
+        whole = ((weight.double() @ hessian) * weight.double()).sum(2) / 2
+        assert torch.equal(orders[i].sort(2).values, torch.arange(orders[i].shape[2]).expand_as(orders[i]).int())
+        assert ((losses[i].double().sum(2) - whole).abs() <= 100 * TOLERANCES[dtype] * whole).all()
+        alone, _ = torch.ops.spade_fast.elimination_orders(weights[i : i + 1], inverses[i : i + 1], sizes[i : i + 1])
+        assert torch.equal(alone[0], orders[i])
+
+
+def check_subsets(draw: random.Random) -> None:
+    """Solutions on subsets of the columns."""
+    groups, systems, columns = draw.choice([1, 3]), draw.choice([0, 1, 6]), draw.choice([1, 9, 95, 130, 220])
+    dtype = draw_dtype(draw)
+    inputs = torch.randn(groups, columns, 2 * columns + 5, dtype=dtype)
+    matrix, right = inputs @ inputs.mT / columns, torch.randn(groups, systems, columns, dtype=dtype)
+    subsets = torch.rand(groups, systems, columns) < draw.random()
+    found = torch.ops.spade_fast.solve_subsets(matrix, subsets, right)
+    assert not found[~subsets].any()
+    residual = (found @ matrix - right)[subsets]
+    if len(residual):
+        assert residual.abs().max() <= 10 * TOLERANCES[dtype] * columns * (1 + found.abs().max())
+
+
 def check_render(draw: random.Random) -> None:
     """Bands are sums, and colours those of the HSV circle."""
     views, height, width = draw.choice([0, 1, 3]), draw.choice([1, 7, 40]), draw.choice([1, 5, 33, 70])
@@ -141,6 +175,8 @@ def main(library: str, cases: str = "200") -> None:
         check_factor(draw)
         check_prune_columns(draw)
         check_side_by_side(draw)
+        check_elimination(draw)
+        check_subsets(draw)
         check_render(draw)
     print(f"{cases} cases of each operator agree")  # noqa: T201
 

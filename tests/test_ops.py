@@ -255,6 +255,35 @@ def add(sums: Tensor, input: Tensor, **geometry: Any) -> None:
         (lambda: ops.prune_columns(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 1.5, 1, False), "0..1, got 1.5"),
         (lambda: ops.prune_columns(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), 0.5, 0, False), "at least 1, got 0"),
         (lambda: ops.prune_columns(torch.zeros(2, 2), torch.zeros(1, 2, 2), 0.5, 1, False), r"got Float \[2, 2\]"),
+        (
+            lambda: ops.elimination_orders([torch.zeros(2, 3)], [torch.eye(3)[None]], [1]),
+            r"weight .*got Float \[2, 3\]",
+        ),
+        (
+            lambda: ops.elimination_orders([torch.zeros(1, 2, 3)], [torch.eye(3)[None].double()], [1]),
+            r"inverse must be a \[1, 3, 3\].*got Double \[1, 3, 3\]",
+        ),
+        (
+            lambda: ops.elimination_orders([torch.zeros(1, 2, 3)], [torch.eye(3)[None]], [2]),
+            "divide the 3 columns, got 2",
+        ),
+        (
+            lambda: ops.elimination_orders([torch.zeros(1, 2, 3)], [torch.eye(3)[None]], [0]),
+            "divide the 3 columns, got 0",
+        ),
+        (lambda: ops.elimination_orders([torch.zeros(1, 2, 3)], [], [1]), "for each layer, got 1, 0 and 1"),
+        (
+            lambda: ops.solve_subsets(torch.eye(3), torch.ones(1, 2, 3).bool(), torch.ones(1, 2, 3)),
+            r"matrix must be .*got Float \[3, 3\]",
+        ),
+        (
+            lambda: ops.solve_subsets(torch.eye(3)[None], torch.ones(1, 2, 3), torch.ones(1, 2, 3)),
+            r"subsets must be a Bool \[1, 2, 3\] tensor, got Float",
+        ),
+        (
+            lambda: ops.solve_subsets(torch.eye(3)[None], torch.ones(1, 2, 3).bool(), torch.ones(1, 2, 4)),
+            r"right_sides must be a \[1, systems, 3\].*got Float \[1, 2, 4\]",
+        ),
     ],
 )
 def test_refusals_show_the_values(call, message):
@@ -268,6 +297,8 @@ def test_refusals_show_the_values(call, message):
         lambda here, there: ops.prune_columns(here, there, 0.5, 1, False),
         lambda here, there: ops.prune_layers([here, here], [here, there], [0.5, 0.5], [1, 1], False),
         lambda here, there: ops.factor_hessians([here, there], 0.01),
+        lambda here, there: ops.elimination_orders([here, here], [here, there], [1, 1]),
+        lambda here, there: ops.solve_subsets(here, here > 0, there),
         lambda here, there: ops.add_conv2d_sums_(here, there[..., None], ops.Geometry()),
         lambda here, there: ops.render_views(
             there.expand(3, 4, 4), torch.zeros(1, 4).long(), here, torch.zeros(1, 4).long(), here, torch.ones(1, 3)
@@ -435,6 +466,9 @@ def test_opcheck(dtype):
     torch.library.opcheck(operators.factor_hessians.default, ([factor, factor[:1, :2, :2]], 0.01))
     weights = [torch.randn(2, 3, 6, dtype=dtype), torch.randn(2, 1, 6, dtype=dtype)]
     torch.library.opcheck(operators.prune_layers.default, (weights, [factor, factor], [0.5, 0.2], [2, 1], False))
+    torch.library.opcheck(operators.elimination_orders.default, (weights, [factor, factor], [2, 1]))
+    subsets = torch.rand(2, 3, 6) < 0.5
+    torch.library.opcheck(operators.solve_subsets.default, (factor, subsets, weights[0]))
     torch.library.opcheck(operators.render_views.default, render_arguments(dtype))
 
 

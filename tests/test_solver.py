@@ -13,7 +13,8 @@ import spade_fast as sf
 from spade_fast import reference, solver
 from spade_fast.layers import mask_block_size
 from spade_fast.reference import count_to_prune
-from spade_fast.solver import Problem, Target, lower_factors, refit_kept, solve_layers
+from spade_fast.refit import refit_kept
+from spade_fast.solver import Problem, Target, lower_factors, solve_layers
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 10), (50, 24)),
@@ -357,7 +358,7 @@ def test_refitting_reads_off_by_hand():
     weight = torch.tensor([[1.0, 4.0], [4.0, 1.0], [3.0, 3.0]])
     hessian = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     mask = torch.tensor([[False, True], [True, False], [True, True]])
-    sparse, loss = refit_kept(weight[None].double(), hessian[None].double(), mask[None])
+    sparse, loss = refit_kept(weight[None].double(), hessian[None].double(), mask[None], native=False)
     # The lost 1 comes back through H_12 / H_22 = 1 / 2, and costs (2 - 1 * 1 / 2) / 2 in each of two rows.
     assert sparse[0].tolist() == [[0.0, 4.5], [4.5, 0.0], [3.0, 3.0]]
     assert loss.item() == 1.5
@@ -365,9 +366,10 @@ def test_refitting_reads_off_by_hand():
 
 def test_refitting_in_small_pieces_changes_nothing(monkeypatch):
     weight, hessian, block_size = layer_and_hessian("3x3", torch.float64)
-    whole = sf.solve(weight, hessian, 0.6, block_size=block_size, refit=True)
-    monkeypatch.setattr("spade_fast.solver._REFIT_ELEMENTS", 1)
-    torch.testing.assert_close(sf.solve(weight, hessian, 0.6, block_size=block_size, refit=True).weight, whole.weight)
+    settings = {"block_size": block_size, "refit": True, "backend": "reference"}
+    whole = sf.solve(weight, hessian, 0.6, **settings)
+    monkeypatch.setattr("spade_fast.refit._REFIT_ELEMENTS", 1)
+    torch.testing.assert_close(sf.solve(weight, hessian, 0.6, **settings).weight, whole.weight)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.8])
@@ -417,6 +419,7 @@ def test_refitting_is_done_in_float64_whatever_the_weights():
         weight.double()[None],
         (hessian.double() + 1e-6 * hessian.double().diagonal().mean() * torch.eye(20))[None],
         solution.mask[None],
+        native=False,
     )
     torch.testing.assert_close(solution.weight, exact[0].float(), rtol=1e-6, atol=0)
     half = sf.solve(weight.half(), hessian, 0.5, refit=True)
