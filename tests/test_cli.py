@@ -148,6 +148,10 @@ def test_options_reach_the_trace(
         "--refit",
         "--damping",
         0.5,
+        "--solver",
+        "exact",
+        "--block-layout",
+        "channels",
         "--save-trace",
         file,
     ]
@@ -156,6 +160,7 @@ def test_options_reach_the_trace(
     assert seen["batch_size"] == 2
     assert seen["backend"] == "reference"
     assert (seen["refit"], seen["damping"]) == (True, 0.5)
+    assert (seen["solver"], seen["block_layout"]) == ("exact", "channels")
     assert seen["sparsity"] == SparsityPlan.from_mapping({"conv": 0.5, "fc": 0.25})
     assert loads[0]["device"] == "cpu"
     assert Trace.load(file).rows() == json.loads(result.stdout)["layers"]

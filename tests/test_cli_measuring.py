@@ -188,16 +188,21 @@ def test_what_the_arms_are_made_of(folder: Path, trojan: Path, tmp_path: Path) -
     for method in ("saliency", "occlusion"):
         SparsityPlan.from_mapping({"blocks.1": 0.5}).to_json(tmp_path / f"{method}.json")
     evaluate("trojan", folder, "--trojan", trojan, "--sparsity", 0.6, "--limit", 2, "--plans", tmp_path,
-             "--arms", "dense,fast,fast-tuned,generic,class,sparse-fc", "--reference", others, "--reference-limit", 6,
-             "--seed", 3, "--views", "partial", "--steps", 6, "--damping", 0.5)  # fmt: skip
+             "--arms", "dense,fast,fast-tuned,exact,exact-tuned,generic,class,sparse-fc", "--reference", others,
+             "--reference-limit", 6, "--seed", 3, "--views", "partial", "--steps", 6, "--damping", 0.5,
+             "--block-layout", "channels")  # fmt: skip
     settings = json.loads((folder.parent / "out" / "settings.json").read_text())
     told = settings["arms"]
     assert settings["seed"] == 3
     views = {"num_augmentations": 4, "augment": repr(Augmentation.partial(SIDE, (0.5, 0.5, 0.5))), "seed": 3,
              "damping": 0.5}  # fmt: skip
-    for arm in ("fast", "fast-tuned", "generic", "class"):
+    exact = {"solver": "exact", "block_layout": "channels"}
+    for arm in ("fast", "fast-tuned", "exact", "exact-tuned", "generic", "class"):
         assert {key: told[arm][key] for key in views} == views, arm
-    assert [told[arm]["sparsity"] for arm in ("fast", "generic", "class")] == [0.6, 0.6, 0.6]
+        solved = {key: value for key, value in told[arm].items() if key in exact}
+        assert solved == (exact if arm.startswith("exact") else {}), arm
+    assert [told[arm]["sparsity"] for arm in ("fast", "exact", "generic", "class")] == [0.6, 0.6, 0.6, 0.6]
+    assert told["exact-tuned"]["plans"] == told["fast-tuned"]["plans"]
 
     files = named_files(others)
     clean = evaluation.clean_cases(quarters(), files, seed=3)
@@ -275,7 +280,7 @@ def test_defaults_of_a_tuning_are_those_of_python() -> None:
 
 def test_settings_of_a_tuning(folder: Path, tmp_path: Path) -> None:
     given = ("--held-out", 0.5, "--steps", 7, "--num-augmentations", 3, "--seed", 5, "--no-search", "--limit", 6,
-             "--damping", 0.5)  # fmt: skip
+             "--damping", 0.5, "--solver", "exact")  # fmt: skip
     command = ("tune", "insertion", folder, "--out", tmp_path / "plans", "--blocks", "classifier", *given)
     report = json.loads(run(*command, "--methods", "saliency", "--views", "partial", "--json").stdout)["saliency"][
         "tuning"
@@ -283,6 +288,7 @@ def test_settings_of_a_tuning(folder: Path, tmp_path: Path) -> None:
     assert len(report["held_out"]) == 3
     assert (report["steps"], report["seed"]) == (7, 5)
     assert (report["trace"]["num_augmentations"], report["trace"]["damping"]) == (3, 0.5)
+    assert (report["trace"]["solver"], "block_layout" in report["trace"]) == ("exact", False)
     assert report["trace"]["augment"].startswith("Augmentation(size=16")
     assert {step["stage"] for step in report["history"]} == {"untuned", "choice"}
 
@@ -373,7 +379,14 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
         (("evaluate", "insertion", "--arms", "generic"), "arm 'generic' is made from other images: pass --reference"),
         (("evaluate", "insertion", "--arms", "fast-tuned"), "arm 'fast-tuned' needs --plans"),
         (("evaluate", "insertion", "--arms", "dense,fast,dense"), "arm 'dense' is given twice: leave one out"),
-        (("evaluate", "insertion", "--plans", "plans"), "--plans is for arm fast-tuned: add it to --arms"),
+        (
+            ("evaluate", "insertion", "--plans", "plans"),
+            "--plans is for arms fast-tuned, exact-tuned: add one to --arms",
+        ),
+        (("evaluate", "insertion", "--arms", "exact-tuned"), "arm 'exact-tuned' needs --plans"),
+        (("evaluate", "insertion", "--block-layout", "channels"), "--block-layout is for arms exact, exact-tuned"),
+        (("evaluate", "insertion", "--arms", "exact", "--block-layout", "rows"), "block_layout='rows' is unknown"),
+        (("tune", "insertion", "--solver", "slow"), "solver='slow' is unknown: choose one of fast, exact"),
         (("evaluate", "insertion", "--reference", "others"), "--reference is for arms generic, class, sparse-fc"),
         (("evaluate", "insertion", "--patch", "heart=1"), "--patch is of the metric trojan, not of insertion"),
         (("evaluate", "trojan", "--patch", "heart=1", "--patch", "heart=2"), "--patch 'heart' is given twice"),

@@ -60,11 +60,13 @@ PLANS = [
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("solver", ["fast", "exact"])
 def test_a_plan_gives_the_trace_that_it_gives_alone(
-    network: Network, image: Tensor, plan: SparsityPlan, backend: str
+    network: Network, image: Tensor, plan: SparsityPlan, backend: str, solver: str
 ) -> None:
-    found = sweep(network, image, GRID, backend=backend, **SETTINGS).trace(plan)
-    alone = sf.trace(network, image, plan, backend=backend, **SETTINGS)
+    settings = {**SETTINGS, "backend": backend, "solver": solver}
+    found = sweep(network, image, GRID, **settings).trace(plan)
+    alone = sf.trace(network, image, plan, **settings)
     assert list(found.layers) == list(alone.layers)
     assert found.dense.keys() == alone.dense.keys()
     for name, layer in alone.layers.items():

@@ -88,16 +88,31 @@ def test_a_uniform_target_prunes_all_but_the_first_layer():
     assert all(0.49 < layer.sparsity < 0.8 for layer in trace.layers.values())
 
 
-def test_trace_equals_solving_each_layer_on_dense_activations():
+@pytest.mark.parametrize(
+    "rules", [{"solver": "fast"}, {"solver": "exact"}, {"solver": "exact", "block_layout": "channels"}]
+)
+def test_trace_equals_solving_each_layer_on_dense_activations(rules):
     model = network(torch.float64).eval()
+    model[3] = nn.Conv2d(6, 6, 3, padding=1, dtype=torch.float64)
     views = sf.Augmentation(size=(12, 14))(picture(), 8, torch.Generator().manual_seed(3)).double()
-    trace = sf.trace(model, picture(), {"4": 0.5, "9": 0.7}, seed=3, **SETTINGS)
-    inputs = {"4": model[:4](views), "9": model[:9](views)}
+    trace = sf.trace(model, picture(), {"3": 0.6, "4": 0.5, "9": 0.7}, seed=3, **rules, **SETTINGS)
+    assert {name: trace.settings[name] for name in rules} == rules
+    inputs = {"3": model[:3](views), "4": model[:4](views), "9": model[:9](views)}
     for name, layer in trace.layers.items():
         module = model.get_submodule(name)
-        expected = sf.solve(module.weight, sf.hessian(module, inputs[name]), layer.requested_sparsity)
+        hessian, block_size = sf.hessian(module, inputs[name]), module.weight.shape[2:].numel()
+        expected = sf.solve(module.weight, hessian, layer.requested_sparsity, block_size=block_size, **rules)
         assert torch.equal(layer.mask, expected.mask)
         torch.testing.assert_close(layer.weight, expected.weight, rtol=0, atol=1e-12)
+
+
+def test_exact_traces_of_many_images_are_those_of_each():
+    model, images = network(), [picture(seed) for seed in range(3)]
+    settings = {"solver": "exact", **SETTINGS}
+    for image, trace in zip(images, sf.trace_many(model, images, 0.5, images_in_flight=2, **settings), strict=True):
+        assert_same_bits(trace, sf.trace(model, image, 0.5, **settings))
+        depthwise = trace.layers["3"].mask.flatten(1)
+        assert torch.equal(depthwise.any(1), depthwise.all(1))  # whole channels
 
 
 def test_the_first_layer_is_pruned_where_it_is_named():
@@ -1032,6 +1047,8 @@ def test_bad_images(image, message):
         ({"positions_per_column": "16"}, "positions_per_column must be a positive number"),
         ({"damping": -1}, "damping"),
         ({"solver": "slow"}, "solver='slow'"),
+        ({"solver": "exact", "block_layout": "rows"}, "block_layout='rows'"),
+        ({"block_layout": "channels"}, "block_layout='channels' is for solver='exact'"),
         ({"mask_rule": "none"}, "mask_rule='none'"),
         ({"backend": "gpu"}, "backend='gpu'"),
         ({"seed": -(2**70)}, "seed"),

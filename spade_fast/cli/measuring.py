@@ -17,11 +17,13 @@ from rich.table import Table
 from spade_fast.cli.shared import (
     Arch,
     AsJson,
+    BlockLayout,
     Checkpoint,
     Damping,
     Device,
     ModelName,
     NumClasses,
+    SolverName,
     SparsityText,
     ViewKind,
     Views,
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from spade_fast.models import LoadedModel
     from spade_fast.plans import SparsityPlan
 
-_ARMS = ("dense", "fast", "fast-tuned", "generic", "class", "sparse-fc")
+_ARMS = ("dense", "fast", "fast-tuned", "exact", "exact-tuned", "generic", "class", "sparse-fc")
+_TUNED = ("fast-tuned", "exact-tuned")
+_EXACT = ("exact", "exact-tuned")
 _OF_A_SET = ("generic", "class", "sparse-fc")
 _MOST_LINES = 10
 
@@ -82,7 +86,7 @@ def evaluate(
     sparsity: SparsityText = "default",
     plans: Annotated[
         Path | None,
-        typer.Option(help="For fast-tuned: folder of tune, or one plan (FILE.json) for all methods."),
+        typer.Option(help="For fast-tuned and exact-tuned: folder of tune, or one plan (FILE.json) for all methods."),
     ] = None,
     reference: Annotated[
         Path | None,
@@ -92,6 +96,7 @@ def evaluate(
     num_augmentations: Views = 64,
     views: ViewKind = "published",
     damping: Damping = 0.01,
+    block_layout: BlockLayout = "taps",
     steps: Steps = 32,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
@@ -114,10 +119,13 @@ def evaluate(
         raise InvalidInputError(f"arm {missing[0]!r} is made from other images: pass --reference FOLDER")
     if reference is not None and not any(name in _OF_A_SET for name in chosen):
         raise InvalidInputError(f"--reference is for arms {', '.join(_OF_A_SET)}: add one to --arms, or leave it out")
-    if "fast-tuned" in chosen and plans is None:
-        raise InvalidInputError("arm 'fast-tuned' needs --plans, a folder that spade-fast tune wrote, or a plan")
-    if plans is not None and "fast-tuned" not in chosen:
-        raise InvalidInputError("--plans is for arm fast-tuned: add it to --arms, or leave --plans out")
+    tuned_arms = [name for name in chosen if name in _TUNED]
+    if tuned_arms and plans is None:
+        raise InvalidInputError(f"arm {tuned_arms[0]!r} needs --plans, a folder that spade-fast tune wrote, or a plan")
+    if plans is not None and not tuned_arms:
+        raise InvalidInputError(f"--plans is for arms {', '.join(_TUNED)}: add one to --arms, or leave --plans out")
+    if block_layout != "taps" and not any(name in _EXACT for name in chosen):
+        raise InvalidInputError(f"--block-layout is for arms {', '.join(_EXACT)}: add one to --arms, or leave it out")
     names = read_methods(methods)
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")
@@ -144,7 +152,16 @@ def evaluate(
     }
     seen |= dict.fromkeys(implanting.get("photographs", ()), "patches were implanted with it")
     compared = {
-        name: _arm(name, network, read_sparsity(sparsity), tuned, others, cases, reference_limit, settings)
+        name: _arm(
+            name,
+            network,
+            read_sparsity(sparsity),
+            tuned,
+            others,
+            cases,
+            reference_limit,
+            {**settings, **(_solver_settings("exact", block_layout) if name in _EXACT else {})},
+        )
         for name in chosen
     }
     result = measure(
@@ -193,6 +210,8 @@ def tune(
     num_augmentations: Views = 64,
     views: ViewKind = "published",
     damping: Damping = 0.01,
+    solver: SolverName = "fast",
+    block_layout: BlockLayout = "taps",
     steps: Steps = 8,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
@@ -231,6 +250,7 @@ def tune(
         num_augmentations=num_augmentations,
         augment=read_views(views, network),
         damping=damping,
+        **_solver_settings(solver, block_layout),
     )
     title = "Points above dense, on images that had a say in the choice"
     table = Table("method", "plan", "images", "points", "95 % interval", "maps made", title=title, title_justify="left")
@@ -257,6 +277,13 @@ def _read_metric(text: str) -> Metric:
         if text == metric:
             return metric
     raise InvalidInputError(f"there is no metric {text!r}: choose {', '.join(get_args(Metric))}")
+
+
+def _solver_settings(solver: str, block_layout: str) -> dict[str, str]:
+    """What differs from the defaults: records of before there was a choice stay valid."""
+    defaults = {"solver": "fast", "block_layout": "taps"}
+    given = {"solver": solver, "block_layout": block_layout}
+    return {name: value for name, value in given.items() if value != defaults[name]}
 
 
 def _read_grid(text: str) -> list[float]:
@@ -358,9 +385,9 @@ def _arm(
 
     if name == "dense":
         return arms.dense_arm(network)
-    if name == "fast":
+    if name in ("fast", "exact"):
         return arms.trace_arm(network, sparsity, **settings)
-    if name == "fast-tuned":
+    if name in _TUNED:
         return arms.tuned_arm(network, plans, **settings)
     clean = clean_cases(network, others, settings["seed"])
     if name == "generic":
