@@ -154,14 +154,14 @@ def _eliminate(weight: Tensor, inverse: Tensor, size: int) -> tuple[Tensor, Tens
             failed |= ~(pivot > least[chosen, 0])
             weight -= rows * (weight[each, chosen] / pivot)[:, None]
             rows /= pivot.sqrt()[:, None]
-            inverses.baddbmm_(rows[:, :, None], rows[:, None, :], alpha=-1)
+            inverses -= torch.bmm(rows[:, :, None], rows[:, None, :])
         else:
             rows = inverses.view(count, blocks, size, columns)[each, chosen]  # [count, size, d]
             pivot = lower[each, chosen]
             failed |= ~(pivot.diagonal(dim1=1, dim2=2) ** 2 > least[chosen]).all(1)
             rows = torch.linalg.solve_triangular(pivot, rows, upper=False)
             weight -= (halves[each, chosen].mT @ rows)[:, 0]
-            inverses.baddbmm_(rows.mT, rows, alpha=-1)
+            inverses -= torch.bmm(rows.mT, rows)
         failed |= ~loss.isfinite()
         order[:, step] = chosen.int().masked_fill(failed, -1)
         losses[:, step] = loss.masked_fill(failed, math.nan)
