@@ -521,6 +521,114 @@ def test_what_float32_cannot_factor_is_redone_in_float64():
     assert torch.equal(solution.mask.cpu(), exact.mask)
 
 
+# Elimination
+
+#: Groups, rows, columns, columns of a block.
+ELIMINATIONS = [
+    (1, 3, 1, 1),
+    (1, 5, 300, 1),
+    (2, 300, 70, 1),  # more rows than are at work at a time
+    (1, 2, 900, 1),
+    (1, 40, 135, 9),
+    (1, 2, 1152, 9),  # vectors are kept for longer
+    (24, 1, 9, 9),
+    (1, 3, 300, 25),
+    (1, 2, 98, 49),
+    (1, 1, 2048, 1024),
+]
+
+
+def elimination_of(groups: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Weight and inverse Hessian, float64 on the CPU."""
+    weight = torch.randn(groups, rows, columns, generator=seeded(columns), dtype=torch.float64)
+    inverse = torch.linalg.inv(hessian_of(columns, groups))
+    return weight, (inverse + inverse.mT) / 2
+
+
+@pytest.mark.parametrize("shape", ELIMINATIONS, ids=str)
+def test_float64_elimination_equals_the_cpu(shape):
+    *sizes, block_size = shape
+    weight, inverse = elimination_of(*sizes)
+    (order,), (loss,) = ops.elimination_orders([weight], [inverse], [block_size])
+    (found,), (found_loss,) = ops.elimination_orders([weight.to(DEVICE)], [inverse.to(DEVICE)], [block_size])
+    assert (found.dtype, found_loss.dtype) == (torch.int32, torch.float64)
+    assert torch.equal(found.cpu(), order)
+    torch.testing.assert_close(found_loss.cpu(), loss, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 150, 1), (2, 2, 90, 9), (1, 2, 100, 25)], ids=str)
+def test_elimination_equals_the_published_procedure(shape):
+    *sizes, block_size = shape
+    weight, inverse = elimination_of(*sizes)
+    expected = reference.elimination_order(weight, inverse, block_size)
+    (order,), (loss,) = ops.elimination_orders([weight.to(DEVICE)], [inverse.to(DEVICE)], [block_size])
+    assert torch.equal(order.cpu(), expected[0])
+    torch.testing.assert_close(loss.cpu(), expected[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_that_cost_the_same_go_from_the_lowest_on(block_size, dtype):
+    # With H = I nothing propagates, so every score is exact.
+    weight = torch.randint(-1, 2, (1, 500, 120), generator=seeded()).to(DEVICE, dtype)
+    eye = torch.eye(120, dtype=dtype, device=DEVICE)[None]
+    scores = weight.view(1, 500, -1, block_size).pow(2).sum(3).sort(stable=True)
+    (order,), (loss,) = ops.elimination_orders([weight], [eye], [block_size])
+    assert torch.equal(order, scores.indices.int())
+    assert torch.equal(loss, scores.values / 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 600, 1), (1, 10, 576, 9)], ids=str)
+def test_float32_orders_cost_what_the_exact_ones_do(shape):
+    *sizes, block_size = shape
+    weight, inverse = elimination_of(*sizes)
+    _, (expected,) = ops.elimination_orders([weight], [inverse], [block_size])
+    _, (loss,) = ops.elimination_orders([weight.to(DEVICE).float()], [inverse.to(DEVICE).float()], [block_size])
+    torch.testing.assert_close(loss.cpu().double().sum(2), expected.sum(2), rtol=1e-3, atol=0)
+
+
+def test_rows_of_many_layers_are_as_in_each_alone():
+    weights, inverses, blocks = [], [], []
+    for i, (*sizes, block_size) in enumerate(ELIMINATIONS[:-1] * 2):
+        dtype = (torch.float32, torch.float64)[i % 3 == 0]
+        weight, inverse = elimination_of(*sizes)
+        weights.append(weight.to(DEVICE, dtype))
+        inverses.append(inverse.to(DEVICE, dtype))
+        blocks.append(block_size)
+    orders, losses = ops.elimination_orders(weights, inverses, blocks)
+    for i, block_size in enumerate(blocks):
+        (order,), (loss,) = ops.elimination_orders([weights[i]], [inverses[i]], [block_size])
+        assert torch.equal(orders[i], order)
+        assert torch.equal(losses[i], loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_end_where_they_cannot_go_on(dtype):
+    weight, inverse = elimination_of(2, 3, 90)
+    inverse[1, 40, 40] = -0.1
+    weight[0, 1, 17] = math.nan
+    weight, inverse = weight.to(DEVICE, dtype), inverse.to(DEVICE, dtype)
+    (order,), (loss,) = ops.elimination_orders([weight], [inverse], [1])
+    assert torch.equal(order < 0, loss.isnan())
+    assert (order[1, :, -1] == -1).all()
+    assert order[0, 1].argmin() == 89  # what is not a number is left to the end
+    assert (order[0, ::2] >= 0).all()
+
+
+def test_nothing_is_eliminated_of_nothing():
+    weights = [torch.zeros(1, 0, 8, device=DEVICE), torch.zeros(0, 3, 4, device=DEVICE)]
+    inverses = [torch.eye(8, device=DEVICE)[None], torch.zeros(0, 4, 4, device=DEVICE)]
+    orders, losses = ops.elimination_orders(weights, inverses, [2, 1])
+    assert [order.shape for order in orders] == [loss.shape for loss in losses] == [(1, 0, 4), (0, 3, 4)]
+
+
+@calls_cuda
+def test_blocks_wider_than_the_gpu_holds_are_refused():
+    weight, eye = torch.zeros(1, 1, 1025, device=DEVICE), torch.eye(1025, device=DEVICE)[None]
+    with pytest.raises(RuntimeError, match="block_size may be at most 1024 on a GPU, got 1025"):
+        ops.elimination_orders([weight], [eye], [1025])
+
+
 # Views
 
 
@@ -624,6 +732,21 @@ def prune_case(dtypes: Sequence[torch.dtype], published: bool = False) -> Case:
     return Case(run, tensors)
 
 
+def elimination_case(dtypes: Sequence[torch.dtype]) -> Case:
+    shapes = [(2, 3, 130, 1), (1, 16, 135, 9), (1, 2, 100, 25), (24, 1, 9, 9)]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        blocks = [block_size for *_, block_size in shapes for _ in dtypes]
+        orders, losses = ops.elimination_orders(tensors[::2], tensors[1::2], blocks)
+        sums = [loss.sum(2) for loss in losses]  # float32 may choose otherwise
+        return sums if torch.float32 in dtypes else [*(order.double() for order in orders), *losses]
+
+    tensors = [
+        tensor.to(dtype) for *sizes, _ in shapes for dtype in dtypes for tensor in elimination_of(*sizes)
+    ]  # fmt: skip
+    return Case(run, tensors, 1e-3 if torch.float32 in dtypes else 1e-10)
+
+
 def views_case(dtype: torch.dtype) -> Case:
     return Case(lambda *arguments: [ops.render_views(*arguments)], views_arguments(dtype), 1e-5)
 
@@ -658,6 +781,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "factors, one singular": partial(factor_case, BOTH, singular=True),
     "pruning": partial(prune_case, BOTH),
     "pruning, published rule": partial(prune_case, BOTH, published=True),
+    "elimination, float64": partial(elimination_case, [torch.float64]),
+    "elimination, both dtypes": partial(elimination_case, BOTH),
     "views, float32": partial(views_case, torch.float32),
     "views, float64": partial(views_case, torch.float64),
 }
@@ -704,7 +829,10 @@ def test_work_is_queued_on_the_current_stream(name):
 
 
 @calls_cuda
-@pytest.mark.parametrize("name", ["gram, shifted, strided, tf32", "factors, float32", "pruning", "views, float32"])
+@pytest.mark.parametrize(
+    "name",
+    ["gram, shifted, strided, tf32", "factors, float32", "pruning", "elimination, both dtypes", "views, float32"],
+)
 def test_the_host_does_not_wait_for_the_device(name):
     case = CASES[name]()
     inputs = [tensor.to(DEVICE) for tensor in case.inputs]
@@ -752,7 +880,10 @@ def test_tensors_on_two_devices_are_refused(other):
         weights, factors = ([tensor.to(device) for device in devices] for tensor in (weight, eye))
         ops.prune_layers(weights, factors, [0.5] * 2, [1] * 2, False)
 
-    calls: list[Callable[..., None]] = [add, factor, prune, prune_second]
+    def eliminate(*devices: torch.device) -> None:
+        ops.elimination_orders([weight.to(devices[0])], [eye.to(devices[1])], [1])
+
+    calls: list[Callable[..., None]] = [add, factor, prune, prune_second, eliminate]
     for place in range(1, len(views)):
 
         def render(*devices: torch.device, place: int = place) -> None:
@@ -786,6 +917,7 @@ def test_opcheck(dtype):
     for published in (False, True):
         check(operators.prune_columns.default, (weights[0], factor, 0.5, 2, published))
     check(operators.prune_layers.default, (weights, [factor, factor], [0.5, 0.2], [2, 1], False))
+    check(operators.elimination_orders.default, (weights, [factor, factor], [2, 1]))
     check(operators.render_views.default, [argument.to(DEVICE) for argument in views_arguments(dtype)])
 
 

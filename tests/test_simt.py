@@ -380,6 +380,169 @@ def test_the_order_of_threads_changes_no_bit_of_a_sparse_weight():
         assert loss == found[0][2]
 
 
+# Elimination
+
+
+def emulated_orders(
+    weights: list[Tensor], inverses: list[Tensor], blocks: list[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    orders, losses = simt.eliminate(
+        [weight.contiguous().numpy() for weight in weights],
+        [inverse.contiguous().numpy() for inverse in inverses],
+        blocks,
+    )
+    return [torch.from_numpy(order) for order in orders], [torch.from_numpy(loss) for loss in losses]
+
+
+def inverse_problem(groups: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Weight and inverse Hessian, of which the kernels read the lower triangle alone."""
+    weight, hessian, _ = problem(groups, rows, columns)
+    inverse = torch.linalg.inv(hessian)
+    return weight, (inverse + inverse.mT) / 2
+
+
+def assert_same_orders(found: tuple[list[Tensor], list[Tensor]], expected: list[tuple[Tensor, Tensor]]) -> None:
+    for order, loss, (wanted_order, wanted_loss) in zip(*found, expected, strict=True):
+        assert order.dtype == torch.int32
+        assert torch.equal(order, wanted_order)
+        torch.testing.assert_close(loss, wanted_loss, rtol=1e-10, atol=1e-13, equal_nan=True)
+
+
+ELIMINATIONS = [
+    (1, 1, 1, 1),
+    (1, 3, 5, 1),
+    (2, 3, 70, 1),
+    (1, 2, 300, 1),  # several folds
+    (1, 2, 36, 4),
+    (1, 3, 9, 9),
+    (2, 2, 135, 9),  # the last tile is not full
+    (1, 2, 351, 9),
+    (1, 2, 100, 25),  # wider than the rows that are made at once
+    (1, 1, 500, 25),  # vectors are kept for longer
+    (1, 2, 147, 49),
+    (1, 1, 260, 130),  # a block wider than the usual number of vectors
+    (24, 1, 9, 9),
+]
+
+
+@pytest.mark.parametrize(("groups", "rows", "columns", "block_size"), ELIMINATIONS)
+def test_elimination_equals_the_published_procedure(groups, rows, columns, block_size):
+    weight, inverse = inverse_problem(groups, rows, columns)
+    found = emulated_orders([weight], [inverse.tril()], [block_size])
+    assert_same_orders(found, [reference.elimination_order(weight, inverse, block_size)])
+
+
+def test_rows_of_many_layers_at_once_are_as_in_each_alone():
+    layers = [inverse_problem(*shape[:3]) for shape in ELIMINATIONS]
+    weights, inverses = [layer[0] for layer in layers], [layer[1] for layer in layers]
+    blocks = [shape[3] for shape in ELIMINATIONS]
+    orders, losses = emulated_orders(weights, inverses, blocks)
+    for i, block_size in enumerate(blocks):
+        (order,), (loss,) = emulated_orders([weights[i]], [inverses[i]], [block_size])
+        assert torch.equal(orders[i], order)
+        assert torch.equal(losses[i], loss)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 12])
+def test_blocks_that_cost_the_same_go_from_the_lowest_on(block_size):
+    # With H = I nothing propagates: every score is exact.
+    weight = torch.randint(-1, 2, (1, 4, 120), generator=torch.Generator().manual_seed(0)).double()
+    weight[0, 0], weight[0, 1] = 0, 1
+    inverse = torch.eye(120, dtype=torch.float64)[None]
+    scores = weight.view(1, 4, -1, block_size).pow(2).sum(3)
+    (order,), (loss,) = emulated_orders([weight], [inverse], [block_size])
+    assert torch.equal(order, scores.sort(stable=True).indices.int())
+    torch.testing.assert_close(loss, scores.sort(stable=True).values / 2)
+    assert torch.equal(order[0, 0], torch.arange(120 // block_size).int())
+    assert_same_orders(([order], [loss]), [reference.elimination_order(weight, inverse, block_size)])
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_columns_that_are_the_same(block_size):
+    # Of two equal columns the first goes, for nothing: the other one takes over its weight.
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(20, 100, dtype=torch.float64, generator=generator).repeat_interleave(2, dim=0)
+    if block_size == 2:
+        inputs = inputs.view(10, 2, 2, 100).transpose(1, 2).reshape(40, 100)
+    hessian = inputs @ inputs.T / 100 + 1e-3 * torch.eye(40, dtype=torch.float64)
+    weight = torch.randn(1, 3, 40, dtype=torch.float64, generator=generator)
+    inverse = torch.linalg.inv(hessian)[None]
+    inverse = (inverse + inverse.mT) / 2
+    found = emulated_orders([weight], [inverse], [block_size])
+    expected = reference.elimination_order(weight, inverse, block_size)
+    assert torch.equal(found[0][0], expected[0])
+    torch.testing.assert_close(found[1][0], expected[1], rtol=1e-8, atol=1e-12)
+
+
+def test_rows_end_where_a_pivot_is_no_pivot():
+    good, inverse = inverse_problem(2, 2, 90)
+    flawed = inverse.clone()
+    flawed[1, 40, 40] = -0.1  # of the second group alone
+    orders, losses = emulated_orders([good, good], [flawed, inverse], [1, 9])
+    expected = [reference.elimination_order(good, flawed, 1), reference.elimination_order(good, inverse, 9)]
+    assert_same_orders((orders, losses), expected)
+    assert (orders[0][0] >= 0).all()
+    assert (orders[0][1] == -1).all()
+    assert losses[0][1].isnan().all()
+    assert losses[1].isfinite().all()
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_a_pivot_of_rounding_noise_ends_a_row(block_size):
+    # Once the first block has gone, of the second there is little left.
+    noise = 10 * 9**0.5 * torch.finfo(torch.float64).eps
+    found = []
+    for pivot in (0.5 * noise, 3 * noise):
+        inverse = torch.eye(9, dtype=torch.float64)
+        inverse[0, 3] = inverse[3, 0] = (1 - pivot) ** 0.5
+        weight = torch.full((1, 1, 9), 10.0, dtype=torch.float64)
+        weight[..., :3] = torch.tensor([1e-9, 0, 0])
+        weight[..., 3:6] = torch.tensor([1e-5, 0, 0])
+        (order,), (loss,) = emulated_orders([weight], [inverse[None]], [block_size])
+        assert torch.equal(order < 0, loss.isnan())
+        found.append((order >= 0).all().item())
+        assert order[0, 0, 0] == (0 if block_size == 3 else 1)
+    assert found == [False, True]
+
+
+@pytest.mark.parametrize("block_size", [1, 5])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_go_last_and_are_told(block_size, value):
+    weight, inverse = inverse_problem(1, 3, 40)
+    weight[0, 1, 17] = value
+    (order,), (loss,) = emulated_orders([weight], [inverse], [block_size])
+    assert_same_orders(([order], [loss]), [reference.elimination_order(weight, inverse, block_size)])
+    assert (order[0, 1] == -1).sum() == 1
+    assert order[0, 1, -1] == -1
+    assert (order[0, ::2] >= 0).all()
+    weight[0, 1] = value
+    (order,), (loss,) = emulated_orders([weight], [inverse], [block_size])
+    assert (order[0, 1] == -1).all()
+    assert loss[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize(("rows", "columns", "block_size"), [(3, 200, 1), (2, 270, 9)])
+def test_float32_orders_cost_what_the_exact_ones_do(rows, columns, block_size):
+    weight, inverse = inverse_problem(1, rows, columns)
+    _, (loss,) = emulated_orders([weight.float()], [inverse.float()], [block_size])
+    _, expected = reference.elimination_order(weight, inverse, block_size)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double().sum(2), expected.sum(2), rtol=1e-3, atol=0)
+
+
+def test_the_order_of_threads_changes_no_bit_of_a_loss():
+    shapes, found = [(1, 3, 130, 1), (1, 3, 90, 9), (1, 2, 50, 25)], []
+    layers = [inverse_problem(*shape[:3]) for shape in shapes]
+    for order in ORDERS:
+        simt.set_thread_order(order)
+        orders, losses = emulated_orders(
+            [layer[0].float() for layer in layers], [layer[1].float() for layer in layers], [1, 9, 25]
+        )
+        found.append([*orders, *losses])
+    for each in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, found[0], strict=True))
+
+
 # Views
 
 

@@ -55,6 +55,14 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 
+// A pointer into global memory, for a compiler that cannot see where it comes from: shared memory then is no part of
+// what stores may change.
+template <class T>
+__device__ __forceinline__ T* in_global_memory(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 // Starts copying kBytes (4, 8 or 16) into shared memory, zeros where not `valid`: `global` is then not read.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
@@ -101,6 +109,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 template <class T>
 T* shared_memory() {
   return static_cast<T*>(simt::shared_memory());
+}
+
+template <class T>
+T* in_global_memory(T* pointer) {
+  return pointer;
 }
 
 template <int kBytes>

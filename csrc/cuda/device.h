@@ -30,6 +30,13 @@ class OnDevice {
     return count;
   }
 
+  // Bytes of its memory that nobody has, torch's allocator among them.
+  int64_t free_memory() const {
+    size_t free = 0, total = 0;
+    check_status(cudaMemGetInfo(&free, &total), "asking for free memory");
+    return static_cast<int64_t>(free);
+  }
+
   // Refuses a tensor that lies elsewhere: kernels get plain pointers.
   void check_here(const char* what, const torch::stable::Tensor& tensor) const {
     STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == index_, what, " must be on cuda:", index_,

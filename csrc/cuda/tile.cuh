@@ -9,7 +9,8 @@ namespace spade_fast::cuda {
 constexpr int kDepth = 16;  // positions of a stage
 
 // Products in T, T = float or double, on kTile x kTile. A thread owns kMicro x kMicro elements, vectors of them kTile *
-// Vector::kLanes / kMicro apart.
+// Vector::kLanes / kMicro apart. `place` is that of the thread among the kThreads of its tile: a block of threads may
+// have several tiles.
 template <class T, int kTileSize, int kMicro>
 class ScalarTile {
  public:
@@ -18,7 +19,8 @@ class ScalarTile {
   static constexpr int kTile = kTileSize, kThreads = (kTile / kMicro) * (kTile / kMicro);
   static constexpr int kStride = kTile + Vector<T>::kLanes;  // of a position in shared memory
 
-  __device__ __forceinline__ ScalarTile() {
+  __device__ __forceinline__ explicit ScalarTile(int place = threadIdx.x)
+      : row_(place / kSide * kLanes), column_(place % kSide * kLanes) {
 #pragma unroll
     for (int m = 0; m < kMicro; ++m) {
 #pragma unroll
@@ -33,8 +35,8 @@ class ScalarTile {
       T left[kMicro], right[kMicro];
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        const auto l = *reinterpret_cast<const Vector<T>*>(a + k * kStride + first(v, threadIdx.x / kSide));
-        const auto r = *reinterpret_cast<const Vector<T>*>(b + k * kStride + first(v, threadIdx.x % kSide));
+        const auto l = *reinterpret_cast<const Vector<T>*>(a + k * kStride + first(v, row_));
+        const auto r = *reinterpret_cast<const Vector<T>*>(b + k * kStride + first(v, column_));
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) {
           left[v * kLanes + i] = l.lane[i];
@@ -56,8 +58,25 @@ class ScalarTile {
     for (int m = 0; m < kMicro; ++m) {
 #pragma unroll
       for (int n = 0; n < kMicro; ++n) {
-        store(first(m / kLanes, threadIdx.x / kSide) + m % kLanes, first(n / kLanes, threadIdx.x % kSide) + n % kLanes,
-              sums_[m][n]);
+        store(first(m / kLanes, row_) + m % kLanes, first(n / kLanes, column_) + n % kLanes, sums_[m][n]);
+      }
+    }
+  }
+
+  // Calls change(row, column, vector) for every vector of elements, which lie side by side in a row, and takes what it
+  // leaves there.
+  template <class Change>
+  __device__ __forceinline__ void change_vectors(const Change& change) {
+#pragma unroll
+    for (int m = 0; m < kMicro; ++m) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        Vector<T> values;
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) values.lane[i] = sums_[m][v * kLanes + i];
+        change(first(m / kLanes, row_) + m % kLanes, first(v, column_), values);
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) sums_[m][v * kLanes + i] = values.lane[i];
       }
     }
   }
@@ -66,10 +85,9 @@ class ScalarTile {
   static constexpr int kLanes = Vector<T>::kLanes, kVectors = kMicro / kLanes, kSide = kTile / kMicro;
   static_assert(kMicro % kLanes == 0 && kTile % kMicro == 0, "a thread owns whole vectors");
 
-  static __device__ __forceinline__ int first(int vector, int place) {
-    return vector * (kTile / kVectors) + place * kLanes;
-  }
+  static __device__ __forceinline__ int first(int vector, int begin) { return vector * (kTile / kVectors) + begin; }
 
+  int row_, column_;  // of the first element
   T sums_[kMicro][kMicro];
 };
 

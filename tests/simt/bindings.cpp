@@ -106,6 +106,35 @@ std::tuple<std::vector<Array<bool>>, std::vector<double>> prune(std::vector<Arra
   return {masks, losses};
 }
 
+// The order in which every row of weights [groups, rows, columns] is pruned, given inverses [groups, columns, columns],
+// and its losses.
+template <class T>
+std::tuple<std::vector<Array<int32_t>>, std::vector<Array<T>>> eliminate(const std::vector<Array<T>>& weights,
+                                                                         const std::vector<Array<T>>& inverses,
+                                                                         const std::vector<int64_t>& block_sizes) {
+  std::vector<Array<int32_t>> orders;
+  std::vector<Array<T>> losses;
+  std::vector<EliminationProblem<T>> problems;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Array<T>& weight = weights[i];
+    const std::vector<py::ssize_t> shape{weight.shape(0), weight.shape(1), weight.shape(2) / block_sizes[i]};
+    orders.push_back(Array<int32_t>(shape));
+    losses.push_back(Array<T>(shape));
+    EliminationProblem<T> problem{};
+    problem.weight = weight.data();
+    problem.inverse = inverses[i].data();
+    problem.order = orders[i].mutable_data();
+    problem.losses = losses[i].mutable_data();
+    problem.groups = static_cast<int32_t>(weight.shape(0));
+    problem.rows = static_cast<int32_t>(weight.shape(1));
+    problem.columns = static_cast<int32_t>(weight.shape(2));
+    problem.block_size = static_cast<int32_t>(block_sizes[i]);
+    problems.push_back(problem);
+  }
+  emulated::eliminate(problems);
+  return {orders, losses};
+}
+
 template <class T>
 Array<T> render(const Array<T>& image, const Array<int64_t>& row_starts, const Array<T>& row_weights,
                 const Array<int64_t>& column_starts, const Array<T>& column_weights, const Array<T>& colours) {
@@ -125,6 +154,8 @@ void bind_type(py::module_& m, py::class_<Convolution>& convolution) {
   m.def("factor", &factor<T>, py::arg("hessians").noconvert(), py::arg("damping"));
   m.def("prune", &prune<T>, py::arg("weights").noconvert(), py::arg("factors").noconvert(), py::arg("sparsities"),
         py::arg("block_sizes"), py::arg("published_count"));
+  m.def("eliminate", &eliminate<T>, py::arg("weights").noconvert(), py::arg("inverses").noconvert(),
+        py::arg("block_sizes"));
   m.def("render", &render<T>, py::arg("image").noconvert(), py::arg("row_starts"), py::arg("row_weights").noconvert(),
         py::arg("column_starts"), py::arg("column_weights").noconvert(), py::arg("colours").noconvert());
 }

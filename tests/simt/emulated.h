@@ -2,11 +2,13 @@
 // csrc/simt/simt.h. Every array has memory of its own, so that a sanitizer sees where it ends.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <limits>
 #include <vector>
 
+#include "../../csrc/cuda/elimination.cuh"
 #include "../../csrc/cuda/factor.cuh"
 #include "../../csrc/cuda/gram.cuh"
 #include "../../csrc/cuda/gram_assemble.cuh"
@@ -87,6 +89,20 @@ void prune(std::vector<PruneProblem<T>> problems) {
   }
   const PrunePlan plan(problems);
   run_prune(problems.data(), plan.updates.first.data(), plan, nullptr);
+}
+
+// Prunes every row of layers to its end, in two workspaces whatever their memory.
+template <class T>
+void eliminate(std::vector<EliminationProblem<T>> problems) {
+  const EliminationPlan plan(problems);
+  const int64_t blocks = plan.blocks(kMultiprocessors, 2 * plan.workspace * sizeof(T), sizeof(T));
+  int32_t taken = 0;
+  // Of whole vectors, so that it is aligned as theirs.
+  std::vector<Vector<T>> numbers(blocks * plan.workspace / Vector<T>::kLanes);
+  for (Vector<T>& vector : numbers) std::fill_n(vector.lane, Vector<T>::kLanes, std::numeric_limits<T>::quiet_NaN());
+  run_eliminate<T>({problems.data(), plan.rows.first.data(), reinterpret_cast<T*>(numbers.data()), &taken,
+                    static_cast<int32_t>(blocks)},
+                   plan, nullptr);
 }
 
 }  // namespace spade_fast::cuda::emulated

@@ -1,5 +1,5 @@
 // Every CUDA kernel on small shapes, for ThreadSanitizer to watch; the numbers themselves are tested by test_simt.py.
-// Usage: simt_races KERNELS ORDER, with KERNELS one of gram, factor, prune, render, ORDER as for set_thread_order.
+// Usage: simt_races KERNELS ORDER, with KERNELS one of gram, factor, prune, eliminate, render, ORDER as for set_thread_order.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -123,6 +123,42 @@ void run_pruning() {
   for (const std::vector<T>& weight : weights) expect_finite_and_not_all_zero(weight);
 }
 
+template <class T>
+void run_elimination() {
+  struct Shape {
+    int32_t groups, rows, columns, block_size;
+  };
+  const Shape shapes[] = {{1, 2, 130, 1}, {1, 3, 81, 9}, {2, 1, 50, 25}, {1, 2, 8, 4}};
+  std::vector<std::vector<T>> weights, inverses, losses;
+  std::vector<std::vector<int32_t>> orders;
+  std::vector<EliminationProblem<T>> problems;
+  for (const Shape& shape : shapes) {
+    const int64_t d = shape.columns, steps = d / shape.block_size;
+    inverses.push_back(random_values<T>(shape.groups * d * d));
+    for (int64_t i = 0; i < shape.groups * d * d; ++i) {  // of which the lower triangle is read
+      inverses.back()[i] = i % (d * d) % (d + 1) == 0 ? T(1) : inverses.back()[i] / static_cast<T>(4 * d);
+    }
+    weights.push_back(random_values<T>(shape.groups * shape.rows * d));
+    for (size_t i = 0; i < weights.back().size(); i += 3) weights.back()[i] = 0;  // ties
+    losses.emplace_back(shape.groups * shape.rows * steps);
+    orders.emplace_back(shape.groups * shape.rows * steps);
+  }
+  for (size_t i = 0; i < weights.size(); ++i) {
+    EliminationProblem<T> problem{};
+    problem.weight = weights[i].data();
+    problem.inverse = inverses[i].data();
+    problem.order = orders[i].data();
+    problem.losses = losses[i].data();
+    problem.groups = shapes[i].groups;
+    problem.rows = shapes[i].rows;
+    problem.columns = shapes[i].columns;
+    problem.block_size = shapes[i].block_size;
+    problems.push_back(problem);
+  }
+  emulated::eliminate(problems);
+  for (const std::vector<T>& loss : losses) expect_finite_and_not_all_zero(loss);
+}
+
 void run_rendering() {
   const std::vector<float> image = random_values<float>(3 * 6 * 7), weights(2 * 2 * 20, 0.5f), colours(2 * 3, 0.7f);
   const std::vector<int64_t> starts(2 * 20, 3);
@@ -139,7 +175,7 @@ void run_rendering() {
 int main(int argc, char** argv) {
   using namespace spade_fast::cuda;
   if (argc != 3) {
-    std::puts("usage: simt_races gram|factor|prune|render ORDER");
+    std::puts("usage: simt_races gram|factor|prune|eliminate|render ORDER");
     return 2;
   }
   spade_fast::simt::set_thread_order(static_cast<unsigned>(std::atoi(argv[2])));
@@ -149,6 +185,8 @@ int main(int argc, char** argv) {
   if (is("factor")) run_factors<double>();
   if (is("prune")) run_pruning<float>();
   if (is("prune")) run_pruning<double>();
+  if (is("eliminate")) run_elimination<float>();
+  if (is("eliminate")) run_elimination<double>();
   if (is("render")) run_rendering();
   std::puts("done");
   return 0;
