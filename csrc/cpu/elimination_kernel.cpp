@@ -178,7 +178,13 @@ class RowEliminator {
       names_[block] = static_cast<T>(block);
       places_[block] = block;
     }
-    name_ = kernel_.score_blocks(size_, w_, diagonal_, blocks_stride_, panels(blocks), names_, scratch_, &loss_);
+    if (size_ == 1) {
+      std::fill_n(rows_, row_stride_, T(0));  // as after a pivot that changes nothing
+      name_ = kernel_.sweep(rows_, vectors_, panel_stride_, coefficients_, 0, panels(n_), T(1), T(0), names_, w_,
+                            diagonal_, &loss_);
+    } else {
+      name_ = kernel_.score_blocks(size_, w_, diagonal_, blocks_stride_, panels(blocks), names_, scratch_, &loss_);
+    }
   }
 
   // Eliminates the block at place j, and finds the next. False where its pivot is rounding noise.
