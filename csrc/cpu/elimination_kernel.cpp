@@ -114,7 +114,7 @@ class RowEliminator {
                                   size * size,
                                   size,
                                   padded(size) * depth_of(size),
-                                  (triangle + size) * lanes_};
+                                  (triangle + 2 * size) * lanes_};
       for (size_t i = 0; i < parts.size(); ++i) parts[i].elements = std::max(parts[i].elements, elements[i]);
       places_.resize(std::max<size_t>(places_.size(), blocks));
     }

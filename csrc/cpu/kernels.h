@@ -69,7 +69,7 @@ struct Kernels {
   void (*update_blocks)(int64_t size, const T* rows, int64_t row_stride, const T* step, int64_t panels, T* w,
                         T* diagonal, int64_t stride);
 
-  // As what sweep returns, of the blocks: the least w^T D^-1 w. `scratch` holds size * (size + 3) / 2 vectors.
+  // As what sweep returns, of the blocks: the least w^T D^-1 w. `scratch` holds size * (size + 5) / 2 vectors.
   T (*score_blocks)(int64_t size, const T* w, const T* diagonal, int64_t stride, int64_t panels, const T* names,
                     T* scratch, T* least);
 

@@ -318,22 +318,11 @@ SPADE_FAST_TARGET void update_blocks(int64_t size, const T* rows, int64_t row_st
 }
 
 template <class T>
-SPADE_FAST_TARGET inline Vector<T> square_root(Vector<T> values) {
-  for (int l = 0; l < kLanes<T>; ++l) {
-    if constexpr (sizeof(T) == 4) {
-      values[l] = __builtin_sqrtf(values[l]);
-    } else {
-      values[l] = __builtin_sqrt(values[l]);
-    }
-  }
-  return values;
-}
-
-template <class T>
 SPADE_FAST_TARGET T score_blocks(int64_t size, const T* w, const T* diagonal, int64_t stride, int64_t panels,
                                  const T* names, T* scratch, T* least) {
-  auto* lower = reinterpret_cast<Vector<T>*>(scratch);  // Cholesky factors by rows, the diagonal's entries inverted
+  auto* lower = reinterpret_cast<Vector<T>*>(scratch);  // L of D = L P L^T by rows, with 1 / P on its diagonal
   Vector<T>* half = lower + size * (size + 1) / 2;      // L^-1 w
+  Vector<T>* scaled = half + size;                      // a row of L P
   Lowest<T> lowest;
   for (int64_t p = 0; p < panels; ++p) {
     const T* from = diagonal + p * kLanes<T>;
@@ -341,15 +330,20 @@ SPADE_FAST_TARGET T score_blocks(int64_t size, const T* w, const T* diagonal, in
     for (int64_t a = 0; a < size; ++a) {
       Vector<T>* row = lower + a * (a + 1) / 2;
       Vector<T> rest = *reinterpret_cast<const Vector<T>*>(w + a * stride + p * kLanes<T>);
-      for (int64_t b = 0; b <= a; ++b) {
+      const T* elements = from + a * (a + 1) / 2 * stride;
+      Vector<T> pivot = *reinterpret_cast<const Vector<T>*>(elements + a * stride);
+      for (int64_t b = 0; b < a; ++b) {
         const Vector<T>* other = lower + b * (b + 1) / 2;
-        Vector<T> value = *reinterpret_cast<const Vector<T>*>(from + (a * (a + 1) / 2 + b) * stride);
-        for (int64_t c = 0; c < b; ++c) value -= row[c] * other[c];
-        row[b] = b < a ? value * other[b] : T(1) / square_root<T>(value);
-        if (b < a) rest -= row[b] * half[b];
+        Vector<T> value = *reinterpret_cast<const Vector<T>*>(elements + b * stride);
+        for (int64_t c = 0; c < b; ++c) value -= scaled[c] * other[c];
+        scaled[b] = value;
+        row[b] = value * other[b];
+        pivot -= value * row[b];
+        rest -= row[b] * half[b];
       }
-      half[a] = rest * row[a];
-      score += half[a] * half[a];
+      row[a] = pivot > T(0) ? T(1) / pivot : Vector<T>{} + T(__builtin_nan(""));
+      half[a] = rest;
+      score += rest * rest * row[a];
     }
     lowest.see(score, *reinterpret_cast<const Vector<T>*>(names + p * kLanes<T>));
   }
