@@ -1,7 +1,8 @@
-"""What Trojan AUC depends on: plans and views; how many views, evidence, blocks, precision, damping, mask rule.
+"""What Trojan AUC depends on: plans and views; solvers; views, evidence, blocks, precision, damping, mask rule.
 
 python benchmarks/ablations.py plans FOLDER_OF_PHOTOGRAPHS --out benchmarks/results/ablations/plans
 python benchmarks/ablations.py settings FOLDER_OF_PHOTOGRAPHS --out benchmarks/results/ablations/settings
+python benchmarks/ablations.py solvers FOLDER_OF_PHOTOGRAPHS --out benchmarks/results/ablations/solvers
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from spade_fast.evaluation import attacked_cases, evaluate, first_cases, unseen_
 from spade_fast.imagesets import named_files
 from spade_fast.implanting import load_demo
 from spade_fast.models import LoadedModel
+from spade_fast.plans import SparsityPlan
 from spade_fast.tracer import Sparsity
 from spade_fast.tuning import Tuner
 
@@ -55,6 +57,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def solver_arms(network: LoadedModel) -> dict[str, Arm]:
+    """Both solvers by the same plans, sparsities or budgets."""
+    half = presets.last_half(network.module)
+    plans: dict[str, Sparsity] = {
+        f"last half at {share:g}": SparsityPlan(dict.fromkeys(half.targets, share)) for share in (0.8, 0.9, 0.95)
+    }
+    plans |= {f"error budget {budget:g}": sf.ErrorBudget(budget) for budget in (0.03, 0.1)}
+    return {
+        f"{name}, {solver}": trace_arm(network, plan, solver=solver)
+        for name, plan in plans.items()
+        for solver in ("fast", "exact")
+    }
+
+
 def plan_arms(network: LoadedModel) -> dict[str, Arm]:
     """Every plan on either kind of views."""
     preprocess = network.preprocess
@@ -76,7 +92,7 @@ def setting_arms(network: LoadedModel, calibration: Mapping[str, Case]) -> dict[
 def main() -> None:
     """Measure every arm on the same attacked photographs, none of which implanting or a plan has seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["plans", "settings"])
+    parser.add_argument("what", choices=["plans", "settings", "solvers"])
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=30)
@@ -89,6 +105,8 @@ def main() -> None:
     arms = {"dense": dense_arm(network)}
     if arguments.what == "plans":
         arms |= plan_arms(network)
+    elif arguments.what == "solvers":
+        arms |= solver_arms(network)
     else:
         tuned_on = first_cases(attacked_cases(network, seen, trojans), 8)
         implanted |= {case.photograph: "the plan was made from it" for case in tuned_on.values()}

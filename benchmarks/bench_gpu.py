@@ -261,6 +261,16 @@ def test_trace_of_the_last_half(report, measure, unit):
         measure(lambda: sf.trace(net(LITE0), PHOTO, **trace_settings(unit, FEW)))
 
 
+def test_exact_trace(report, measure):
+    case = f"{RESNET}, all layers at 0.9, {FEW} views, exact solver"
+    eliminations = sum(
+        count * layer.outputs * layer.columns**3 / 3 for layer, count in LAYERS_OF.get(RESNET, {}).items()
+    )
+    report("trace", case, "float32", unit="float32", flops=least_flops(RESNET, FEW, all_layers=True) + eliminations)
+    settings = {**trace_settings("float32", FEW), "solver": "exact"}
+    measure(lambda: sf.trace(net(RESNET), PHOTO, 0.9, **settings), once=True)
+
+
 @pytest.mark.parametrize("unit", ["float32", "tf32"])
 @pytest.mark.parametrize("in_flight", FLIGHTS)
 def test_images_in_flight(report, measure, in_flight, unit):
@@ -378,6 +388,28 @@ def test_solving_a_network(report, measure, what, variant):
         measure(lambda: [plain_loss(*tensors_of(each), each.targets[0].block_size) for each in problems], once=True)
     else:
         measure(lambda: solve_layers(problems, backend="native"))
+
+
+def test_eliminating_a_network(report, measure):
+    problems = network_problems(1)
+    weights, inverses, blocks = [], [], []
+    for problem in problems:
+        weight, hessian = tensors_of(problem)
+        weights.append(weight[None])
+        inverses.append(torch.linalg.inv(damped(hessian)))
+        blocks.append(problem.targets[0].block_size)
+    (losses,) = ops.elimination_orders([weights[0][:, :4]], inverses[:1], blocks[:1])[1]
+    _, expected = reference.elimination_order(weights[0][:, :4].double(), inverses[0].double(), blocks[0])
+    assert losses.sum().item() == pytest.approx(expected.sum().item(), rel=1e-3)
+    report(
+        "network",
+        f"elimination by rows, {len(problems)} layers of ResNet-50",
+        "1 in flight",
+        unit="float32",
+        images=1,
+        flops=sum(weight.shape[1] * weight.shape[2] ** 3 / 3 for weight in weights),
+    )
+    measure(lambda: ops.elimination_orders(weights, inverses, blocks), once=True)
 
 
 def tensors_of(problem: Problem) -> tuple[Tensor, Tensor]:

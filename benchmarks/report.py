@@ -13,6 +13,7 @@ TITLES = {
     "columns": "Pruning column by column, given the factor",
     "solve": "Factoring and pruning single layers",
     "network": "Factoring and pruning a network",
+    "elimination": "Eliminating rows, against one inverse for each of them (exact solver)",
     "trace": "Whole traces",
     "evidence": "Forward passes and Hessians alone, of given views",
 }
@@ -26,8 +27,9 @@ each. "of sgemm" can exceed 100 %: torch's own product does not reach this proce
 share of the rate of a large copy. Hessians of 1x1 layers stay below sgemm since every number read is packed first
 (those of few channels do little else), and since a sum of d x d goes through memory for every megabyte of inputs;
 those of 3x3 layers of 512 channels at 7 x 7 since their sums (30 MB) and results (85 MB) do; depthwise layers have a
-multiplication for each number loaded. The solver prunes column after column, each waiting for the one before. Whole
-traces: the reference runs in batches of 64, and once more in batches of 16, as the native variant does.
+multiplication for each number loaded. The solver prunes column after column, each waiting for the one before. To
+eliminate a row takes d^3 / 6 multiply-adds. Whole traces: the reference runs in batches of 64, and once more in batches
+of 16, as the native variant does.
 """
 
 
@@ -82,6 +84,30 @@ def table(kind: str, found: list[dict[str, dict[str, Any]]]) -> list[str]:
     return [*lines, ""]
 
 
+def solvers(results: dict[str, Any]) -> list[str]:
+    """Traces by both solvers, and what memory eliminations take."""
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    lines = []
+    for result in results["benchmarks"]:
+        info = result["extra_info"]
+        if info["kind"] == "solvers":
+            found[info["layer"]][info["backend"]] = result
+        elif info["kind"] == "memory":
+            lines.append(
+                f"Peak of memory beside weights and inverse, {info['layer']}: {info['peak_bytes'] / 2**20:.0f} MiB."
+            )
+    if not found:
+        return lines
+    head = ["case", "fast, s", "exact, s", "exact / fast", "loss, exact / fast", "rounds"]
+    table = ["## Traces by both solvers", "", f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    for name, case in found.items():
+        fast, exact = (case[solver]["stats"]["median"] for solver in ("fast", "exact"))
+        losses = [case[solver]["extra_info"]["loss"] for solver in ("fast", "exact")]
+        cells = [name, f"{fast:.1f}", f"{exact:.1f}", f"**{exact / fast:.1f}**", f"{losses[1] / losses[0]:.2f}"]
+        table.append(f"| {' | '.join([*cells, str(case['exact']['stats']['rounds'])])} |")
+    return [*table, "", *lines]
+
+
 def main(path: str) -> None:
     results = json.loads(Path(path).read_text(encoding="utf-8"))
     machine, commit = results["machine_info"], results["commit_info"]
@@ -96,6 +122,8 @@ def main(path: str) -> None:
     )
     for kind, found in variants(results).items():
         print("\n".join(table(kind, found)))
+    if lines := solvers(results):
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":
