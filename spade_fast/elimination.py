@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from spade_fast import ops, reference
+from spade_fast.errors import InvalidInputError
 
 BlockLayout = Literal["taps", "channels"]
+
+# Columns of a block on a GPU, as in csrc/cuda/elimination.h.
+_LARGEST_ON_GPU = 1024
+# Multiply-adds of a call of the native operator on a CPU, unless a row for each thread takes more.
+_PIECE = 1e11
 
 
 class Blocks(NamedTuple):
@@ -136,6 +142,9 @@ def eliminate_layers(
 ) -> list[Elimination]:
     """Eliminate the rows of many layers, natively side by side.
 
+    Rows and inverses are scaled by powers of two, to largest entries of about 1: no loss overflows, what underflows is
+    as good as zero beside the row's others, and no other bit changes.
+
     Parameters
     ----------
     weights
@@ -147,14 +156,80 @@ def eliminate_layers(
     native
         Whether by :func:`spade_fast.ops.elimination_orders`, else by the reference.
     """
-    rows, matrices, sizes = [], [], []
+    rows, matrices, units = [], [], []
     for weight, inverse, each in zip(weights, inverses, blocks, strict=True):
-        row, matrix = each.gather(weight, inverse.to(weight.dtype))
+        of_row = _power_of_two(weight.abs().amax(2, keepdim=True).double())
+        of_inverse = _power_of_two(inverse.diagonal(dim1=1, dim2=2).amax(1)[:, None, None].double())
+        units.append(of_row**2 / of_inverse)
+        row, matrix = each.gather((weight / of_row).to(weight.dtype), (inverse / of_inverse).to(weight.dtype))
         rows.append(row)
         matrices.append(matrix)
-        sizes.append(each.size)
-    if native:
-        orders, losses = ops.elimination_orders(rows, matrices, sizes)
+    sizes = [each.size for each in blocks]
+    if not native:
+        found = [*map(reference.elimination_order, rows, matrices, sizes)]
+    elif rows[0].device.type == "cpu":
+        found = _in_pieces(rows, matrices, sizes)
     else:
-        orders, losses = map(list, zip(*map(reference.elimination_order, rows, matrices, sizes), strict=True))
-    return [Elimination(order, loss.double(), each) for order, loss, each in zip(orders, losses, blocks, strict=True)]
+        torch.cuda.empty_cache()  # workspaces are made of what nobody has, not torch's allocator either
+        found = [*zip(*ops.elimination_orders(rows, matrices, sizes), strict=True)]
+    return [
+        Elimination(order, losses.double() * unit, each)
+        for (order, losses), unit, each in zip(found, units, blocks, strict=True)
+    ]
+
+
+def check_size(blocks: Blocks, device: torch.device, native: bool) -> None:
+    """Refuse blocks that the native operator cannot prune there."""
+    if native and device.type == "cuda" and blocks.size > _LARGEST_ON_GPU:
+        raise InvalidInputError(
+            f"blocks of {blocks.size} columns are too large for a GPU, which takes {_LARGEST_ON_GPU}: make block_size "
+            "smaller, or solve it on the CPU"
+        )
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """That of about the same size; 1 for 0 and what is not finite."""
+    power = torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent)
+    return power.where((values > 0) & values.isfinite(), 1)
+
+
+def _in_pieces(rows: Sequence[Tensor], matrices: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """As the operator, in calls of a second or so, between which Ctrl-C is heard."""
+    found = [
+        (
+            row.new_empty((*row.shape[:2], row.shape[2] // size), dtype=torch.int32),
+            row.new_empty((*row.shape[:2], row.shape[2] // size)),
+        )
+        for row, size in zip(rows, sizes, strict=True)
+    ]
+    piece: list[tuple[int, slice]] = []  # layers and which rows of their groups
+    room = _PIECE
+
+    def run() -> None:
+        layers = [layer for layer, _ in piece]
+        orders, losses = ops.elimination_orders(
+            [rows[layer][:, some] for layer, some in piece],
+            [matrices[layer] for layer in layers],
+            [sizes[layer] for layer in layers],
+        )
+        for (layer, some), order, loss in zip(piece, orders, losses, strict=True):
+            found[layer][0][:, some] = order
+            found[layer][1][:, some] = loss
+        piece.clear()
+
+    # The longest rows first, as within a call.
+    for layer in sorted(range(len(rows)), key=lambda layer: -rows[layer].shape[2]):
+        groups, count, columns = rows[layer].shape
+        cost = groups * columns**3 / 6  # of a row of every group
+        begin = 0
+        while begin < count:
+            taken = min(count - begin, max(torch.get_num_threads(), int(room / cost)))
+            piece.append((layer, slice(begin, begin + taken)))
+            begin += taken
+            room -= taken * cost
+            if room < cost:
+                run()
+                room = _PIECE
+    if piece:
+        run()
+    return found

@@ -7,14 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
 from spade_fast import ops, reference
 from spade_fast.autocast import without_autocast
-from spade_fast.elimination import BlockLayout, Blocks, Elimination, eliminate_layers
+from spade_fast.elimination import BlockLayout, Blocks, Elimination, check_size, eliminate_layers
 from spade_fast.errors import InvalidInputError
 from spade_fast.plans import check_sparsity
 from spade_fast.refit import refit_kept
@@ -119,9 +119,9 @@ def solve(
     all that are left make up for it, then the next one, and of all rows' steps it takes the cheapest. It reaches lower
     losses and takes r * d^3 / 6 multiply-adds instead of d^3 / 6 + r * d^2 / 2; several shares cost little more.
 
-    Inputs that are zero in every sample (zero on the Hessian's diagonal) lose all their weights, beside the count that
-    is asked for, and take no part in the damping. Sparsity 0 returns the weights bit for bit, without looking at the
-    Hessian.
+    Inputs that are zero in every sample (zero on the Hessian's diagonal) lose all their weights and take no part in the
+    damping: beside the count that is asked for; with the exact solver, whose rows need not be alike, as a part of it.
+    Sparsity 0 returns the weights bit for bit, without looking at the Hessian.
 
     Parameters
     ----------
@@ -165,7 +165,8 @@ def solve(
         For shapes, dtypes and devices that do not fit, values that are not finite, arguments out of range, and a
         Hessian that has no Cholesky factor even at damping 1 (it is not positive semidefinite).
     """
-    shares = list(sparsity) if isinstance(sparsity, Sequence) else [sparsity]
+    several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
+    shares: Any = sparsity if several else [sparsity]
     solutions = solve_layers(
         [Problem(weight, hessian, tuple(Target(share, block_size) for share in shares))],
         damping=damping,
@@ -175,11 +176,11 @@ def solve(
         refit=refit,
         backend=backend,
     )[0]
-    return solutions if isinstance(sparsity, Sequence) else solutions[0]
+    return solutions if several else solutions[0]
 
 
 class Target(NamedTuple):
-    """How far to prune a layer, and how many columns share a threshold."""
+    """How far to prune a layer, and how many columns share a threshold or, by the exact solver, go as one."""
 
     sparsity: float
     block_size: int = 1
@@ -212,8 +213,8 @@ def solve_layers(
 ) -> list[list[Solution]]:
     """Solve many layers, which natively are factored and pruned side by side: see :func:`solve`.
 
-    All are on one device. Peak memory is some three times that of the Hessians, of the exact solver some six times (its
-    inverses are float64), and what the solutions take.
+    All are on one device. Peak memory is some three times that of the Hessians and what the solutions take; with the
+    exact solver, whose inverses are float64, seven times that of float32 Hessians.
 
     Returns
     -------
@@ -289,7 +290,7 @@ def _prepare_layers(
     prepared = _prepare_all(problems, grouped)
     native = ops.resolve_backend(backend, problems[0].weight.device) == "native"
     if solver == "exact":
-        factors, eliminations = _eliminate_all(problems, prepared, damping, block_layout, native)
+        factors, eliminations = _eliminate_all(problems, prepared, damping, block_layout, mask_rule, native)
         return _Eliminated(problems, prepared, factors, mask_rule, native, eliminations)
     return _Factored(problems, prepared, _factor_all(problems, prepared, damping, native), mask_rule, native)
 
@@ -330,6 +331,10 @@ class _Grouped(NamedTuple):
     dead: Tensor | None  # [G, d] bool, inputs that are always zero; None where there are none
 
 
+#: Sparse weight [G, r, d], mask of that shape and loss: of a place.
+_Pruned: TypeAlias = dict[_Place, tuple[Tensor, Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class _Prepared(ABC):
     """Layers whose Hessians are factored: to be solved for any of their targets."""
@@ -339,69 +344,81 @@ class _Prepared(ABC):
     factors: Mapping[int, Factor]
     mask_rule: ops.MaskRule
     native: bool
+    always_refits: ClassVar[bool] = False
 
     def solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
         solutions: dict[_Place, Solution] = {}
-        wanted: list[_Place] = []
         for i, j in places:
-            if _is_dense(self.problems[i].targets[j], self.mask_rule):
+            if self._stays_dense((i, j)):
                 weight = self.problems[i].weight
                 ones = torch.ones_like(weight, dtype=torch.bool)
                 solutions[i, j] = Solution(weight.detach().clone(), ones, 0.0, 0.0)
-            else:
-                wanted.append((i, j))
-        if wanted:
-            solutions.update(self._solve(wanted, refit=refit))
+        if wanted := [place for place in places if place not in solutions]:
+            refit_layer = self._refit if refit or self.always_refits else None
+            solutions.update(_finish_all(self.problems, self.grouped, self.factors, self._prune(wanted), refit_layer))
         return solutions
 
-    @abstractmethod
-    def _solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
-        """Solutions of what is not to stay dense."""
+    def _stays_dense(self, place: _Place) -> bool:
+        return _is_dense(self.problems[place[0]].targets[place[1]], self.mask_rule)
 
     @abstractmethod
     def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
         """Losses, and solutions where these are needed to know them, not refitted."""
+
+    @abstractmethod
+    def _prune(self, places: Sequence[_Place]) -> _Pruned:
+        """What is not to stay dense, before it is refitted."""
+
+    def _refit(self, i: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The best weights of a layer under a mask, and their loss."""
+        layer, factor = self.grouped[i], self.factors[i]
+        damped = _add_damping(layer.hessian.double(), factor.damping)
+        return refit_kept(layer.weight.double(), damped, mask, native=self.native)
 
 
 @dataclass(frozen=True)
 class _Factored(_Prepared):
     """For the fast solver."""
 
-    def _solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
-        pruned = _prune_all(self.problems, places, self.grouped, self.factors, self.mask_rule, self.native)
-        return _finish_all(
-            self.problems, self.grouped, self.factors, pruned, refit=refit, exact=False, native=self.native
-        )
-
     def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
         return {place: (solution.loss, solution) for place, solution in self.solve(places, refit=False).items()}
+
+    def _prune(self, places: Sequence[_Place]) -> _Pruned:
+        return _prune_all(self.problems, places, self.grouped, self.factors, self.mask_rule, self.native)
 
 
 @dataclass(frozen=True)
 class _Eliminated(_Prepared):
-    """For the exact solver."""
+    """For the exact solver, which finds masks alone. Factors are inverses."""
 
     eliminations: Mapping[int, Mapping[int, Elimination]]  # by layer and block size
-
-    def _elimination(self, place: _Place) -> tuple[Elimination, Tensor]:
-        """And how far it goes in each row."""
-        target = self.problems[place[0]].targets[place[1]]
-        elimination = self.eliminations[place[0]][target.block_size]
-        return elimination, elimination.steps(elimination.count(target.sparsity, self.mask_rule))
-
-    def _solve(self, places: Sequence[_Place], *, refit: bool = True) -> dict[_Place, Solution]:
-        del refit  # a mask alone is found: the weights have to be
-        pruned = {}
-        for place in places:
-            elimination, steps = self._elimination(place)
-            pruned[place] = (self.grouped[place[0]].weight, elimination.mask(steps), elimination.loss(steps))
-        return _finish_all(
-            self.problems, self.grouped, self.factors, pruned, refit=True, exact=True, native=self.native
-        )
+    always_refits: ClassVar[bool] = True
 
     def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
-        losses = torch.stack([elimination.loss(steps) for elimination, steps in map(self._elimination, places)])
-        return {place: (loss, None) for place, loss in zip(places, losses.tolist(), strict=True)}
+        found: dict[_Place, tuple[float, Solution | None]] = dict.fromkeys(places, (0.0, None))
+        wanted = [place for place in places if not self._stays_dense(place)]
+        if wanted:
+            losses = torch.stack([elimination.loss(steps) for elimination, steps in map(self._steps, wanted)])
+            found.update((place, (loss, None)) for place, loss in zip(wanted, losses.tolist(), strict=True))
+        return found
+
+    def _prune(self, places: Sequence[_Place]) -> _Pruned:
+        pruned = {}
+        for place in places:
+            elimination, steps = self._steps(place)
+            pruned[place] = (self.grouped[place[0]].weight, elimination.mask(steps), elimination.loss(steps))
+        return pruned
+
+    def _refit(self, i: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+        layer, factor = self.grouped[i], self.factors[i]
+        damped = _add_damping(layer.hessian.double(), factor.damping)
+        return refit_kept(layer.weight.double(), damped, mask, inverse=factor.matrix, native=self.native)
+
+    def _steps(self, place: _Place) -> tuple[Elimination, Tensor]:
+        """How far the rows of a layer go for a target."""
+        target, columns = self.problems[place[0]].targets[place[1]], self.grouped[place[0]].weight.shape[2]
+        elimination = self.eliminations[place[0]][min(target.block_size, columns)]
+        return elimination, elimination.steps(elimination.count(target.sparsity, self.mask_rule))
 
 
 @contextmanager
@@ -418,6 +435,9 @@ def _naming(problem: Problem) -> Iterator[None]:
 def _check(problem: Problem) -> tuple[Tensor, Tensor]:
     """The weight [G, r, d] and the Hessian [G, d, d] in the wider of their dtypes, at least float32."""
     weight, hessian = problem.weight, problem.hessian
+    for name, tensor in (("weight", weight), ("hessian", hessian)):
+        if not isinstance(tensor, Tensor):
+            raise InvalidInputError(f"{name} must be a tensor, got {type(tensor).__name__}")
     for sparsity, block_size in problem.targets:
         check_sparsity(sparsity, "sparsity")
         if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
@@ -451,7 +471,9 @@ def _prepare(
     if not math.isfinite(largest_weight):
         raise InvalidInputError("the weight holds NaN or infinite values: it cannot be pruned")
     if not math.isfinite(largest):
-        raise InvalidInputError("the Hessian holds NaN or infinite values: some layer input was not finite")
+        raise InvalidInputError(
+            "the Hessian holds NaN or infinite values: some layer input was not finite, or its square was not"
+        )
     if asymmetry > _LARGEST_ASYMMETRY * largest:
         raise InvalidInputError(
             f"the Hessian is not symmetric: mirrored entries differ by up to {asymmetry:.3g}; build it with "
@@ -489,6 +511,7 @@ def _eliminate_all(
     grouped: Mapping[int, _Grouped],
     damping: float,
     block_layout: BlockLayout,
+    mask_rule: ops.MaskRule,
     native: bool,
 ) -> tuple[dict[int, Factor], dict[int, dict[int, Elimination]]]:
     """Of all layers the inverses of damped Hessians, and the eliminations by block size."""
@@ -496,9 +519,13 @@ def _eliminate_all(
     found = invert_each([each.hessian.double() for each in grouped.values()], damping)
     inverses = {i: inverse for i, inverse in zip(grouped, found, strict=True) if inverse is not None}
     blocks: dict[_Place, Blocks] = {}  # by layer and block size
-    for i in grouped:
-        weight, sizes = problems[i].weight, {target.block_size for target in problems[i].targets}
-        blocks.update({(i, size): Blocks.of(weight.shape, size, block_layout, weight.device) for size in sizes})
+    for i, each in grouped.items():
+        problem, columns = problems[i], each.weight.shape[2]
+        sizes = {min(target.block_size, columns) for target in problem.targets if not _is_dense(target, mask_rule)}
+        with _naming(problem):
+            for size in sizes:
+                blocks[i, size] = Blocks.of(problem.weight.shape, size, block_layout, problem.weight.device)
+                check_size(blocks[i, size], problem.weight.device, native)
     attempted = [key for key in blocks if key[0] in inverses]
     eliminations: dict[int, dict[int, Elimination]] = {i: {} for i in grouped}
     if attempted:
@@ -513,12 +540,15 @@ def _eliminate_all(
             eliminations[i][size] = elimination
             if failed:
                 inverses.pop(i, None)
+    in_float64 = {i for i, _ in attempted if i not in inverses and grouped[i].weight.dtype == torch.float32}
     factors = {i: Factor(inverse, damping, None) for i, inverse in inverses.items()}
     for i, each in grouped.items():
         if i not in factors:
             of_layer = {size: of_size for (layer, size), of_size in blocks.items() if layer == i}
             with _naming(problems[i]):
-                factors[i], eliminations[i] = _eliminate_harder(each, of_layer, damping, invert_each, native)
+                factors[i], eliminations[i] = _eliminate_harder(
+                    each, of_layer, _harder(damping, in_float64=i in in_float64), invert_each, native
+                )
     return factors, eliminations
 
 
@@ -537,7 +567,10 @@ def _prune_all(
     weights = [in_dtype[i] for i, _ in wanted]
     matrices = [factors[i].matrix for i, _ in wanted]
     targets = [problems[i].targets[j] for i, j in wanted]
-    sparsities, block_sizes = [float(target.sparsity) for target in targets], [target.block_size for target in targets]
+    sparsities, block_sizes = (
+        [float(target.sparsity) for target in targets],
+        [min(each.block_size, weight.shape[2]) for each, weight in zip(targets, weights, strict=True)],
+    )
     found: Iterable[tuple[Tensor, Tensor, Tensor]]
     if native:
         found = zip(*ops.prune_layers(weights, matrices, sparsities, block_sizes, published), strict=True)
@@ -551,21 +584,16 @@ def _finish_all(
     problems: Sequence[Problem],
     grouped: Mapping[int, _Grouped],
     factors: Mapping[int, Factor],
-    pruned: Mapping[_Place, tuple[Tensor, Tensor, Tensor]],
-    *,
-    refit: bool,
-    exact: bool,
-    native: bool,
+    pruned: _Pruned,
+    refit: Callable[[int, Tensor], tuple[Tensor, Tensor]] | None,
 ) -> dict[_Place, Solution]:
     weights, masks, losses = [], [], []
     for (i, _), (sparse, mask, loss) in pruned.items():
         weight, each = problems[i].weight, grouped[i]
         if each.dead is not None:
             mask &= ~each.dead[:, None]
-        if refit and loss.isfinite():
-            damped = _add_damping(each.hessian.double(), factors[i].damping)
-            inverse = factors[i].matrix if exact else None
-            sparse, loss = refit_kept(each.weight.double(), damped, mask, inverse=inverse, native=native)
+        if refit is not None and loss.isfinite():
+            sparse, loss = refit(i, mask)
         # Keeps the memory format, channels_last among others, and the dtype.
         weights.append(torch.empty_like(weight, requires_grad=False).copy_(sparse.view(weight.shape)))
         masks.append(mask.view(weight.shape))
@@ -596,7 +624,7 @@ def _factor_harder(
     InvalidInputError
         If no damping up to 1 makes it positive definite.
     """
-    for harder, fallback in _harder(damping):
+    for harder, fallback in _harder(damping, in_float64=hessian.dtype == torch.float32):
         (matrix,) = factor_each([hessian.double()], harder)
         if matrix is not None:
             return Factor(matrix, harder, fallback)
@@ -606,24 +634,20 @@ def _factor_harder(
 def _eliminate_harder(
     layer: _Grouped,
     blocks: Mapping[int, Blocks],
-    damping: float,
+    attempts: Iterable[tuple[float, Fallback]],
     invert_each: Callable[[list[Tensor], float], list[Tensor | None]],
     native: bool,
 ) -> tuple[Factor, dict[int, Elimination]]:
     """As :func:`_factor_harder`, of what has failed before: eliminations by block size, which may fail too."""
-    weight, problem = layer.weight.double(), _NO_FACTOR
-    for harder, fallback in _harder(damping):
+    weight = layer.weight.double()
+    for harder, fallback in attempts:
         (inverse,) = invert_each([layer.hessian.double()], harder)
         if inverse is None:
             continue
         eliminated = eliminate_layers([weight] * len(blocks), [inverse] * len(blocks), [*blocks.values()], native)
         if not any(each.failed for each in eliminated):
             return Factor(inverse, harder, fallback), dict(zip(blocks, eliminated, strict=True))
-        problem = (
-            f"a row cannot be pruned to the end, even in float64 and with damping up to {_LARGEST_DAMPING:g}: the "
-            f"weights reach {weight.abs().max().item():.1e}; scale them down, or use solver='fast'"
-        )
-    raise InvalidInputError(problem)
+    raise InvalidInputError(_NO_FACTOR)
 
 
 _NO_FACTOR = (
@@ -632,9 +656,10 @@ _NO_FACTOR = (
 )
 
 
-def _harder(damping: float) -> Iterator[tuple[float, Fallback]]:
-    """What is tried in float64 where something has failed, one after the other."""
-    yield damping, "float64"
+def _harder(damping: float, in_float64: bool) -> Iterator[tuple[float, Fallback]]:
+    """Dampings to try in float64 where something has failed, that which was asked for `in_float64` where it was not."""
+    if in_float64:
+        yield damping, "float64"
     raised = max(10 * damping, _SMALLEST_RAISED_DAMPING)
     while raised <= _LARGEST_DAMPING:
         yield raised, "damping"
@@ -670,11 +695,12 @@ def _reference_factors(hessians: list[Tensor], damping: float) -> list[Tensor | 
 
 def _native_inverses(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
     """Of each (H + damping * mean(diag H) * I)^-1, None where :func:`lower_factors` has no factor."""
-    # With both axes reversed, H = M^T M is L L^T.
-    return [
-        None if lower is None else torch.cholesky_inverse(lower.flip(1, 2).mT).flip(1, 2)
-        for lower in lower_factors(hessians, damping)
-    ]
+    factors, inverses = lower_factors(hessians, damping)[::-1], []
+    while factors:
+        lower = factors.pop()  # no longer kept
+        # With both axes reversed, H = M^T M is L L^T.
+        inverses.append(None if lower is None else torch.cholesky_inverse(lower.flip(1, 2).mT).flip(1, 2))
+    return inverses
 
 
 def _reference_inverses(hessians: list[Tensor], damping: float) -> list[Tensor | None]:
@@ -727,6 +753,9 @@ def _without_coupling(hessian: Tensor, dead: Tensor) -> Tensor:
 
 
 def _check_shapes(weight: Tensor, hessian: Tensor) -> None:
+    for name, tensor in (("weight", weight), ("hessian", hessian)):
+        if tensor.layout != torch.strided:
+            raise InvalidInputError(f"{name} is {str(tensor.layout).removeprefix('torch.')}: make it dense (to_dense)")
     if not weight.is_floating_point() or not hessian.is_floating_point():
         raise InvalidInputError(f"weight and hessian must be floating point, got {weight.dtype} and {hessian.dtype}")
     if weight.dim() < 2 or weight.numel() == 0:
@@ -740,3 +769,5 @@ def _check_shapes(weight: Tensor, hessian: Tensor) -> None:
         )
     if weight.device != hessian.device:
         raise InvalidInputError(f"weight is on {weight.device} and hessian on {hessian.device}: move one of them")
+    if weight.is_meta:
+        raise InvalidInputError("weight and hessian are on meta, where they have no values: load the model first")

@@ -119,7 +119,7 @@ def trace(
     preprocess
         Turns views [n, 3, h, w] in 0..1 into model inputs. Default: the model's own, where it is known.
     solver
-        "fast" (FastSPADE) or "exact" (SPADE): slower, with lower errors (measured in docs/experiments.md).
+        "fast" (FastSPADE) or "exact" (SPADE): slower, see :func:`spade_fast.solve`; compared in docs/experiments.md.
     layers
         Names of layers or blocks: all others stay dense.
     block_size
@@ -694,7 +694,8 @@ class _Drawn:
 def _images_in_flight(tracing: Tracing) -> int:
     """How many images to have in flight on the device of the model."""
     device = tracing.device
-    if device.type != "cuda":
+    # With the exact solver, rows of one image fill a GPU.
+    if device.type != "cuda" or tracing.rules["solver"] == "exact":
         return 1
     layers = prunable_layers(tracing.module)
     double = (tracing.hessian_dtype or tracing.anchor.dtype) == torch.float64

@@ -439,16 +439,57 @@ def test_an_indefinite_hessian_is_refused(backend):
         sf.solve(torch.randn(2, 2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]), 0.5, solver="exact", backend=backend)
 
 
-def test_weights_that_overflow_are_refused():
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_no_unit_of_weights_or_inputs_changes_a_mask(backend, size):
     torch.manual_seed(10)
+    inputs, weight = torch.randn(12, 50), torch.randn(8, 12)
+    settings = {"solver": "exact", "block_size": size, "backend": backend}
+    plain = sf.solve(weight, inputs @ inputs.T, 0.5, **settings)
+    for of_weight, of_inputs in ((2.0**-90, 1), (2.0**90, 1), (1, 2.0**-50), (1, 2.0**50), (2.0**60, 2.0**50)):
+        scaled = of_inputs * inputs
+        found = sf.solve(weight * of_weight, scaled @ scaled.T, 0.5, **settings)
+        assert torch.equal(found.mask, plain.mask)
+        assert torch.equal(found.weight / of_weight, plain.weight)
+        assert found.loss == pytest.approx(plain.loss * of_weight**2 * of_inputs**2)
+        assert found.fallback is None
+
+
+def test_rows_are_compared_in_one_unit():
+    torch.manual_seed(11)
+    inputs, weight = torch.randn(12, 50), torch.randn(4, 12)
+    weight[1] *= 1e-24  # whose losses float32 does not know
+    solution = sf.solve(weight, inputs @ inputs.T, 15 / 48, solver="exact")
+    double = sf.solve(weight.double(), inputs @ inputs.T, 15 / 48, solver="exact")
+    assert torch.equal(solution.mask, double.mask)
+    assert not solution.mask[1].any()  # all twelve before three of other rows
+
+
+def test_losses_that_overflow_are_refused():
+    torch.manual_seed(12)
     inputs = torch.randn(3, 20, dtype=torch.float64)
-    with pytest.raises(sf.InvalidInputError, match="weights reach 1.0e\\+300; scale them down"):
+    with pytest.raises(sf.InvalidInputError, match="pruning overflows float64: the weights reach 1.0e\\+300"):
         sf.solve(torch.full((2, 3), 1e300, dtype=torch.float64), inputs @ inputs.T, 0.5, solver="exact")
-    # What overflows float32 alone is done in float64.
-    weight = torch.randn(2, 3) * 1e25
-    large = sf.solve(weight, (inputs @ inputs.T).float(), 0.5, solver="exact")
-    assert large.fallback == "float64"
-    assert torch.equal(large.mask, sf.solve(weight / 1e25, (inputs @ inputs.T).float(), 0.5, solver="exact").mask)
+
+
+@native_only
+@pytest.mark.parametrize("piece", [1.0, 3e3, 2e5])
+def test_pieces_change_no_bit(monkeypatch, piece):
+    torch.manual_seed(13)
+    columns, sizes = [30, 5, 63, 36], [1, 5, 9, 1]
+    weights = [torch.randn(2, 7 - rows, d) for rows, d in enumerate(columns)]
+    inverses = [hessian_of(d, torch.float32, groups=2).inverse() for d in columns]
+    blocks = [Blocks.of((1, d), size, "taps", torch.device("cpu")) for d, size in zip(columns, sizes, strict=True)]
+    whole = elimination.eliminate_layers(weights, inverses, blocks, native=True)
+    calls = []
+    plain = ops.elimination_orders
+    monkeypatch.setattr(elimination, "_PIECE", piece)
+    monkeypatch.setattr(ops, "elimination_orders", lambda *each: calls.append(1) or plain(*each))
+    found = elimination.eliminate_layers(weights, inverses, blocks, native=True)
+    assert len(calls) > 1
+    for one, same in zip(whole, found, strict=True):
+        assert torch.equal(one.order, same.order)
+        assert torch.equal(one.losses, same.losses)
 
 
 def test_layers_are_named_and_those_that_fail_leave_others_alone():

@@ -106,7 +106,7 @@ class RowEliminator {
       const int64_t triangle = size * (size + 1) / 2, tiled = ceil_div(size, kernel_.rows) * kernel_.rows;
       const int64_t elements[] = {static_cast<int64_t>(layer.negated.size()),
                                   d * depth_of(size),
-                                  tiled * d,
+                                  tiled * d + std::max<int64_t>(0, size * blocks - d),  // update_blocks reads on
                                   triangle * blocks,
                                   size * blocks,
                                   d,

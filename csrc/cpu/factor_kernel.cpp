@@ -96,7 +96,7 @@ void factor_groups(const Tensor& hessian, double damping, Tensor& factor, double
   const T* source = hessian.const_data_ptr<T>();
   T* target = factor.mutable_data_ptr<T>();
   constexpr double kNone = std::numeric_limits<double>::infinity();
-  if (d <= kBlock) {
+  if (d <= kFactorBlock) {
     parallel_for(0, groups, ceil_div(4096, d * d), [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
         const T* h = source + g * d * d;

@@ -64,8 +64,8 @@ struct Kernels {
   void (*pivot_block)(int64_t size, const T* lower, T* rows, int64_t row_stride, int64_t panels, T* vectors,
                       int64_t panel_stride);
 
-  // w[e][b] -= sum_a step[a] * rows[a][b * size + e], for all blocks b < `panels` panels of them, w [size, stride]; and
-  // the blocks' diagonals [size * (size + 1) / 2, stride], lower triangles by rows, lose the rows' products.
+  // w[e][b] -= sum_a step[a] * rows[a][b * size + e], for all blocks b < `panels` panels of them, w [size, stride], which
+  // reads `rows` up to the last panel's last block; and the blocks' diagonals [size * (size + 1) / 2, stride], lower triangles by rows, lose the rows' products.
   void (*update_blocks)(int64_t size, const T* rows, int64_t row_stride, const T* step, int64_t panels, T* w,
                         T* diagonal, int64_t stride);
 

@@ -19,17 +19,16 @@
 
 namespace spade_fast {
 
-constexpr int64_t kBlock = 96;   // rows of a block: a multiple of every instruction set's lanes
-constexpr int64_t kDepth = 256;  // rows of a product at a time: its panels stay in the second cache
-constexpr int64_t kPanels = kMostPanels;
-static_assert(kBlock % kLargestLanes == 0, "a block begins at a panel");
+constexpr int64_t kFactorBlock = 96;   // rows of a block: a multiple of every instruction set's lanes
+constexpr int64_t kFactorDepth = 256;  // rows of a product at a time: its panels stay in the second cache
+static_assert(kFactorBlock % kLargestLanes == 0, "a block begins at a panel");
 constexpr int64_t kUnpackedRows = 64;  // copied at a time
 
 // Turns the lower triangle of block [n, n] into its reversed factor. False where a pivot is not positive.
 template <class T>
 bool factor_triangle(T* block, int64_t n) {
   const Kernels<T>& kernel = kernels<T>();
-  T coefficients[kBlock];
+  T coefficients[kFactorBlock];
   for (int64_t r = n - 1; r >= 0; --r) {
     T* row = block + r * n;
     const int64_t later = n - r - 1;
@@ -63,20 +62,19 @@ class PanelFactor {
 
   // Factors what has been written to at().
   bool factor_packed() {
-    for (int64_t begin = (d_ - 1) / kBlock * kBlock; begin >= 0; begin -= kBlock) {
-      const int64_t end = std::min(begin + kBlock, d_);
-      const int64_t groups = ceil_div(ceil_div(end, lanes_), kPanels);
+    for (int64_t begin = (d_ - 1) / kFactorBlock * kFactorBlock; begin >= 0; begin -= kFactorBlock) {
+      const int64_t end = std::min(begin + kFactorBlock, d_);
+      const int64_t groups = ceil_div(ceil_div(end, lanes_), kMostPanels);
       if (end < d_) {
         for_each_group(groups, [&](int64_t group) { subtract_later_rows(begin, end, group); });
       }
       if (!factor_own_triangle(begin, end)) return false;
-      for_each_group(ceil_div(begin / lanes_, kPanels), [&](int64_t group) { finish_rows(begin, end, group); });
+      for_each_group(ceil_div(begin / lanes_, kMostPanels), [&](int64_t group) { finish_rows(begin, end, group); });
     }
     return true;
   }
 
-  // Lanes of a row of a panel. Before, the matrix's lower triangle, and zeros above it in the panel that holds the row's
-  // diagonal; what is further up does not matter. Then M, alike.
+  // Lanes of a row of a panel: at first of the matrix, whose lower triangle alone is read, then of M.
   T* at(int64_t row, int64_t panel) const { return panels_ + panel * panel_stride_ + row * lanes_; }
 
   // M [d, d], zeros above its diagonal.
@@ -120,7 +118,7 @@ class PanelFactor {
   }
 
   int64_t panels_of(int64_t group, int64_t end) const {
-    return std::min(kPanels, ceil_div(end, lanes_) - group * kPanels);
+    return std::min(kMostPanels, ceil_div(end, lanes_) - group * kMostPanels);
   }
 
   template <class Task>
@@ -133,18 +131,18 @@ class PanelFactor {
   // Rows [begin, end) of three panels, less the products with all rows from `end` on.
   void subtract_later_rows(int64_t begin, int64_t end, int64_t group) {
     const int64_t panels = panels_of(group, end), width = panels * lanes_;
-    T sums[kBlock * kPanels * kLargestLanes];
+    T sums[kFactorBlock * kMostPanels * kLargestLanes];
     const int64_t rows = end - begin;  // a whole block: only the last one is smaller, and nothing is later than that
     std::fill(sums, sums + rows * width, T(0));
-    for (int64_t depth = end; depth < d_; depth += kDepth) {
+    for (int64_t depth = end; depth < d_; depth += kFactorDepth) {
       for (int64_t r = 0; r < rows; r += kernel_.rows) {
         const int64_t column = begin + r;
-        kernel_.multiply(panels, at(depth, column / lanes_) + column % lanes_, at(depth, group * kPanels),
-                         panel_stride_, std::min(kDepth, d_ - depth), sums + r * width, width, lanes_);
+        kernel_.multiply(panels, at(depth, column / lanes_) + column % lanes_, at(depth, group * kMostPanels),
+                         panel_stride_, std::min(kFactorDepth, d_ - depth), sums + r * width, width, lanes_);
       }
     }
     for (int64_t panel = 0; panel < panels; ++panel) {
-      T* out = at(begin, group * kPanels + panel);
+      T* out = at(begin, group * kMostPanels + panel);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t lane = 0; lane < lanes_; ++lane) out[r * lanes_ + lane] -= sums[r * width + panel * lanes_ + lane];
       }
@@ -153,7 +151,7 @@ class PanelFactor {
 
   // Columns [begin, end) of rows [begin, end).
   bool factor_own_triangle(int64_t begin, int64_t end) {
-    T block[kBlock * kBlock];
+    T block[kFactorBlock * kFactorBlock];
     const int64_t n = end - begin;
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t c = 0; c <= r; ++c) block[r * n + c] = *element(begin + r, begin + c);
@@ -173,12 +171,13 @@ class PanelFactor {
     const int64_t panels = panels_of(group, begin), width = panels * lanes_;
     for (int64_t last = end; last > begin;) {
       const int64_t first = begin + (last - 1 - begin) / kernel_.rows * kernel_.rows;
-      T sums[kLargestLanes * kPanels * kLargestLanes] = {};
+      T sums[kLargestLanes * kMostPanels * kLargestLanes] = {};
       if (last < end) {
-        kernel_.multiply(panels, element(last, first), at(last, group * kPanels), panel_stride_, end - last, sums,
+        kernel_.multiply(panels, element(last, first), at(last, group * kMostPanels), panel_stride_, end - last, sums,
                          width, lanes_);
       }
-      kernel_.substitute(panels, last - first, element(first, first), sums, at(first, group * kPanels), panel_stride_);
+      kernel_.substitute(panels, last - first, element(first, first), sums, at(first, group * kMostPanels),
+                         panel_stride_);
       last = first;
     }
   }

@@ -53,7 +53,6 @@ class SubsetSolver {
     const auto n = static_cast<int64_t>(columns_.size()) + 1;
     for (int64_t panel = 0; panel * lanes_ < n; ++panel) {
       const int64_t first = panel * lanes_, last = std::min(first + lanes_, n);
-      std::fill(work.at(first, panel), work.at(last, panel), T(0));
       for (int64_t row = std::max<int64_t>(first, 1); row < n; ++row) {
         const T* from = matrix + columns_[row - 1] * d_;
         T* out = work.at(row, panel);

@@ -242,14 +242,14 @@ __device__ __noinline__ void score_blocks(int step) {
       // The diagonal's own thread has nothing else to make in this column: y is as one more row of the block.
       const bool diagonal = within == c;
       const T* factors = diagonal ? row.halves + i - within : row.lower + i;
-      const int64_t step = diagonal ? 1 : row.stride;
+      const int64_t stride = diagonal ? 1 : row.stride;
       T square = row.blocks[c * row.stride + pivot];
       T value = diagonal ? row.weight[i] : row.blocks[c * row.stride + i];
 #pragma unroll 4
       for (int q = 0; q < c; ++q) {
         const T factor = row.lower[q * row.stride + pivot];
         square -= factor * factor;
-        value -= factor * factors[q * step];
+        value -= factor * factors[q * stride];
       }
       const T root = sqrt(square);  // NaN is no candidate
       value /= root;

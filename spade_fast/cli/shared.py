@@ -49,11 +49,11 @@ Damping = Annotated[
     typer.Option(help="Added to a Hessian's diagonal, as a share of its mean: the more, the less kept weights change."),
 ]
 SolverName = Annotated[
-    str, typer.Option("--solver", help="fast (FastSPADE), or exact (SPADE): slower, with lower errors of each layer.")
+    str, typer.Option("--solver", help="fast (FastSPADE), or exact (SPADE): slower, see docs/experiments.md.")
 ]
 BlockLayout = Annotated[
     str,
-    typer.Option(help="What the exact solver prunes as one: taps, of one channel, or channels, neighbours at one tap."),
+    typer.Option(help="What the exact solver prunes as one: taps, of one channel; or channels, neighbours at one tap."),
 ]
 Views = Annotated[int, typer.Option("--num-augmentations", help="Views of each image to trace on.")]
 
