@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ _LAPACK_TEST_RATIO = 30.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6
 _LARGEST_DAMPING = 1.0
+# Multiply-adds that eliminating a layer takes, from which on a CPU is said to take long.
+_LONG_ELIMINATION = 3e14
 # Side of the tiles in which a CPU compares mirrored entries: they fit its cache.
 _TILE = 256
 # Share of the largest entry by which mirrored entries may differ: what float32 sums in another order may do.
@@ -277,7 +280,7 @@ def _prepare_layers(
     refit: bool,
     backend: ops.Backend,
 ) -> _Prepared:
-    check_rules(damping, solver, block_layout, mask_rule, refit)
+    check_rules(damping=damping, solver=solver, block_layout=block_layout, mask_rule=mask_rule, refit=refit)
     grouped: dict[int, tuple[Tensor, Tensor]] = {}  # weight and Hessian of what is to be pruned
     for i, problem in enumerate(problems):
         with _naming(problem):
@@ -295,7 +298,9 @@ def _prepare_layers(
     return _Factored(problems, prepared, _factor_all(problems, prepared, damping, native), mask_rule, native)
 
 
-def check_rules(damping: object, solver: object, block_layout: object, mask_rule: object, refit: object) -> None:
+def check_rules(
+    *, damping: object, solver: object, block_layout: object, mask_rule: object = "exact_count", refit: object = False
+) -> None:
     """Refuse values that no layer could be solved by (see :func:`solve`)."""
     for name, value, known in (
         ("solver", solver, get_args(Solver)),
@@ -522,6 +527,13 @@ def _eliminate_all(
     for i, each in grouped.items():
         problem, columns = problems[i], each.weight.shape[2]
         sizes = {min(target.block_size, columns) for target in problem.targets if not _is_dense(target, mask_rule)}
+        cost = each.weight.numel() * columns**2 / 6
+        if cost > _LONG_ELIMINATION and each.weight.device.type == "cpu":
+            warnings.warn(
+                f"{'the layer' if problem.name is None else f'layer {problem.name!r}'} of {columns} columns takes the exact "
+                f"solver {cost:.0e} multiply-adds, an hour or more on a CPU: leave it dense, or use solver='fast'",
+                stacklevel=2,
+            )
         with _naming(problem):
             for size in sizes:
                 blocks[i, size] = Blocks.of(problem.weight.shape, size, block_layout, problem.weight.device)

@@ -283,7 +283,7 @@ def prepare_tracing(
     check_whole("batch_size", 1 if batch_size is None else batch_size, 1)
     check_whole("block_size", 1 if block_size is None else block_size, 1)
     check_whole("seed", seed, 0)
-    check_rules(damping, solver, block_layout, mask_rule, refit)
+    check_rules(damping=damping, solver=solver, block_layout=block_layout, mask_rule=mask_rule, refit=refit)
     if hessian_dtype not in (None, torch.bfloat16, torch.float32, torch.float64, "tf32"):
         raise InvalidInputError(
             f"hessian_dtype must be torch.bfloat16, torch.float32, torch.float64, 'tf32' or None, got {hessian_dtype!r}"
@@ -409,7 +409,9 @@ def _solved(
     selection = tracing.selection
     _check_finite([entry for each in observed for entry in each.unchecked])
     sums = {(i, name): each.sums.pop(name) for i, each in enumerate(observed) for name in list(each.sums)}
-    room = _SOLVED_TOGETHER if tracing.device.type == "cpu" else sys.maxsize
+    # Of what the exact solver takes its time for, progress is shown by smaller parts.
+    together = _SOLVED_TOGETHER // 16 if tracing.rules["solver"] == "exact" else _SOLVED_TOGETHER
+    room = together if tracing.device.type == "cpu" else sys.maxsize
     progress_bar = tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False)
     with kept_heap(), _memory_errors(tracing.device), progress_bar:
         for keys in _solved_together(sums, room):

@@ -106,6 +106,18 @@ def check_side_by_side(draw: random.Random) -> None:
         assert (found[0][i] - alone[0]).abs().max() <= TOLERANCES[torch.float64] * (1 + alone[0].abs().max())
 
 
+def check_greed(weight: Tensor, inverse: Tensor, order: list[int], size: int, dtype: torch.dtype) -> None:
+    """Of a few steps of a row: no other block would have cost less."""
+    for step in {0, len(order) // 2, len(order) - 1}:
+        gone = [block * size + i for block in order[:step] for i in range(size)]
+        costs = {}
+        for block in order[step:]:
+            columns = [*gone, *range(block * size, (block + 1) * size)]
+            lost = weight[columns]
+            costs[block] = (lost @ torch.linalg.solve(inverse[columns][:, columns], lost)).item() / 2
+        assert costs[order[step]] <= min(costs.values()) * (1 + 100 * TOLERANCES[dtype])
+
+
 def check_elimination(draw: random.Random) -> None:
     """Every block goes once, and all of them cost what the whole row does; many layers give what each gives alone."""
     dtype, layers = draw_dtype(draw), []
@@ -122,6 +134,7 @@ def check_elimination(draw: random.Random) -> None:
         whole = ((weight.double() @ hessian) * weight.double()).sum(2) / 2
         assert torch.equal(orders[i].sort(2).values, torch.arange(orders[i].shape[2]).expand_as(orders[i]).int())
         assert ((losses[i].double().sum(2) - whole).abs() <= 100 * TOLERANCES[dtype] * whole).all()
+        check_greed(weight[0, 0].double(), hessian[0].inverse(), orders[i][0, 0].tolist(), sizes[i], dtype)
         alone, _ = torch.ops.spade_fast.elimination_orders(weights[i : i + 1], inverses[i : i + 1], sizes[i : i + 1])
         assert torch.equal(alone[0], orders[i])
 

@@ -152,6 +152,8 @@ def test_options_reach_the_trace(
         "exact",
         "--block-layout",
         "channels",
+        "--block-size",
+        2,
         "--save-trace",
         file,
     ]
@@ -160,7 +162,7 @@ def test_options_reach_the_trace(
     assert seen["batch_size"] == 2
     assert seen["backend"] == "reference"
     assert (seen["refit"], seen["damping"]) == (True, 0.5)
-    assert (seen["solver"], seen["block_layout"]) == ("exact", "channels")
+    assert (seen["solver"], seen["block_layout"], seen["block_size"]) == ("exact", "channels", 2)
     assert seen["sparsity"] == SparsityPlan.from_mapping({"conv": 0.5, "fc": 0.25})
     assert loads[0]["device"] == "cpu"
     assert Trace.load(file).rows() == json.loads(result.stdout)["layers"]

@@ -337,6 +337,17 @@ def test_plans_of_another_metric_network_or_views_are_told(folder: Path, tmp_pat
     assert f"note: tuned for trojan, not for insertion: {names}" in result.stderr
     assert f"note: tuned on other weights (other: from afar): {names}" in result.stderr
     assert f"note: tuned with other --views, --num-augmentations or --damping: {names}" in result.stderr
+    assert "solver" not in result.stderr
+
+
+@pytest.mark.parametrize(("solver", "arm"), [("fast", "exact-tuned"), ("exact", "fast-tuned")])
+def test_plans_tuned_by_the_other_solver_are_told(folder: Path, tmp_path: Path, solver: str, arm: str) -> None:
+    trace = {"num_augmentations": 4, **({} if solver == "fast" else {"solver": solver})}
+    plan = {"targets": {"classifier": 0.5}, "default": None, "tuning": {"trace": trace}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    given = ("--methods", "saliency", "--plans", tmp_path / "plan.json", "--arms", f"dense,{arm}")
+    told = f"note: tuned by the {solver} solver, not by the {arm.removesuffix('-tuned')} one: {tmp_path / 'plan.json'}"
+    assert told in evaluate("insertion", folder, "--limit", 1, *given).stderr
 
 
 def test_a_plan_for_another_method_is_told(folder: Path, tmp_path: Path) -> None:
@@ -384,7 +395,7 @@ def test_folders_without_images(folder: Path, tmp_path: Path, photo: str) -> Non
             "--plans is for arms fast-tuned, exact-tuned: add one to --arms",
         ),
         (("evaluate", "insertion", "--arms", "exact-tuned"), "arm 'exact-tuned' needs --plans"),
-        (("evaluate", "insertion", "--block-layout", "channels"), "--block-layout is for arms exact, exact-tuned"),
+        (("evaluate", "insertion", "--block-layout", "channels"), "--block-layout is for arms exact and exact-tuned"),
         (("evaluate", "insertion", "--arms", "exact", "--block-layout", "rows"), "block_layout='rows' is unknown"),
         (("tune", "insertion", "--solver", "slow"), "solver='slow' is unknown: choose one of fast, exact"),
         (("evaluate", "insertion", "--reference", "others"), "--reference is for arms generic, class, sparse-fc"),

@@ -1,6 +1,9 @@
 """The exact solver: orders of elimination, what is made of them, and `solve(solver="exact")`."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,14 +120,35 @@ def test_a_failure_is_told_from_where_it_is_and_leaves_others_alone(size, flaw):
 
 
 @native_only
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_noise_is_what_is_small_beside_the_column_s_own_diagonal(size, unit):
+    # Once the first block has gone, and the last has taken its place, there is little left of that.
+    noise = 10 * 9**0.5 * torch.finfo(torch.float64).eps
+    last = 9 - size
+    for pivot, sound in ((0.5 * noise, False), (3 * noise, True)):
+        inverse = torch.eye(9, dtype=torch.float64)
+        inverse[0, 0] = unit
+        inverse[0, last] = inverse[last, 0] = ((1 - pivot) * unit) ** 0.5
+        weight = torch.full((1, 1, 9), 10.0, dtype=torch.float64)
+        weight[..., :size] = weight[..., last:] = 0
+        weight[..., last] = 1e-5
+        (order,), _ = ops.elimination_orders([weight], [inverse[None]], [size])
+        assert order[0, 0, 0] == 0
+        assert (order >= 0).all() == sound
+        assert torch.equal(order, reference.elimination_order(weight, inverse[None], size)[0])
+
+
+@native_only
 def test_neither_threads_nor_neighbours_change_a_bit():
     torch.manual_seed(3)
     columns, sizes = [90, 5, 63, 144, 1], [1, 5, 9, 9, 1]
     weights = [torch.randn(2, rows + 2, d) for rows, d in enumerate(columns)]
     inverses = [hessian_of(d, torch.float32, groups=2).inverse() for d in columns]
-    together = ops.elimination_orders(weights, inverses, sizes)
     threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(4)
+        together = ops.elimination_orders(weights, inverses, sizes)
         torch.set_num_threads(1)
         for i in range(len(columns)):
             (order,), (losses,) = ops.elimination_orders([weights[i]], [inverses[i]], [sizes[i]])
@@ -285,10 +309,12 @@ def test_float64_equals_reference(name, layout, sparsity):
 
 @pytest.mark.parametrize("name", ["1x1", "3x3", "grouped"])
 @pytest.mark.parametrize("layout", ["taps", "channels"])
-def test_kept_weights_are_the_best_under_the_mask(name, layout):
+@pytest.mark.parametrize("damping", [0.01, 0.5])
+def test_kept_weights_are_the_best_under_the_mask(name, layout, damping):
     weight, hessian, block_size = layer_and_hessian(name)
-    solution = sf.solve(weight, hessian, 0.6, solver="exact", block_size=block_size, block_layout=layout)
-    full = damped(hessian)
+    settings = {"block_size": block_size, "block_layout": layout, "damping": damping}
+    solution = sf.solve(weight, hessian, 0.6, solver="exact", **settings)
+    full = damped(hessian, damping)
     change = (weight - solution.weight).reshape(hessian.shape[0], -1, hessian.shape[1])
     gradient = change @ full
     assert gradient[solution.mask.reshape(gradient.shape)].abs().max() <= 1e-10 * gradient.abs().max()
@@ -335,17 +361,33 @@ def test_a_path_costs_one_elimination(monkeypatch, backend, mask_rule):
     settings = {"solver": "exact", "block_size": block_size, "backend": backend, "mask_rule": mask_rule}
     shares = [0.9, 0.0, 0.5, 0.9, 1.0]
     alone = [sf.solve(weight, hessian, share, **settings) for share in shares]
-    calls = []
+    eliminated = []
     plain = solver.eliminate_layers
-    monkeypatch.setattr(solver, "eliminate_layers", lambda *each: calls.append(1) or plain(*each))
+    monkeypatch.setattr(solver, "eliminate_layers", lambda *each: eliminated.extend(each[0]) or plain(*each))
     together = sf.solve(weight, hessian, shares, **settings)
-    assert len(calls) == 1
+    assert len(eliminated) == 1
     for one, same in zip(alone, together, strict=True):
         assert torch.equal(one.weight, same.weight)
         assert torch.equal(one.mask, same.mask)
         assert (one.loss, one.damping, one.fallback) == (same.loss, same.damping, same.fallback)
     assert (together[2].mask | ~together[0].mask).all()  # masks of one path lie within each other
     assert together[4].loss > together[0].loss > together[2].loss > 0
+
+
+def test_dense_targets_and_blocks_that_are_alike_cost_no_elimination(monkeypatch):
+    weight, hessian, _ = layer_and_hessian("depthwise")
+    eliminated = []
+    plain = solver.eliminate_layers
+    monkeypatch.setattr(solver, "eliminate_layers", lambda *each: eliminated.extend(each[0]) or plain(*each))
+    targets = (Target(0.0, 1), Target(0.2, 100), Target(0.5, 9))
+    (solutions,) = solve_layers([Problem(weight, hessian, targets)], solver="exact")
+    assert len(eliminated) == 1
+    assert [int((~solution.mask).sum()) for solution in solutions] == [0, 18, 36]
+    dense = Problem(weight, hessian, targets[:1])
+    found = solve_within([dense, Problem(weight, hessian, targets)], lambda *_: True, solver="exact")
+    assert [target for target, _ in found] == [0, 2]
+    assert torch.equal(found[0][1].weight, weight)
+    assert torch.equal(found[1][1].weight, solutions[2].weight)
 
 
 def test_targets_of_other_blocks_are_eliminated_by_themselves():
@@ -402,21 +444,24 @@ def test_ill_conditioned_masks_equal_those_of_the_reference():
             sf.solve(weight, inputs @ inputs.T, 0.5, backend=b, **settings) for b in ("native", "reference")
         )
         assert torch.equal(native.mask, plain.mask)
+        # Weights are as good as their systems allow: eps times a condition of some 1e10.
         torch.testing.assert_close(native.weight, plain.weight, rtol=1e-6, atol=1e-8)
+        assert native.loss == pytest.approx(plain.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_what_float32_cannot_eliminate_is_redone_in_float64(backend):
     torch.manual_seed(8)
-    inputs = torch.randn(12, 60).double()
-    inputs[5] = inputs[4] + 1e-5 * inputs[5]  # as good as one in float32
-    weight, hessian = torch.randn(4, 12), inputs @ inputs.T
-    settings = {"solver": "exact", "damping": 0, "backend": backend}
-    single = solver.solve_layers([Problem(weight, hessian.float(), (Target(0.5),))], **settings)[0][0]
-    assert single.fallback in ("float64", "damping")
+    inputs = torch.randn(256, 100) * torch.logspace(-1, 1, 256)[:, None]
+    weight, hessian = torch.randn(3, 256), inputs @ inputs.T
+    settings = {"solver": "exact", "damping": 1e-6, "backend": backend}
+    single = sf.solve(weight, hessian, 0.5, **settings)
+    double = sf.solve(weight.double(), hessian.double(), 0.5, **settings)
+    assert (single.fallback, single.damping) == ("float64", 1e-6)
+    assert double.fallback is None
     assert single.weight.dtype == torch.float32
-    double = sf.solve(weight.double(), hessian, 0.5, **settings)
-    assert (double.fallback, double.damping) == (None, 0)
+    assert torch.equal(single.mask, double.mask)
+    torch.testing.assert_close(single.weight, double.weight.float())
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -431,6 +476,8 @@ def test_damping_is_raised_only_as_the_last_resort_and_reported(backend, dtype):
     assert solution.weight.isfinite().all()
     assert solution.weight.dtype == dtype
     assert (~solution.mask).sum() == 160
+    full = damped((inputs @ inputs.T).double()[None], solution.damping)
+    assert solution.loss == pytest.approx(objective(weight, solution.weight, full) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -518,6 +565,40 @@ def test_refusals():
         sf.solve(*arguments, block_layout="channels")
     with pytest.raises(sf.InvalidInputError, match="solver='obc' is unknown: choose one of fast, exact"):
         sf.solve(*arguments, solver="obc")
+
+
+def test_what_takes_hours_is_told_beforehand(monkeypatch):
+    monkeypatch.setattr(solver, "_LONG_ELIMINATION", 1e3)
+    problem = Problem(torch.randn(3, 20), torch.eye(20), (Target(0.5),), "classifier")
+    with pytest.warns(
+        UserWarning, match="layer 'classifier' of 20 columns takes the exact solver 4e\\+03 multiply-adds"
+    ):
+        solve_layers([problem], solver="exact")
+
+
+@native_only
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_a_row_at_work_takes_one_triangle_and_64_vectors():
+    script = """
+import torch
+from pathlib import Path
+from spade_fast import ops
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+torch.set_num_threads(1)
+weight, inverse = torch.randn(1, 2, 1536), torch.eye(1536)[None]
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS:")
+ops.elimination_orders([weight], [inverse], [1])
+print(status("VmHWM:") - before)
+"""
+    peak = int(subprocess.check_output([sys.executable, "-c", script], text=True))
+    triangle = 4 * 1536**2 // 2
+    # What rows share is as large as what one has; some room for the allocator and code that is loaded.
+    assert peak <= 2 * triangle + 4 * 64 * 1536 + (4 << 20)
 
 
 def test_a_large_block_takes_all_columns():

@@ -488,20 +488,25 @@ def test_rows_end_where_a_pivot_is_no_pivot():
 
 
 @pytest.mark.parametrize("block_size", [1, 3])
-def test_a_pivot_of_rounding_noise_ends_a_row(block_size):
-    # Once the first block has gone, of the second there is little left.
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_a_pivot_of_rounding_noise_ends_a_row(block_size, unit):
+    # Once the first block has gone, and the last has taken its place, there is little left of that.
     noise = 10 * 9**0.5 * torch.finfo(torch.float64).eps
     found = []
     for pivot in (0.5 * noise, 3 * noise):
         inverse = torch.eye(9, dtype=torch.float64)
-        inverse[0, 3] = inverse[3, 0] = (1 - pivot) ** 0.5
+        inverse[0, 0] = unit
+        last = 9 - block_size
+        inverse[0, last] = inverse[last, 0] = ((1 - pivot) * unit) ** 0.5
         weight = torch.full((1, 1, 9), 10.0, dtype=torch.float64)
-        weight[..., :3] = torch.tensor([1e-9, 0, 0])
-        weight[..., 3:6] = torch.tensor([1e-5, 0, 0])
+        weight[..., :block_size] = 0
+        weight[..., last:] = 0
+        weight[..., last] = 1e-5
         (order,), (loss,) = emulated_orders([weight], [inverse[None]], [block_size])
+        assert order[0, 0, 0] == 0
         assert torch.equal(order < 0, loss.isnan())
+        assert torch.equal(order, reference.elimination_order(weight, inverse[None], block_size)[0])
         found.append((order >= 0).all().item())
-        assert order[0, 0, 0] == (0 if block_size == 3 else 1)
     assert found == [False, True]
 
 

@@ -136,6 +136,15 @@ def test_the_only_layer_is_pruned_only_by_name():
     assert list(sf.trace(model, picture(), {"1": 0.5}, **SETTINGS).layers) == ["1"]
 
 
+def test_the_exact_solver_takes_single_weights_of_few_rows():
+    model = network()
+    model[9] = nn.Linear(16, 2)
+    plain = sf.trace(model, picture(), {"9": 0.3}, solver="exact", **SETTINGS).layers["9"]
+    single = sf.trace(model, picture(), {"9": 0.3}, solver="exact", block_size=1, **SETTINGS).layers["9"]
+    assert torch.equal(plain.weight, single.weight)
+    assert (~plain.mask).sum() == 10
+
+
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_small_classifiers_do_not_lose_every_weight(outputs):
     model = network()

@@ -39,6 +39,7 @@ from spade_fast.cli.shared import (
 )
 from spade_fast.errors import InvalidInputError, require
 from spade_fast.methods import DEFAULT_METHODS
+from spade_fast.solver import check_rules
 
 if TYPE_CHECKING:
     from spade_fast.explanation import Explanation
@@ -64,6 +65,13 @@ def explain(
     views: ViewKind = "published",
     damping: Damping = 0.01,
     solver: SolverName = "fast",
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns that share a threshold; by the exact solver, that go as one.",
+            show_default="k * k of a kernel",
+        ),
+    ] = None,
     block_layout: BlockLayout = "taps",
     batch_size: Annotated[
         int | None,
@@ -86,6 +94,7 @@ def explain(
     save_trace: Annotated[Path | None, typer.Option(help="File for the trace (.safetensors).")] = None,
 ) -> None:
     """Explain the answer to a photograph, by the dense network and by its SPADE trace."""
+    check_rules(damping=damping, solver=solver, block_layout=block_layout)
     _explain(
         photo,
         out,
@@ -100,6 +109,7 @@ def explain(
         views=views,
         damping=damping,
         solver=solver,
+        block_size=block_size,
         block_layout=block_layout,
         batch_size=batch_size,
         refit=refit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -39,6 +39,7 @@ from spade_fast.cli.shared import (
 )
 from spade_fast.comparison import Metric
 from spade_fast.errors import InvalidInputError, by_reason, check_whole, require
+from spade_fast.solver import check_rules
 
 if TYPE_CHECKING:
     from spade_fast.arms import Arm
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 _ARMS = ("dense", "fast", "fast-tuned", "exact", "exact-tuned", "generic", "class", "sparse-fc")
 _TUNED = ("fast-tuned", "exact-tuned")
-_EXACT = ("exact", "exact-tuned")
 _OF_A_SET = ("generic", "class", "sparse-fc")
 _MOST_LINES = 10
 
@@ -124,8 +124,9 @@ def evaluate(
         raise InvalidInputError(f"arm {tuned_arms[0]!r} needs --plans, a folder that spade-fast tune wrote, or a plan")
     if plans is not None and not tuned_arms:
         raise InvalidInputError(f"--plans is for arms {', '.join(_TUNED)}: add one to --arms, or leave --plans out")
-    if block_layout != "taps" and not any(name in _EXACT for name in chosen):
-        raise InvalidInputError(f"--block-layout is for arms {', '.join(_EXACT)}: add one to --arms, or leave it out")
+    if block_layout != "taps" and "exact" not in map(_solver_of, chosen):
+        raise InvalidInputError("--block-layout is for arms exact and exact-tuned: add one to --arms, or leave it out")
+    check_rules(damping=damping, solver="exact", block_layout=block_layout)
     names = read_methods(methods)
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")
@@ -142,7 +143,7 @@ def evaluate(
         "damping": damping,
         "seed": seed,
     }
-    _tell_other_origins(tunings, network, measured, names, settings)
+    _tell_other_origins(tunings, network, measured, names, settings, [_solver_of(name) for name in tuned_arms])
 
     def cases(of: Mapping[str, Path]) -> dict[str, Callable[[], Case]]:
         return attacked_cases(network, of, trojans, seed=seed) if metric == "trojan" else clean_cases(network, of, seed)
@@ -160,7 +161,7 @@ def evaluate(
             others,
             cases,
             reference_limit,
-            {**settings, **(_solver_settings("exact", block_layout) if name in _EXACT else {})},
+            {**settings, **(_solver_settings("exact", block_layout) if _solver_of(name) == "exact" else {})},
         )
         for name in chosen
     }
@@ -226,6 +227,7 @@ def tune(
     check_whole("--limit", limit, 1)
     names = read_methods(methods)
     shares = _read_grid(grid)
+    check_rules(damping=damping, solver=solver, block_layout=block_layout)
     require("captum.attr", "interpret")
     require("matplotlib.figure", "interpret")
     files = named_files(images)
@@ -279,6 +281,10 @@ def _read_metric(text: str) -> Metric:
     raise InvalidInputError(f"there is no metric {text!r}: choose {', '.join(get_args(Metric))}")
 
 
+def _solver_of(arm: str) -> str:
+    return "exact" if arm.startswith("exact") else "fast"
+
+
 def _solver_settings(solver: str, block_layout: str) -> dict[str, str]:
     """What differs from the defaults: records of before there was a choice stay valid."""
     defaults = {"solver": "fast", "block_layout": "taps"}
@@ -315,8 +321,9 @@ def _tell_other_origins(
     metric: Metric,
     methods: tuple[str, ...],
     settings: Mapping[str, Any],
+    solvers: Sequence[str],
 ) -> None:
-    """Say which plans were tuned for another metric or method, on another network, or with other settings."""
+    """Say which plans were tuned for another metric or method, on another network, with other settings or solvers."""
     from spade_fast.arms import plain
     from spade_fast.files import digest
 
@@ -332,6 +339,9 @@ def _tell_other_origins(
             origins.setdefault(f"on other weights ({tuning['model']}: {tuning['weights']})", []).append(name)
         if any(tuning.get("trace", {}).get(key, value) != value for key, value in traced.items()):
             origins.setdefault("with other --views, --num-augmentations or --damping", []).append(name)
+        for solver in solvers:
+            if "trace" in tuning and (by := tuning["trace"].get("solver", "fast")) != solver:
+                origins.setdefault(f"by the {by} solver, not by the {solver} one", []).append(name)
     for origin, names in origins.items():
         say(f"[yellow]note:[/] tuned {escape(origin)}: {escape(', '.join(names))}")
 
