@@ -527,13 +527,7 @@ def _eliminate_all(
     for i, each in grouped.items():
         problem, columns = problems[i], each.weight.shape[2]
         sizes = {min(target.block_size, columns) for target in problem.targets if not _is_dense(target, mask_rule)}
-        cost = each.weight.numel() * columns**2 / 6
-        if cost > _LONG_ELIMINATION and each.weight.device.type == "cpu":
-            warnings.warn(
-                f"{'the layer' if problem.name is None else f'layer {problem.name!r}'} of {columns} columns takes the exact "
-                f"solver {cost:.0e} multiply-adds, an hour or more on a CPU: leave it dense, or use solver='fast'",
-                stacklevel=2,
-            )
+        _warn_of_a_long_elimination(problem.name, each.weight)
         with _naming(problem):
             for size in sizes:
                 blocks[i, size] = Blocks.of(problem.weight.shape, size, block_layout, problem.weight.device)
@@ -562,6 +556,17 @@ def _eliminate_all(
                     each, of_layer, _harder(damping, in_float64=i in in_float64), invert_each, native
                 )
     return factors, eliminations
+
+
+def _warn_of_a_long_elimination(name: str | None, weight: Tensor) -> None:
+    cost = weight.numel() * weight.shape[2] ** 2 / 6
+    if cost > _LONG_ELIMINATION and weight.device.type == "cpu":
+        layer = "the layer" if name is None else f"layer {name!r}"
+        warnings.warn(
+            f"{layer} of {weight.shape[2]} columns takes the exact solver {cost:.0e} multiply-adds, an hour or more on a "
+            "CPU: leave it dense, or use solver='fast'",
+            stacklevel=2,
+        )
 
 
 def _prune_all(
