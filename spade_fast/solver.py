@@ -563,8 +563,8 @@ def _warn_of_a_long_elimination(name: str | None, weight: Tensor) -> None:
     if cost > _LONG_ELIMINATION and weight.device.type == "cpu":
         layer = "the layer" if name is None else f"layer {name!r}"
         warnings.warn(
-            f"{layer} of {weight.shape[2]} columns takes the exact solver {cost:.0e} multiply-adds, an hour or more on a "
-            "CPU: leave it dense, or use solver='fast'",
+            f"{layer} of {weight.shape[2]} columns takes the exact solver {cost:.0e} multiply-adds, an hour or more on "
+            "a CPU: leave it dense, or use solver='fast'",
             stacklevel=2,
         )
 
