@@ -151,9 +151,6 @@ class RowEliminator {
   T* at(int64_t row, int64_t panel) const { return matrix_ + layout_.at(row, panel); }
   T* vector(int64_t panel, int64_t k) const { return vectors_ + panel * panel_stride_ + k * lanes_; }
   T& weight(int64_t column) const { return w_[column % size_ * blocks_stride_ + column / size_]; }
-  T& diagonal(int64_t a, int64_t b, int64_t block) const {
-    return diagonal_[(a * (a + 1) / 2 + b) * blocks_stride_ + block];
-  }
 
   void begin(const Shared<T>& layer, const T* weight_row) {
     layout_ = TriangleLayout(layer.columns, lanes_);
