@@ -1,5 +1,6 @@
 """The exact solver: orders of elimination, what is made of them, and `solve(solver="exact")`."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -478,6 +479,25 @@ def test_damping_is_raised_only_as_the_last_resort_and_reported(backend, dtype):
     assert (~solution.mask).sum() == 160
     full = damped((inputs @ inputs.T).double()[None], solution.damping)
     assert solution.loss == pytest.approx(objective(weight, solution.weight, full) / 2, rel=1e-3)
+
+
+def test_damping_is_raised_until_blocks_of_all_sizes_can_go(monkeypatch):
+    weight, hessian, _ = layer_and_hessian("3x3")
+    calls = []
+    plain = solver.eliminate_layers
+
+    def flawed(*arguments):
+        found = plain(*arguments)
+        calls.append(1)
+        if len(calls) <= 2:
+            found[-1] = dataclasses.replace(found[-1], losses=found[-1].losses * math.nan)
+        return found
+
+    monkeypatch.setattr(solver, "eliminate_layers", flawed)
+    ((one, other),) = solve_layers([Problem(weight, hessian, (Target(0.5, 9), Target(0.5, 1)))], solver="exact")
+    assert len(calls) == 3
+    assert [one.damping, other.damping] == pytest.approx([1.0, 1.0])
+    assert one.fallback == other.fallback == "damping"
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
