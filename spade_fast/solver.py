@@ -119,8 +119,9 @@ def solve(
 
     The fast solver (FastSPADE, after SparseGPT) goes through the columns once, the same for all rows. The exact one
     (SPADE, after OBC) goes through each row by itself: it prunes the weight, or block of weights, that costs least when
-    all that are left make up for it, then the next one, and of all rows' steps it takes the cheapest. It reaches lower
-    losses and takes r * d^3 / 6 multiply-adds instead of d^3 / 6 + r * d^2 / 2; several shares cost little more.
+    all that are left make up for it, then the next one, and of all rows' steps it takes the cheapest. Single weights go
+    at lower losses than by the fast one; whole blocks leave less to choose. It takes r * d^3 / 6 multiply-adds
+    instead of d^3 / 6 + r * d^2 / 2; several shares cost little more.
 
     Inputs that are zero in every sample (zero on the Hessian's diagonal) lose all their weights and take no part in the
     damping: beside the count that is asked for; with the exact solver, whose rows need not be alike, as a part of it.
@@ -349,7 +350,7 @@ class _Prepared(ABC):
     factors: Mapping[int, Factor]
     mask_rule: ops.MaskRule
     native: bool
-    always_refits: ClassVar[bool] = False
+    has_inverses: ClassVar[bool] = False  # for factors; and masks alone, so that weights are always refitted
 
     def solve(self, places: Sequence[_Place], *, refit: bool) -> dict[_Place, Solution]:
         solutions: dict[_Place, Solution] = {}
@@ -359,7 +360,7 @@ class _Prepared(ABC):
                 ones = torch.ones_like(weight, dtype=torch.bool)
                 solutions[i, j] = Solution(weight.detach().clone(), ones, 0.0, 0.0)
         if wanted := [place for place in places if place not in solutions]:
-            refit_layer = self._refit if refit or self.always_refits else None
+            refit_layer = self._refit if refit or self.has_inverses else None
             solutions.update(_finish_all(self.problems, self.grouped, self.factors, self._prune(wanted), refit_layer))
         return solutions
 
@@ -378,7 +379,8 @@ class _Prepared(ABC):
         """The best weights of a layer under a mask, and their loss."""
         layer, factor = self.grouped[i], self.factors[i]
         damped = _add_damping(layer.hessian.double(), factor.damping)
-        return refit_kept(layer.weight.double(), damped, mask, native=self.native)
+        inverse = factor.matrix if self.has_inverses else None
+        return refit_kept(layer.weight.double(), damped, mask, inverse=inverse, native=self.native)
 
 
 @dataclass(frozen=True)
@@ -397,7 +399,7 @@ class _Eliminated(_Prepared):
     """For the exact solver, which finds masks alone. Factors are inverses."""
 
     eliminations: Mapping[int, Mapping[int, Elimination]]  # by layer and block size
-    always_refits: ClassVar[bool] = True
+    has_inverses: ClassVar[bool] = True
 
     def attempt(self, places: Sequence[_Place]) -> dict[_Place, tuple[float, Solution | None]]:
         found: dict[_Place, tuple[float, Solution | None]] = dict.fromkeys(places, (0.0, None))
@@ -413,11 +415,6 @@ class _Eliminated(_Prepared):
             elimination, steps = self._steps(place)
             pruned[place] = (self.grouped[place[0]].weight, elimination.mask(steps), elimination.loss(steps))
         return pruned
-
-    def _refit(self, i: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-        layer, factor = self.grouped[i], self.factors[i]
-        damped = _add_damping(layer.hessian.double(), factor.damping)
-        return refit_kept(layer.weight.double(), damped, mask, inverse=factor.matrix, native=self.native)
 
     def _steps(self, place: _Place) -> tuple[Elimination, Tensor]:
         """How far the rows of a layer go for a target."""

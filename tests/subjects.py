@@ -1,4 +1,4 @@
-"""A small network that sees where an image is bright, and images to ask it about."""
+"""A small network that sees where an image is bright, and images to ask it about; what pruning a layer costs."""
 
 from __future__ import annotations
 
@@ -58,3 +58,9 @@ def photographs(folder: Path, count: int) -> dict[str, Path]:
         Image.fromarray(pixels.astype(np.uint8)).save(path)
         found[path.name] = path
     return found
+
+
+def objective(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:
+    """tr((W - Q) H (W - Q)^T)."""
+    change = (weight - sparse).double().reshape(hessian.shape[0], -1, hessian.shape[1])
+    return torch.einsum("grd,gde,gre->", change, hessian.double(), change).item()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from subjects import objective
 from torch import Tensor, nn
 
 import spade_fast as sf
@@ -286,11 +287,6 @@ def layer_and_hessian(name: str, dtype: torch.dtype = torch.float64) -> tuple[Te
 def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
     return hessian + torch.diag_embed(damping * mean[:, None].expand(hessian.shape[:2]))
-
-
-def objective(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:
-    change = (weight - sparse).double().reshape(hessian.shape[0], -1, hessian.shape[1])
-    return torch.einsum("grd,gde,gre->", change, hessian.double(), change).item()
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from subjects import objective
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,11 +34,6 @@ def layer_and_hessian(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, in
     make, shape = LAYERS[name]
     layer = make().to(dtype)
     return layer.weight.detach(), sf.hessian(layer, torch.randn(shape, dtype=dtype)), mask_block_size(layer.weight)
-
-
-def objective(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:
-    change = (weight - sparse).double().reshape(hessian.shape[0], -1, hessian.shape[1])
-    return torch.einsum("grd,gde,gre->", change, hessian.double(), change).item()
 
 
 @pytest.mark.parametrize("name", LAYERS)
