@@ -25,7 +25,7 @@ from torch import Tensor
 
 from spade_fast.errors import InvalidInputError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
@@ -52,11 +52,24 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
             if mode is not None:
                 temporary.chmod(stat.S_IMODE(mode))
             temporary.replace(path)
+        _sync_folder(path.parent)
     except InvalidInputError:
         raise
     except (OSError, TypeError, ValueError, RuntimeError) as error:  # the latter three from names that are none
         reason = getattr(error, "strerror", None) or error
         raise InvalidInputError(f"cannot write {str(path)!r} ({reason}): choose another folder") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """See that a name given in the folder outlasts a loss of power, where the system can."""
+    if os.name != "posix":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems do not sync folders
+            os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> dict[str, Path]:
@@ -223,7 +236,7 @@ def write_tensors(
 
 @contextlib.contextmanager
 def read_tensors(
-    path: str | os.PathLike[str], key: str, what: str, writer: str, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str], key: str, what: str, writer: str
 ) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
     """Read what :func:`write_tensors` wrote: its header and tensors, for a block that makes something of them.
 
@@ -233,8 +246,6 @@ def read_tensors(
         As there.
     what, writer
         For the message of a refusal: what the file should be, ``"a trace"``, and what writes it, ``"Trace.save"``.
-    device
-        Where the tensors are put.
 
     Raises
     ------
@@ -243,7 +254,7 @@ def read_tensors(
         TypeError, ValueError or AttributeError); the message names the file.
     """
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # Clones: the tensors would otherwise be views of the file, and change or crash with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,23 +214,14 @@ class Trace(ReadOnlyMappings):
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the trace to one safetensors file, whole or not at all.
+        """Write the trace to one safetensors file, whole or not at all: its kept weights, and a bit for each weight.
 
         Raises
         ------
         InvalidInputError
             If the file cannot be written.
         """
-        tensors = {}
-        for name, layer in self.layers.items():
-            # Clones, since tied layers share their tensors, which the format does not allow.
-            tensors[f"{name}.weight"] = layer.weight.cpu().clone(memory_format=torch.contiguous_format)
-            tensors[f"{name}.mask"] = layer.mask.cpu().clone(memory_format=torch.contiguous_format)
-        header = {
-            "layers": {name: {key: getattr(layer, key) for key in _REPORTED} for name, layer in self.layers.items()},
-            "dense": dict(self.dense),
-            "settings": dict(self.settings),
-        }
+        header, tensors = self.to_tensors()
         write_tensors(path, _METADATA_KEY, header, tensors)
 
     @classmethod
@@ -241,14 +234,37 @@ class Trace(ReadOnlyMappings):
             If the file cannot be read, is no trace, or contradicts itself; the message names the file.
         """
         target = usable_device(device)
-        with read_tensors(path, _METADATA_KEY, "a trace", "Trace.save", target) as (header, tensors):
-            layers = {}
-            for name, report in header["layers"].items():
-                weight, mask = tensors[f"{name}.weight"], tensors[f"{name}.mask"]
-                if mask.dtype != torch.bool or mask.shape != weight.shape or bool(weight[~mask].any()):
-                    raise ValueError(f"mask and weight of layer {name!r} contradict each other")
-                layers[name] = LayerTrace(weight, mask, **{key: report[key] for key in _REPORTED})
-            return cls(layers, header["dense"], header["settings"])
+        with read_tensors(path, _METADATA_KEY, "a trace", "Trace.save") as (header, tensors):
+            return cls.from_tensors(header, tensors, device=target)
+
+    def to_tensors(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is written of a trace: plain JSON values; and tensors on the CPU, by name.
+
+        Of each layer the kept weights alone, in the order of the weights, and the mask, eight weights a byte.
+        """
+        layers, tensors = {}, {}
+        for name, layer in self.layers.items():
+            layers[name] = {"shape": list(layer.weight.shape), **{key: getattr(layer, key) for key in _REPORTED}}
+            mask = layer.mask.cpu()
+            tensors[f"{name}.kept"] = layer.weight.detach().cpu()[mask]
+            tensors[f"{name}.mask"] = torch.from_numpy(np.packbits(mask.numpy()))
+        return {"layers": layers, "dense": dict(self.dense), "settings": dict(self.settings)}, tensors
+
+    @classmethod
+    def from_tensors(
+        cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], *, device: torch.device | str = "cpu"
+    ) -> Trace:
+        """The trace that :meth:`to_tensors` gave; KeyError, TypeError or ValueError if they contradict each other."""
+        layers = {}
+        for name, report in header["layers"].items():
+            kept, packed, shape = tensors[f"{name}.kept"], tensors[f"{name}.mask"], report["shape"]
+            mask = unpacked_mask(packed, shape)
+            if kept.dim() != 1 or not kept.is_floating_point() or len(kept) != int(mask.count_nonzero()):
+                raise ValueError(f"mask and weights of layer {name!r} contradict each other")
+            weight = torch.zeros(shape, dtype=kept.dtype)
+            weight[mask] = kept
+            layers[name] = LayerTrace(weight.to(device), mask.to(device), **{key: report[key] for key in _REPORTED})
+        return cls(layers, header["dense"], header["settings"])
 
     def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
         """For each layer, the module that owns its weight and the sparse parameter to put there."""
@@ -281,6 +297,15 @@ class Trace(ReadOnlyMappings):
                 "Apply it to the model it was made from"
             )
         return found
+
+
+def unpacked_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask of that shape in bytes of :meth:`Trace.to_tensors`; ValueError if there are too few, or too many."""
+    count = math.prod(shape)
+    bits = np.unpackbits(packed.numpy())
+    if packed.dim() != 1 or min(shape) < 0 or len(packed) != -(-count // 8) or bits[count:].any():
+        raise ValueError(f"a mask of {len(bits)} bits is not one of {list(shape)} weights")
+    return torch.from_numpy(bits[:count]).view(torch.bool).reshape(tuple(shape))
 
 
 _applying_lock = threading.Lock()

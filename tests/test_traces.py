@@ -5,16 +5,19 @@ import json
 import os
 import pickle
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_tracer import SETTINGS, assert_same_bits, assert_unchanged, network, picture, snapshot
-from torch import nn
+from torch import Tensor, nn
 
 import spade_fast as sf
+from spade_fast.files import write_tensors
 from spade_fast.models import evaluation_mode
 
 
@@ -256,6 +259,33 @@ def test_save_tied_and_channels_last_layers(tmp_path):
     assert_same_bits(sf.Trace.load(tmp_path / "trace.safetensors"), trace)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_file_holds_kept_weights_and_a_bit_for_each(dtype):
+    weight = torch.tensor([[0.0, 1.5, 0, 0, -2, 0], [0, 0, 0, 3, 0, -0.0]], dtype=dtype)
+    mask = torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 1]], dtype=torch.bool)
+    header, tensors = sf.Trace({"fc": sf.LayerTrace(weight, mask, 0.7, 0.0, 0.01)}).to_tensors()
+    assert header["layers"]["fc"]["shape"] == [2, 6]
+    assert tensors["fc.kept"].tolist() == [1.5, -2, 3, 0]
+    assert tensors["fc.kept"].dtype == dtype
+    assert tensors["fc.mask"].tolist() == [0b01001000, 0b01010000]
+    loaded = sf.Trace.from_tensors(header, tensors).layers["fc"]
+    assert torch.equal(loaded.mask, mask)
+    assert torch.equal(loaded.weight, weight)
+    assert loaded.weight[1, 5].signbit()
+
+
+def test_a_sparse_trace_of_resnet50_takes_a_tenth_of_its_weights(tmp_path):
+    network = pytest.importorskip("torchvision").models.resnet50()
+    layers = {}
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and name != "conv1":
+            mask = torch.rand_like(module.weight) >= 0.95
+            layers[name] = sf.LayerTrace(module.weight.detach() * mask, mask, 0.95, 0.0, 0.01)
+    sf.Trace(layers).save(tmp_path / "trace.safetensors")
+    weights = sum(layer.weight.nbytes for layer in layers.values())
+    assert (tmp_path / "trace.safetensors").stat().st_size < weights / 10
+
+
 def test_a_failed_save_leaves_nothing_behind(tmp_path, trace, monkeypatch):
     path = tmp_path / "trace.safetensors"
     path.write_bytes(b"what was there before")
@@ -283,6 +313,16 @@ def test_bad_files_are_refused_by_name(tmp_path, trace):
     def contradict() -> None:
         save_file(tensors | {"9.mask": ~tensors["9.mask"]}, path, metadata=metadata)
 
+    def another(change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Callable[[], None]:
+        """A file that is whole, by its checksum, and contradicts itself."""
+
+        def write() -> None:
+            header, altered = trace.to_tensors()
+            change(header, altered)
+            write_tensors(path, "spade_fast_trace", header, altered)
+
+        return write
+
     def omit_mask() -> None:
         save_file({key: value for key, value in tensors.items() if key != "9.mask"}, path, metadata=metadata)
 
@@ -298,6 +338,13 @@ def test_bad_files_are_refused_by_name(tmp_path, trace):
         "one bit": lambda: path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]),
         "one digit": lambda: path.write_bytes(whole.replace(b'sparsity\\": 0.5', b'sparsity\\": 0.6', 1)),
         "missing mask": omit_mask,
+        "a weight too few": another(lambda _, held: held.update({"9.kept": held["9.kept"][1:]})),
+        "weights of another kind": another(lambda _, held: held.update({"9.kept": held["9.kept"].long()})),
+        "a mask too long": another(lambda _, held: held.update({"9.mask": torch.cat([held["9.mask"]] * 2)})),
+        "another shape": another(lambda header, _: header["layers"]["9"].update(shape=[3, 5])),
+        "no shape": another(lambda header, _: header["layers"]["9"].update(shape=None)),
+        "negative shape": another(lambda header, _: header["layers"]["9"].update(shape=[-1, -1])),
+        "no target": another(lambda header, _: header["layers"]["9"].pop("requested_sparsity")),
         "missing": path.unlink,
     }
     for kind, do in damage.items():
