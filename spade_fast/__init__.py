@@ -25,8 +25,10 @@ from spade_fast.models import LoadedModel, load_model
 from spade_fast.plans import ErrorBudget, SparsityPlan
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.preprocessing import Preprocess
+from spade_fast.running import run
 from spade_fast.solver import Solution, solve
 from spade_fast.sparse_classifier import SparseFC, penultimate_features, sparse_fc
+from spade_fast.store import Store
 from spade_fast.tracer import trace, trace_many
 from spade_fast.traces import LayerTrace, Trace
 from spade_fast.tuning import Tuning, tune
@@ -50,6 +52,7 @@ __all__ = [
     "SpadeError",
     "SparseFC",
     "SparsityPlan",
+    "Store",
     "Trace",
     "Tuning",
     "Visualization",
@@ -67,6 +70,7 @@ __all__ = [
     "presets",
     "reference",
     "register_method",
+    "run",
     "solve",
     "sparse_fc",
     "trace",

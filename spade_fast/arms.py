@@ -17,7 +17,7 @@ from spade_fast import tracer
 from spade_fast.cases import Case
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import digest
-from spade_fast.models import LoadedModel
+from spade_fast.models import LoadedModel, bare_module
 from spade_fast.plans import ErrorBudget, SparsityPlan
 from spade_fast.sparse_classifier import penultimate_features, sparse_fc
 from spade_fast.sweep import sweep
@@ -55,12 +55,12 @@ def dense_arm(model: LoadedModel) -> Arm:
 
 def trace_arm(model: LoadedModel, sparsity: Sparsity, **settings: Any) -> Arm:
     """A trace of each image, by one plan for all methods. `settings` are those of :func:`spade_fast.trace`."""
-    _check(model, sparsity, settings)
+    check_trace_settings(model, sparsity, settings)
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
         yield methods, tracer.trace(model, case.image, sparsity, **settings).applied(model)
 
-    return Arm({"arm": "trace", "sparsity": _plain_sparsity(model, sparsity), **_plain(settings)}, networks)
+    return Arm({"arm": "trace", "sparsity": plain_sparsity(model, sparsity), **plain_settings(settings)}, networks)
 
 
 def tuned_arm(model: LoadedModel, plans: Mapping[str, SparsityPlan], **settings: Any) -> Arm:
@@ -71,7 +71,7 @@ def tuned_arm(model: LoadedModel, plans: Mapping[str, SparsityPlan], **settings:
                 f"the plan for {method!r} is a {type(plan).__name__}: pass SparsityPlans, or use trace_arm"
             )
         if any(plan.shares):
-            _check(model, plan, settings)
+            check_trace_settings(model, plan, settings)
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
         if absent := [method for method in methods if method not in plans]:
@@ -97,7 +97,7 @@ def tuned_arm(model: LoadedModel, plans: Mapping[str, SparsityPlan], **settings:
             yield tuple(groups[key]), trace.applied(model)
 
     told = {method: plan.to_dict() for method, plan in plans.items()}
-    return Arm({"arm": "tuned", "plans": told, **_plain(settings)}, networks)
+    return Arm({"arm": "tuned", "plans": told, **plain_settings(settings)}, networks)
 
 
 def set_arm(
@@ -108,7 +108,7 @@ def set_arm(
     A case whose photograph is itself among the others, or whose class is not among theirs, is left out. Traces of
     classes are kept, each as large as the layers it prunes.
     """
-    _check(model, sparsity, settings)
+    check_trace_settings(model, sparsity, settings)
     made: dict[int | None, Trace] = {}
 
     def networks(case: Case, methods: tuple[str, ...]) -> Networks:
@@ -121,8 +121,8 @@ def set_arm(
             made[key] = tracer.trace(model, [each.image for each in chosen], sparsity, **settings)
         yield methods, made[key].applied(model)
 
-    told = {"sparsity": _plain_sparsity(model, sparsity), "images": {each.name: each.digest for each in reference}}
-    return Arm({"arm": "class" if by_class else "set", **told, **_plain(settings)}, networks)
+    told = {"sparsity": plain_sparsity(model, sparsity), "images": {each.name: each.digest for each in reference}}
+    return Arm({"arm": "class" if by_class else "set", **told, **plain_settings(settings)}, networks)
 
 
 def module_arm(module: nn.Module, settings: Mapping[str, Any] = MappingProxyType({})) -> Arm:
@@ -163,7 +163,7 @@ def sparse_fc_arm(model: LoadedModel, reference: Sequence[Case], *, views: int =
     return Arm({"arm": "sparse_fc", **told}, networks)
 
 
-def _check(model: LoadedModel, sparsity: Sparsity, settings: Mapping[str, Any]) -> None:
+def check_trace_settings(model: nn.Module | LoadedModel, sparsity: Sparsity, settings: Mapping[str, Any]) -> None:
     """Refuse what no image could be traced with."""
     defaults: dict[str, Any] = tracer.trace.__kwdefaults__ or {}
     if unknown := sorted(settings.keys() - defaults.keys()):
@@ -176,15 +176,16 @@ def _check_other(case: Case, reference: Sequence[Case]) -> None:
         raise InvalidInputError("its photograph is among those that this arm is made from")
 
 
-def _plain_sparsity(model: LoadedModel, sparsity: Sparsity) -> Any:
+def plain_sparsity(model: nn.Module | LoadedModel, sparsity: Sparsity) -> Any:
     """As JSON values."""
-    plan = sparsity(model.module) if callable(sparsity) else sparsity
+    plan = sparsity(bare_module(model)) if callable(sparsity) else sparsity
     if isinstance(plan, ErrorBudget):
         return {"error_budget": plan.error, "shares": list(plan.shares)}
     return plan.to_dict() if isinstance(plan, SparsityPlan) else dict(plan) if isinstance(plan, Mapping) else plan
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON values, by which a later run can tell whether it goes on with the same ones."""
     told = {key: plain(value) for key, value in settings.items()}
     check_lasting(told)
     return told

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, SpadeError, check_whole, first_line
 from spade_fast.heap import kept_heap
+from spade_fast.memory import is_out_of_memory
 from spade_fast.methods import METHODS, Method, Question, captum
 from spade_fast.models import LoadedModel, bare_module, evaluation_mode
 from spade_fast.preparation import Prepared
@@ -133,9 +134,9 @@ def asked(
 def _outputs(module: nn.Module, point: Tensor) -> Any:
     try:
         return module(point.clone())  # a network may begin in place
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InvalidInputError(
             f"{type(module).__name__} does not run on inputs {point.dtype} {list(point.shape)} ({first_line(error)})"
         ) from error
@@ -161,9 +162,11 @@ def answer(question: Question, name: str, method: Method) -> Tensor:
     """A method's map, float32 [h, w] on the CPU."""
     try:
         result = method.reduce(method.compute(question).detach().cpu().double()).float()
-    except (SpadeError, torch.OutOfMemoryError):
+    except SpadeError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InvalidInputError(
             f"method {name!r} fails on {type(question.module).__name__} ({first_line(error)})"
         ) from error

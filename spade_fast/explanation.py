@@ -251,24 +251,16 @@ def explain(
                 stacklevel=3,  # behind the wrapper of `without_autocast`
             )
 
-    def name(index: int) -> str:
-        return model.category(index) if isinstance(model, LoadedModel) else f"class {index}"
-
-    def predictions(scores: Tensor) -> tuple[Prediction, ...]:
-        best = scores.softmax(dim=0).topk(min(top, len(scores)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return tuple(Prediction(index, name(index), probability) for index, probability in pairs)
-
     known = {*trace.layers, *trace.dense}
     order = [layer for layer, _ in module.named_modules() if layer in known]
     return Explanation(
         image=case.pixels.detach().cpu().clone(),
         target=explained,
-        target_name=name(explained),
+        target_name=class_name(model, explained),
         dense=dense,
         spade=spade,
-        dense_predictions=predictions(dense_scores),
-        spade_predictions=predictions(spade_scores),
+        dense_predictions=most_probable(model, dense_scores, top),
+        spade_predictions=most_probable(model, spade_scores, top),
         dense_probability=dense_scores.softmax(dim=0)[explained].item(),
         spade_probability=spade_scores.softmax(dim=0)[explained].item(),
         trace=trace,
@@ -283,6 +275,18 @@ def explain(
         },
         layer_order=tuple(dict.fromkeys((*order, *trace.layers, *trace.dense))),
     )
+
+
+def class_name(model: nn.Module | LoadedModel, index: int) -> str:
+    """The name of a class, ``"class 281"`` where it has none."""
+    return model.category(index) if isinstance(model, LoadedModel) else f"class {index}"
+
+
+def most_probable(model: nn.Module | LoadedModel, scores: Tensor, top: int) -> tuple[Prediction, ...]:
+    """The classes of the highest scores [classes], at most `top`, the first one first."""
+    best = scores.softmax(dim=0).topk(min(top, len(scores)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return tuple(Prediction(index, class_name(model, index), probability) for index, probability in pairs)
 
 
 @contextlib.contextmanager

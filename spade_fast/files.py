@@ -211,27 +211,31 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 def write_tensors(
     path: str | os.PathLike[str], key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write tensors and a header to one safetensors file, with a checksum of both, whole or not at all.
+    """Write :func:`tensor_bytes` to a file, whole or not at all; InvalidInputError if it cannot be written."""
+    write_whole(path, tensor_bytes(key, header, tensors))
+
+
+def tensor_bytes(key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors and a header as one safetensors file, with a checksum of both.
 
     Parameters
     ----------
-    path
-        The file.
     key
         Under which the header stands in the file's metadata: it tells what the file is.
     header
         Plain JSON values.
     tensors
         Contiguous, on the CPU, no two in the same memory.
-
-    Raises
-    ------
-    InvalidInputError
-        If the file cannot be written.
     """
     whole = {"format": _FORMAT, **header}
     whole["sha256"] = digest(tensors, whole)
-    write_whole(path, save(dict(tensors), metadata={key: json.dumps(whole)}))
+    return save(dict(tensors), metadata={key: json.dumps(whole)})
+
+
+def read_header(path: str | os.PathLike[str], key: str, what: str, writer: str) -> dict[str, Any]:
+    """The header that :func:`write_tensors` wrote, without a look at the tensors; arguments as of `read_tensors`."""
+    with _refused_as(path, what, writer), safe_open(path, framework="pt") as file:
+        return _header(file, key)
 
 
 @contextlib.contextmanager
@@ -253,18 +257,28 @@ def read_tensors(
         If the file cannot be read or is something else, or the block finds that it contradicts itself (KeyError,
         TypeError, ValueError or AttributeError); the message names the file.
     """
-    try:
+    with _refused_as(path, what, writer):
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            header = _header(file, key)
             # Clones: the tensors would otherwise be views of the file, and change or crash with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata[key])
-        if header["format"] != _FORMAT:
-            raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
-        if header.pop("sha256") != digest(tensors, header):
+        if header.pop("sha256") != digest(tensors, {"format": _FORMAT, **header}):
             raise ValueError("its checksum does not fit its contents")
-        del header["format"]
         yield header, tensors
+
+
+def _header(file: Any, key: str) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads((file.metadata() or {})[key])
+    if header["format"] != _FORMAT:
+        raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
+    del header["format"]
+    return header
+
+
+@contextlib.contextmanager
+def _refused_as(path: str | os.PathLike[str], what: str, writer: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInputError(
             f"cannot read {os.fspath(path)!r} as {what} ({type(error).__name__}: {error}): it is missing, damaged, or "

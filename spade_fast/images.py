@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from spade_fast.errors import InvalidInputError
 from spade_fast.files import digest
 
 _WHITE = (255, 255, 255)
+_LARGEST_FILE = 2**30
 # Resampling and half precision overshoot 0..1 by about this much; normalised pixels by far more.
 _RANGE_TOLERANCE = 1e-3
 
@@ -44,17 +48,62 @@ def load_image(path: str | os.PathLike[str], *, background: tuple[int, int, int]
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInputError(f"path is a {type(path).__name__}: pass the name of an image file")
-    where = f"image file {os.fspath(path)!r}"
+    where = _where(path)
+    _check_file(path, where)
+    with _refusals(where):
+        return _decoded(path, background)
+
+
+def read_image_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file, for :func:`decoded_image`.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is missing, no regular file, empty, or of more than a gibibyte, which no image within Pillow's limit of
+        pixels is.
+    """
+    where = _where(path)
+    _check_file(path, where)
+    with _refusals(where), open(path, "rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
+    if len(content) > _LARGEST_FILE:
+        raise InvalidInputError(f"{where} has more than {_LARGEST_FILE} bytes: make it smaller")
+    return content
+
+
+def decoded_image(content: bytes, path: str | os.PathLike[str]) -> Image.Image:
+    """What :func:`load_image` gives of a file, from its bytes; `path` is for the message of a refusal."""
+    with _refusals(_where(path)):
+        return _decoded(io.BytesIO(content), _WHITE)
+
+
+def _where(path: str | os.PathLike[str]) -> str:
+    return f"image file {os.fspath(path)!r}"
+
+
+def _check_file(path: str | os.PathLike[str], where: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise InvalidInputError(f"{where} is no regular file, which might never end: copy its contents to one")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise InvalidInputError(f"{where} is empty (0 bytes): copy or download it again")
+
+
+def _decoded(source: str | os.PathLike[str] | io.BytesIO, background: tuple[int, int, int]) -> Image.Image:
+    with Image.open(source) as image:
+        # Not by making Pillow's warning an error: the warning filters are shared by all threads.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS}"
+            )
+        return rgb_image(image, background=background)
+
+
+@contextlib.contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a file into a refusal that says where."""
     try:
-        with Image.open(path) as image:
-            # Not by making Pillow's warning an error: the warning filters are shared by all threads.
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS}"
-                )
-            return rgb_image(image, background=background)
+        yield
     except InvalidInputError as error:
         raise InvalidInputError(f"{where}: {error}") from (error.__cause__ or error)
     except FileNotFoundError as error:
@@ -62,8 +111,6 @@ def load_image(path: str | os.PathLike[str], *, background: tuple[int, int, int]
     except IsADirectoryError as error:
         raise InvalidInputError(f"{where} is a directory: name one image file in it") from error
     except UnidentifiedImageError as error:
-        if os.path.getsize(path) == 0:
-            raise InvalidInputError(f"{where} is empty (0 bytes): copy or download it again") from error
         raise InvalidInputError(
             f"{where} is not an image in a format Pillow {PIL.__version__} reads: convert it to PNG or JPEG"
         ) from error
@@ -72,6 +119,8 @@ def load_image(path: str | os.PathLike[str], *, background: tuple[int, int, int]
             f"{where} is too large to decode safely ({error}): make it smaller, "
             "or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:
         raise InvalidInputError(
             f"{where} cannot be opened ({type(error).__name__}: {error}): check that it is whole and may be read"

@@ -1,15 +1,20 @@
-"""Folders of photographs, and the classes that their names tell."""
+"""Folders and lists of photographs, and the classes that their names tell."""
 
 from __future__ import annotations
 
+import csv
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, first_line, require
 
 # No longer than that: names of phones' photographs begin with a date.
 _INDEX = re.compile(r"(\d{1,5})_")
+_MANIFESTS = (".csv", ".parquet")
 _EXTENSIONS = frozenset(
     (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
@@ -51,3 +56,159 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
 def named_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The photographs below a folder by their paths in it, with slashes: see :func:`image_files`."""
     return {path.relative_to(folder).as_posix(): path for path, _ in image_files(folder)}
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """An image file of a list.
+
+    Attributes
+    ----------
+    name
+        What it is called: no two of a list are called the same.
+    path
+        The file, which need not exist.
+    target
+        The class to be explained; None for the network's answer.
+    labels
+        What else the list says of it, by column.
+    """
+
+    name: str
+    path: Path
+    target: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def listed_images(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+    *,
+    root: str | os.PathLike[str] | None = None,
+) -> list[ListedImage]:
+    """The images that a folder, a manifest or a list names.
+
+    Parameters
+    ----------
+    images
+        A folder, whose images are called by their paths in it, those of subfolders with the label "folder". Or a
+        manifest, a .csv or .parquet file, with a row for each image: the column "image" has its path, relative to
+        `root`; "name", if there is such a column, what it is called, otherwise its path; "target" the index of the
+        class to be explained, or nothing; all others are labels. Or paths; or paths by names.
+    root
+        For a manifest: the folder that its images are in. Default: the manifest's own.
+
+    Raises
+    ------
+    InvalidInputError
+        If there are no images, two have one name, or a manifest cannot be read, has no such column, or names a file
+        outside of `root`; the message says in which row.
+    """
+    if isinstance(images, Mapping):
+        found = [ListedImage(_text(str(name)), Path(path)) for name, path in images.items()]
+    elif isinstance(images, (str, os.PathLike)):
+        path = Path(images)
+        if path.suffix.lower() in _MANIFESTS and not path.is_dir():
+            return _read_manifest(path, path.parent if root is None else Path(root))
+        found = [
+            ListedImage(name, file, labels={"folder": folder} if (folder := name.rpartition("/")[0]) else {})
+            for name, file in ((_text(name), file) for name, file in named_files(path).items())
+        ]
+    elif isinstance(images, Sequence):
+        found = [ListedImage(_text(os.fspath(path)), Path(path)) for path in images]
+    else:
+        raise InvalidInputError(f"images is a {type(images).__name__}: pass a folder, a manifest, or paths")
+    if root is not None:
+        raise InvalidInputError("root is for a manifest, a .csv or .parquet file: leave it out")
+    if not found:
+        raise InvalidInputError("no image is named: pass some")
+    names = [each.name for each in found]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise InvalidInputError(f"image {twice!r} is named twice: leave one out")
+    return found
+
+
+def _text(name: str) -> str:
+    """A file's name as text that can be written: bytes that are none are shown as such."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _read_manifest(path: Path, root: Path) -> list[ListedImage]:
+    if not root.is_dir():
+        raise InvalidInputError(f"{os.fspath(root)!r} is no folder: pass as root the one that the images are in")
+    where = f"manifest {os.fspath(path)!r}"
+    rows = _csv_rows(path, where) if path.suffix.lower() == ".csv" else _parquet_rows(path, where)
+    inside = root.resolve()
+    found: dict[str, ListedImage] = {}
+    for number, row in rows:
+        try:
+            listed = _listed(row, root, inside)
+            if listed.name in found:
+                raise InvalidInputError(
+                    f"{listed.name!r} is named twice: leave one out, or give each a name in a column 'name'"
+                )
+        except InvalidInputError as error:
+            raise InvalidInputError(f"row {number} of {where}: {error}") from error
+        found[listed.name] = listed
+    if not found:
+        raise InvalidInputError(f"{where} names no image: add a row for each, below the names of the columns")
+    return list(found.values())
+
+
+def _listed(row: Mapping[str, str], root: Path, inside: Path) -> ListedImage:
+    path, target = row["image"], row.get("target", "")
+    if not path or "\0" in path:
+        raise InvalidInputError(f"{path!r} is no path of an image")
+    # As written, and as links lead: a list from elsewhere may not name just any file.
+    if not (root / path).resolve().is_relative_to(inside) or ".." in Path(path).parts or Path(path).is_absolute():
+        raise InvalidInputError(
+            f"{path!r} is outside of {os.fspath(root)!r}: name it relative to that folder, or pass another as root"
+        )
+    labels = {key: value for key, value in row.items() if key not in ("image", "name", "target")}
+    return ListedImage(row.get("name") or path, root / path, _index(target) if target else None, labels)
+
+
+def _index(text: str) -> int:
+    try:
+        value = float(text)  # columns with gaps are often written as 281.0
+    except ValueError:
+        value = -1.0
+    if not (value.is_integer() and 0 <= value < 2**31):
+        raise InvalidInputError(f"target {text!r} is no index of a class")
+    return int(value)
+
+
+def _csv_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows with their numbers, where a row is a line or, with line breaks in it, several."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, strict=True, restval=None, restkey=None)
+            columns = _checked_columns(rows.fieldnames or (), where)
+            for number, row in enumerate(rows, start=1):
+                if None in row or None in row.values():
+                    raise InvalidInputError(
+                        f"row {number} of {where} has not {len(columns)} values, as many as there are columns"
+                    )
+                yield number, row
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(f"cannot read {where} ({error}): pass CSV in UTF-8, with the columns' names") from error
+
+
+def _parquet_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, str]]]:
+    parquet = require("pyarrow.parquet", "run")
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:  # the package's own errors are ValueErrors
+        raise InvalidInputError(f"cannot read {where} as Parquet ({first_line(error)})") from error
+    _checked_columns(table.column_names, where)
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield number, {name: "" if value is None else str(value) for name, value in row.items()}
+
+
+def _checked_columns(columns: Sequence[str], where: str) -> Sequence[str]:
+    if "image" not in columns:
+        raise InvalidInputError(f"{where} has no column 'image', but {', '.join(map(repr, columns)) or 'none at all'}")
+    if len(set(columns)) < len(columns):
+        raise InvalidInputError(f"two columns of {where} have one name: rename one")
+    return columns

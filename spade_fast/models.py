@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spade_fast.checkpoints import load_checkpoint, load_strictly, read_state
 from spade_fast.errors import InvalidInputError, first_line, require
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
+from spade_fast.memory import is_out_of_memory
 from spade_fast.preprocessing import Preprocess
 
 # Folding takes three runs on one image: a smaller batch, perhaps the only one, would not make up for them.
@@ -227,9 +228,9 @@ class Runner:
         if self._is_last and batch.device.type == "cpu" and batch.dim() == 4:
             try:
                 return self._run(batch, torch.channels_last)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 self._is_last = False
         return self._run(batch, torch.contiguous_format)
 

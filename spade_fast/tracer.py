@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -33,6 +32,7 @@ from spade_fast.layers import (
     prunable_layers,
     unsupported_layers,
 )
+from spade_fast.memory import is_out_of_memory, memory_errors
 from spade_fast.models import LoadedModel, evaluation_mode, resolve_model, usable_device
 from spade_fast.plans import ErrorBudget, SparsityPlan, check_prefixes, check_sparsity, is_prefix
 from spade_fast.preprocessing import Preprocess
@@ -184,6 +184,11 @@ def trace(
     return _solve(tracing, [observe(tracing, image)])[0]
 
 
+def default_batch_size(device: torch.device) -> int:
+    """How many views go through a model there at a time, unless told otherwise."""
+    return _CPU_BATCH if device.type == "cpu" else _BATCH
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tracing:
     """What all traces of one call have in common: the network, and settings that were checked."""
@@ -291,13 +296,13 @@ def prepare_tracing(
     if positions_per_column is not None and not _is_positive(positions_per_column):
         raise InvalidInputError(f"positions_per_column must be a positive number or None, got {positions_per_column!r}")
     module, preprocess = resolve_model(model, preprocess)
-    module = _on_device(module, device)
+    module = on_device(module, device)
     if callable(sparsity) and isinstance(made := sparsity(module), ErrorBudget):
         sparsity = made
     selection = _select(module, sparsity, layers)
     anchor = next(iter(prunable_layers(module).values())).weight
     if batch_size is None:
-        batch_size = _CPU_BATCH if anchor.device.type == "cpu" else _BATCH
+        batch_size = default_batch_size(anchor.device)
     return Tracing(
         name=model.name if isinstance(model, LoadedModel) else type(module).__name__,
         module=module,
@@ -332,7 +337,7 @@ def observe(tracing: Tracing, image: Picture | Sequence[Picture]) -> Observed:
     count = len(images) * -(-tracing.num_augmentations // tracing.batch_size)
     # On a GPU the bias that takes the place of a batch norm costs a pass over the map, as the batch norm does.
     worth_folding = count > 1 and tracing.device.type == "cpu"
-    with kept_heap(), _memory_errors(tracing.device):
+    with kept_heap(), memory_errors(tracing.device):
         # The second attempt is for models that call other layers for other views.
         for attempt in ("fold", "plain"):
             batches = tqdm(_batches(tracing, images), "dense pass", count, disable=not tracing.progress, leave=False)
@@ -413,7 +418,7 @@ def _solved(
     together = _SOLVED_TOGETHER // 16 if tracing.rules["solver"] == "exact" else _SOLVED_TOGETHER
     room = together if tracing.device.type == "cpu" else sys.maxsize
     progress_bar = tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False)
-    with kept_heap(), _memory_errors(tracing.device), progress_bar:
+    with kept_heap(), memory_errors(tracing.device), progress_bar:
         for keys in _solved_together(sums, room):
             problems = []
             for i, name in keys:
@@ -521,7 +526,7 @@ def _dense_pass(
 
     def run(inputs: Tensor) -> None:
         recorder.share = len(inputs) / views
-        with _memory_errors(device), folded, recorder:
+        with memory_errors(device), folded, recorder:
             module(inputs.contiguous(memory_format=memory_format))
 
     # Not inference mode: what a module caches in it could never again take part in a gradient.
@@ -538,10 +543,8 @@ def _dense_pass(
                 if fold:
                     folded = FoldedBatchNorms(learn_folds(module, inputs[:1].contiguous(memory_format=memory_format)))
                 run(inputs.clone())  # the model may write over its inputs before it fails
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                if memory_format == torch.contiguous_format:
+            except RuntimeError as error:
+                if memory_format == torch.contiguous_format or is_out_of_memory(error):
                     raise
                 # Perhaps a `view` of a map, which wants the usual layout: begin anew with that.
                 memory_format = torch.contiguous_format
@@ -550,23 +553,6 @@ def _dense_pass(
                 recorder = tracing.recorder()
                 run(inputs)
     return recorder, unchecked
-
-
-@contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
-    """Raise ``torch.OutOfMemoryError`` where a native operator ran out of memory: its errors come without a kind."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.memory_stats(device).get("num_ooms", 0)
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if torch.cuda.memory_stats(device).get("num_ooms", 0) > before:
-            raise torch.OutOfMemoryError(str(error)) from error
-        raise
 
 
 def _is_positive(value: object) -> bool:
@@ -904,7 +890,8 @@ def _check_finite(largest: Sequence[tuple[str, Tensor]]) -> None:
             raise InvalidInputError(f"{source} gave NaN or infinite values")
 
 
-def _on_device(module: nn.Module, device: torch.device | str | None) -> nn.Module:
+def on_device(module: nn.Module, device: torch.device | str | None) -> nn.Module:
+    """The network there, a copy unless it is there already; None leaves it where it is."""
     devices = {parameter.device for parameter in module.parameters()}
     if torch.device("meta") in devices:
         raise InvalidInputError(f"{type(module).__name__} has no weights: it is on the meta device")

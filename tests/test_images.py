@@ -212,9 +212,8 @@ def test_directory(tmp_path):
 
 def test_empty_file(tmp_path):
     (tmp_path / "empty.jpg").touch()
-    with pytest.raises(InvalidInputError, match=r"empty\.jpg' is empty \(0 bytes\)") as caught:
+    with pytest.raises(InvalidInputError, match=r"empty\.jpg' is empty \(0 bytes\)"):
         load_image(tmp_path / "empty.jpg")
-    assert isinstance(caught.value.__cause__, OSError)
 
 
 def test_file_that_is_no_image(tmp_path):

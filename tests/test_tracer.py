@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import spade_fast as sf
 from spade_fast import ops, tracer
 from spade_fast.layers import GramSum, InputRecorder, _round_to_tf32, mask_block_size, prunable_layers
+from spade_fast.memory import memory_errors
 from spade_fast.models import evaluation_mode
 
 
@@ -733,14 +734,14 @@ def test_errors_of_operators_that_ran_out_of_memory_are_known_by_the_allocators_
     stats = {"num_ooms": 3}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: stats)
     device = torch.device("cuda:1")
-    with pytest.raises(RuntimeError, match="^another fault$") as caught, tracer._memory_errors(device):
+    with pytest.raises(RuntimeError, match="^another fault$") as caught, memory_errors(device):
         raise RuntimeError("another fault")
     assert type(caught.value) is RuntimeError
-    with pytest.raises(torch.OutOfMemoryError, match="a call failed") as caught, tracer._memory_errors(device):
+    with pytest.raises(torch.OutOfMemoryError, match="a call failed") as caught, memory_errors(device):
         stats["num_ooms"] += 1
         raise RuntimeError("a call failed")
     assert type(caught.value.__cause__) is RuntimeError
-    with pytest.raises(ValueError, match="no matter"), tracer._memory_errors(device):
+    with pytest.raises(ValueError, match="no matter"), memory_errors(device):
         stats["num_ooms"] += 1
         raise ValueError("no matter")
 

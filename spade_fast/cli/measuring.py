@@ -36,9 +36,10 @@ from spade_fast.cli.shared import (
     read_trojans,
     read_views,
     say,
+    say_each,
 )
 from spade_fast.comparison import Metric
-from spade_fast.errors import InvalidInputError, by_reason, check_whole, require
+from spade_fast.errors import InvalidInputError, check_whole, require
 from spade_fast.solver import check_rules
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 _ARMS = ("dense", "fast", "fast-tuned", "exact", "exact-tuned", "generic", "class", "sparse-fc")
 _TUNED = ("fast-tuned", "exact-tuned")
 _OF_A_SET = ("generic", "class", "sparse-fc")
-_MOST_LINES = 10
 
 TrojanFolder = Annotated[
     str | None,
@@ -435,13 +435,5 @@ def _print_result(result: Evaluation, metric: Metric) -> None:
         say("[yellow]no mean:[/] fewer than two methods have figures for half of the images in every arm")
     if result.flat:
         say(f"[yellow]maps that are the same everywhere:[/] {escape(result.told_flat())}")
-    _say_each("left out", result.left_out)
-    _say_each("no figure", {", ".join(names): reason for names, reason in result.failures.items()})
-
-
-def _say_each(what: str, reasons: Mapping[str, str]) -> None:
-    lines = by_reason(reasons)
-    for line in lines[:_MOST_LINES]:
-        say(f"[yellow]{what}:[/] {escape(line)}")
-    if len(lines) > _MOST_LINES:
-        say(f"[yellow]{what}:[/] for {len(lines) - _MOST_LINES} more reasons, listed in summary.json")
+    say_each("left out", result.left_out, "summary.json")
+    say_each("no figure", {", ".join(names): reason for names, reason in result.failures.items()}, "summary.json")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from spade_fast.errors import InvalidInputError, SpadeError
+from spade_fast.errors import InvalidInputError, SpadeError, by_reason
 
 if TYPE_CHECKING:
     from spade_fast.augmentation import Augmentation
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spade_fast.tracer import Sparsity
 
 DEFAULT_MODEL = "efficientnet_lite0"
+_MOST_LINES = 10
 
 Out = Annotated[Path, typer.Option(help="Folder for figure, maps and report; made where it is missing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -191,6 +192,15 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 def say(markup: str) -> None:
     Console(stderr=True).print(markup, soft_wrap=True, highlight=False)
+
+
+def say_each(what: str, reasons: Mapping[str, str], listed_in: str) -> None:
+    """Say the reasons, each once, at most ten of them; the others are in a file."""
+    lines = by_reason(reasons)
+    for line in lines[:_MOST_LINES]:
+        say(f"[yellow]{what}:[/] {escape(line)}")
+    if len(lines) > _MOST_LINES:
+        say(f"[yellow]{what}:[/] for {len(lines) - _MOST_LINES} more reasons, listed in {listed_in}")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,0 +1,133 @@
+"""``spade-fast run``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from spade_fast.cli.shared import (
+    Arch,
+    AsJson,
+    BlockLayout,
+    Checkpoint,
+    Damping,
+    Device,
+    ModelName,
+    NumClasses,
+    SolverName,
+    SparsityText,
+    ViewKind,
+    Views,
+    open_network,
+    print_json,
+    read_methods,
+    read_network,
+    read_sparsity,
+    read_views,
+    say_each,
+)
+from spade_fast.errors import InvalidInputError, by_reason, check_whole, require
+from spade_fast.methods import DEFAULT_METHODS
+from spade_fast.solver import check_rules
+
+if TYPE_CHECKING:
+    from spade_fast.running import RunSummary
+    from spade_fast.worker import Measure
+
+
+def run(
+    images: Annotated[
+        Path, typer.Argument(help="Folder of images, or a manifest: .csv or .parquet.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The store: a new folder, or one to go on with.", show_default=False)],
+    methods: Annotated[
+        str, typer.Option(help="Attribution methods, separated by commas; all, ten, or none: traces alone.")
+    ] = ",".join(DEFAULT_METHODS),
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="insertion, deletion or both, separated by a comma: of all maps.", show_default="none"),
+    ] = None,
+    model: ModelName = None,
+    arch: Arch = None,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    sparsity: SparsityText = "default",
+    num_augmentations: Views = 64,
+    views: ViewKind = "published",
+    damping: Damping = 0.01,
+    solver: SolverName = "fast",
+    block_layout: BlockLayout = "taps",
+    steps: Annotated[int, typer.Option(help="Of insertion and deletion. RISE: 224.")] = 32,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that a manifest's images are in.", show_default="the manifest's")
+    ] = None,
+    in_flight: Annotated[
+        int | None,
+        typer.Option(help="Images worked on at a time.", show_default="as many as threads, memory permitting"),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of each image in flight, on a CPU.")] = 1,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Trace and explain many images into a store; a run that was cut short goes on when it is started again."""
+    from spade_fast.imagesets import listed_images
+    from spade_fast.running import run
+
+    check_rules(damping=damping, solver=solver, block_layout=block_layout)
+    for option, value in (("--threads", threads), ("--steps", steps), ("--in-flight", in_flight or 1)):
+        check_whole(option, value, 1)
+    names = () if methods == "none" else read_methods(methods)
+    plan = read_sparsity(sparsity)
+    require("pyarrow.parquet", "run")
+    listed_images(images, root=root)  # is it a list of images?
+    network = open_network(read_network(model, arch, checkpoint, num_classes), device)
+    settings: dict[str, Any] = {
+        "num_augmentations": num_augmentations,
+        "augment": read_views(views, network),
+        "damping": damping,
+        "solver": solver,
+        "block_layout": block_layout,
+    }
+    summary = run(
+        network,
+        images,
+        out,
+        plan,
+        methods=names,
+        metrics=cast("tuple[Measure, ...]", () if metrics is None else tuple(metrics.split(","))),
+        steps=steps,
+        root=root,
+        in_flight=in_flight,
+        threads=threads,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+        **settings,
+    )
+    if len(summary.refused) == summary.images:
+        reasons = by_reason(summary.refused)
+        raise InvalidInputError(f"none of {summary.images} images can be used ({reasons[0]})")
+    _print(summary, out, as_json)
+
+
+def _print(summary: RunSummary, out: Path, as_json: bool) -> None:
+    rate = summary.made / summary.seconds if summary.seconds else 0.0
+    if as_json:
+        counts = {"images": summary.images, "made": summary.made, "kept": summary.kept, "seconds": summary.seconds}
+        reasons = {"refused": dict(summary.refused), "remade": dict(summary.remade)}
+        print_json({**counts, **reasons, "store": str(out)})
+        return
+    told = [f"{summary.made} made", f"{summary.kept} kept", f"{len(summary.refused)} refused"]
+    say_each("refused", summary.refused, "index.parquet")
+    say_each("made anew", summary.remade, "index.parquet")
+    Console().print(
+        f"{summary.images} images: {', '.join(told)}; {summary.seconds:.1f} s, {rate:.2f} images a second\n"
+        f"written: {escape(str(out))}",
+        soft_wrap=True,
+        highlight=False,
+    )

@@ -1,0 +1,289 @@
+"""A folder of traces and maps, a file for each image: what :func:`spade_fast.run` writes, and how to read it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spade_fast.errors import InvalidInputError, require
+from spade_fast.files import read_header, read_tensors, tensor_bytes, write_folder, write_whole
+from spade_fast.imagesets import ListedImage
+from spade_fast.readonly import ReadOnlyMappings
+from spade_fast.traces import Trace
+
+MANIFEST, INDEX, IMAGES = "manifest.json", "index.parquet", "images"
+_KEY, _WHAT, _WRITER = "spade_fast_image", "an image of a store", "spade_fast.run"
+_FORMAT = 1
+_SUFFIX = ".safetensors"
+_MOST_CHARACTERS = 60
+# Parts of the names of tensors in a file, before a layer's or a method's.
+_TRACE, _DENSE, _SPADE = "trace:", "dense:", "spade:"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImage(ReadOnlyMappings):
+    """What a store holds of an image.
+
+    Attributes
+    ----------
+    record
+        What is known of it beside trace and maps, plain JSON values: "target" and "target_name", the class that was
+        explained; "probability" of that class and "answers" by both networks; "metrics" by name, network and method;
+        "labels" of the list that it came from; "image_sha256" of its file; "environment", what it was made with.
+    trace
+        What SPADE left of the network.
+    dense, spade
+        Maps by method, float32 [h, w], at least 0: see :func:`spade_fast.attribute`.
+    """
+
+    record: Mapping[str, Any]
+    trace: Trace
+    dense: Mapping[str, Tensor]
+    spade: Mapping[str, Tensor]
+
+
+class Store(Mapping[str, StoredImage]):
+    """The images of a store by name, read as they are asked for.
+
+    A view of the folder as it was when it was opened, finished or not; reading takes no lock.
+
+    Parameters
+    ----------
+    path
+        The folder that :func:`spade_fast.run` wrote.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is no store, or a file in it is damaged; the message names the file. Also from reading an image that was
+        refused, with the reason, and KeyError for one that is not there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How everything in the store was made: plain JSON values."""
+        found: Mapping[str, Any] = self.manifest["settings"]
+        return found
+
+    @cached_property
+    def records(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of all images, those that were refused too, by name in order: see :class:`StoredImage`."""
+        found = {}
+        for file in sorted((self.path / IMAGES).glob(f"*{_SUFFIX}")):
+            header = read_header(file, _KEY, _WHAT, _WRITER)
+            if not isinstance(header.get("name"), str) or file_name(header["name"]) != file.name:
+                raise InvalidInputError(f"{os.fspath(file)!r} is another image's file, renamed: delete it")
+            found[header["name"]] = {key: value for key, value in header.items() if key not in ("trace", "sha256")}
+        return {name: found[name] for name in sorted(found)}
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """The images that could not be used, by name: why."""
+        return {name: each["refused"] for name, each in self.records.items() if "refused" in each}
+
+    def file_of(self, name: str) -> Path:
+        """The file of an image."""
+        return self.path / IMAGES / file_name(name)
+
+    def __getitem__(self, name: str) -> StoredImage:
+        if name not in self.records:
+            raise KeyError(name)
+        if name in self.refused:
+            raise InvalidInputError(f"{name!r} has no trace: {self.refused[name]}")
+        return read_image(self.file_of(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.records if name not in self.refused)
+
+    def __len__(self) -> int:
+        return len(self.records) - len(self.refused)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.records and name not in self.refused
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The index: a row for each image, refused ones too, in the order of their names."""
+        return [_row(name, record) for name, record in self.records.items()]
+
+
+def read_image(file: Path) -> StoredImage:
+    """An image's file, whole; InvalidInputError if it is damaged, or says that the image was refused."""
+    with read_tensors(file, _KEY, _WHAT, _WRITER) as (header, tensors):
+        held: dict[str, dict[str, Tensor]] = {_TRACE: {}, _DENSE: {}, _SPADE: {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(":")
+            held[f"{part}:"][rest] = tensor
+        trace = Trace.from_tensors(header.pop("trace"), held[_TRACE])
+        return StoredImage(header, trace, held[_DENSE], held[_SPADE])
+
+
+def image_bytes(
+    record: Mapping[str, Any], trace: Trace, dense: Mapping[str, Tensor], spade: Mapping[str, Tensor]
+) -> bytes:
+    """The content of an image's file."""
+    header, tensors = trace.to_tensors()
+    held = {f"{_TRACE}{name}": tensor for name, tensor in tensors.items()}
+    held |= {f"{_DENSE}{method}": heat.contiguous() for method, heat in dense.items()}
+    held |= {f"{_SPADE}{method}": heat.contiguous() for method, heat in spade.items()}
+    return tensor_bytes(_KEY, {**record, "trace": header}, held)
+
+
+def refusal_bytes(record: Mapping[str, Any], reason: str) -> bytes:
+    """The content of the file of an image that cannot be used."""
+    return tensor_bytes(_KEY, {**record, "refused": reason}, {})
+
+
+def file_name(name: str) -> str:
+    """The name of an image's file: to be recognised by, and no two the same, whatever characters the image's has."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-_MOST_CHARACTERS:].lstrip(".")
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:16]}{_SUFFIX}"
+
+
+class StoreWriter:
+    """Writes to a store, which the caller holds (:func:`spade_fast.files.held_folder`).
+
+    Parameters
+    ----------
+    path
+        A folder that is there: empty, or a store of the same settings.
+    settings
+        How all images are made: plain JSON values.
+    environment
+        What they are made with; kept with the store by the first writer, and with each image by whoever makes it.
+
+    Raises
+    ------
+    InvalidInputError
+        If the folder holds something else, or a store of other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        self._path = path
+        wanted = json.loads(json.dumps({"format": _FORMAT, "settings": settings, "environment": environment}))
+        if (path / MANIFEST).exists():
+            self.manifest = _read_manifest(path)
+            _check_same(path, self.manifest["settings"], wanted["settings"])
+        else:
+            if other := next((each.name for each in path.iterdir() if not each.name.startswith(".")), None):
+                raise InvalidInputError(f"{os.fspath(path)!r} is no store, but holds {other!r}: choose a new folder")
+            self.manifest = wanted
+            write_folder(path, {MANIFEST: (json.dumps(wanted, indent=2) + "\n").encode()})
+        self.settings_sha256 = _settings_digest(self.manifest["settings"])
+        (path / IMAGES).mkdir(exist_ok=True)
+        names = (f".{MANIFEST}.*", f".{INDEX}.*", f"{IMAGES}/.*{_SUFFIX}.*")  # of `write_whole`, if it was killed
+        for leftover in chain.from_iterable(map(path.glob, names)):
+            shutil.rmtree(leftover)
+
+    def has(self, listed: ListedImage, image_sha256: str) -> bool:
+        """Whether an image's file is there, is whole, and is about this image and question.
+
+        Raises
+        ------
+        InvalidInputError
+            If there is one that is damaged, or about another image or question; the message says why it must be made
+            anew.
+        """
+        file = self._path / IMAGES / file_name(listed.name)
+        if not file.exists():
+            return False
+        with read_tensors(file, _KEY, _WHAT, _WRITER) as (header, _):
+            if "refused" in header:  # perhaps it can be used now
+                return False
+        asked = {**question(listed), "image_sha256": image_sha256, "settings_sha256": self.settings_sha256}
+        if different := next((key for key, value in asked.items() if header.get(key) != value), None):
+            raise InvalidInputError(f"it had another {different} when {os.fspath(file)!r} was written")
+        return True
+
+    def put(self, listed: ListedImage, content: bytes) -> None:
+        """Write an image's file, whole or not at all."""
+        write_whole(self._path / IMAGES / file_name(listed.name), content)
+
+    def write_index(self) -> Store:
+        """Write the index of all files that are there."""
+        store = Store(self._path)
+        write_whole(self._path / INDEX, _parquet(store.rows()))
+        return store
+
+
+def question(listed: ListedImage) -> dict[str, Any]:
+    """What a list asks about an image: a part of its record."""
+    return {"name": listed.name, "asked_target": listed.target, "labels": dict(listed.labels)}
+
+
+def _settings_digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InvalidInputError(f"{os.fspath(path)!r} is no store: it has no {MANIFEST}; pass a folder that run wrote")
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if found["format"] != _FORMAT:
+            raise ValueError(f"format {found['format']!r}, this version reads {_FORMAT}")
+        if not isinstance(found["settings"], dict) or not isinstance(found["environment"], dict):
+            raise ValueError("its settings or environment are no object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"cannot read {os.fspath(file)!r} ({type(error).__name__}: {error}): restore it, or choose another folder"
+        ) from error
+    return found
+
+
+def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any], of: str = "") -> None:
+    for key in {**known, **wanted}:
+        here, there = known.get(key), wanted.get(key)
+        if here != there and isinstance(here, dict) and isinstance(there, dict):
+            _check_same(path, here, there, f"{of}{key}.")
+        elif here != there:
+            raise InvalidInputError(
+                f"{os.fspath(path)!r} is a store of {of}{key} {here!r}, not {there!r}: choose another folder, or the "
+                "same settings"
+            )
+
+
+def _row(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "file": f"{IMAGES}/{file_name(name)}"}
+    row |= {key: record.get(key) for key in ("refused", "image_sha256", "target", "target_name", "sparsity")}
+    for network in ("dense", "spade"):
+        answers = record.get("answers", {}).get(network)
+        row |= {
+            f"{network}_answer": answers[0]["index"] if answers else None,
+            f"{network}_answer_name": answers[0]["name"] if answers else None,
+            f"{network}_probability": record.get("probability", {}).get(network),
+        }
+    for metric, by_network in record.get("metrics", {}).items():
+        for network, by_method in by_network.items():
+            row |= {f"{metric}_{network}_{method}": value for method, value in by_method.items()}
+    return row | {f"label_{key}": value for key, value in record["labels"].items()}
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    arrow, parquet = require("pyarrow", "run"), require("pyarrow.parquet", "run")
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        kinds = {type(value) for value in values if value is not None}
+        kind = {int: arrow.int64(), float: arrow.float64()}.get(*kinds) if len(kinds) == 1 else None
+        columns[name] = arrow.array(values, type=kind or arrow.string())
+    stream = io.BytesIO()
+    parquet.write_table(arrow.table(columns), stream)
+    return stream.getvalue()
