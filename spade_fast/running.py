@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import hashlib
 import os
-import threading
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spade_fast import presets
-from spade_fast.attribution import check_methods
-from spade_fast.errors import InvalidInputError, check_whole, first_line, require
+from spade_fast.attribution import check_methods, find_method
+from spade_fast.cluster import Actors, Ranks
+from spade_fast.errors import InvalidInputError, check_whole, require
 from spade_fast.files import held_folder
-from spade_fast.images import read_image_file
 from spade_fast.imagesets import ListedImage, listed_images
+from spade_fast.lanes import Lanes, Outcomes
 from spade_fast.layers import prunable_layers
-from spade_fast.memory import free_memory, is_out_of_memory
+from spade_fast.memory import free_memory
 from spade_fast.methods import DEFAULT_METHODS
 from spade_fast.metrics import STEPS
-from spade_fast.models import LoadedModel, bare_module
+from spade_fast.models import LoadedModel, bare_module, usable_device
 from spade_fast.readonly import ReadOnlyMappings
-from spade_fast.store import StoreWriter, question, refusal_bytes
+from spade_fast.store import StoreWriter
 from spade_fast.tracer import Sparsity, bytes_in_flight, images_that_fit
 from spade_fast.worker import Measure, Recipe, Worker
 
@@ -78,19 +73,6 @@ class RunSummary(ReadOnlyMappings):
     seconds: float
 
 
-class Outcome(NamedTuple):
-    """What became of an image."""
-
-    name: str
-    made: bool
-    refused: str | None = None
-    remade: str | None = None
-    unexpected: Exception | None = None
-
-
-Outcomes: TypeAlias = Generator[Outcome, None, None]
-
-
 def run(
     model: nn.Module | LoadedModel,
     images: Images,
@@ -106,6 +88,9 @@ def run(
     threads: int = 1,
     seed: int = 0,
     device: str | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
+    distributed: bool = False,
     progress: bool = False,
     **trace_settings: Any,
 ) -> RunSummary:
@@ -147,6 +132,15 @@ def run(
         Of views, and of methods that draw at random.
     device
         Where to work. Default: where the model is.
+    ray
+        Work in actors of a Ray cluster instead, an image at a time each: its address, or "auto" for the cluster that
+        runs here or, where none does, one on this machine. A network on a GPU has a GPU for each actor. Files are read
+        and written by this process alone.
+    workers
+        Actors, at most. Default: as many as the cluster has GPUs, or groups of `threads` cores.
+    distributed
+        Share the images with the other processes that torchrun started, all of which call this and see the same
+        folders.
     progress
         Show a progress bar on stderr.
 
@@ -164,7 +158,7 @@ def run(
     recipe = Recipe(
         model=model,
         sparsity=sparsity,
-        methods=check_methods(methods) if methods else (),
+        methods={name: find_method(name) for name in (check_methods(methods) if methods else ())},
         metrics=tuple(metrics),
         steps=steps,
         preprocess=preprocess,
@@ -175,194 +169,94 @@ def run(
     recipe.check()
     check_whole("in_flight", 1 if in_flight is None else in_flight, 1)
     require("pyarrow.parquet", "run")
-    hooked = [name or "the network" for name, each in bare_module(model).named_modules() if each._forward_hooks]
-    if hooked and in_flight is None:
-        in_flight = 1
-    elif hooked and in_flight != 1:
+    if ray is not None and (distributed or in_flight is not None):
+        raise InvalidInputError("ray= has processes of its own: leave in_flight and distributed out")
+    if workers is not None and ray is None:
+        raise InvalidInputError("workers= is for ray=: pass the address of a cluster as well, or in_flight instead")
+    in_flight = _checked_for_hooks(bare_module(model), in_flight)
+    ranks = Ranks() if distributed else None
+    device = device if ranks is None else ranks.device(device)
+    module = bare_module(model)
+    place = next(module.parameters()).device if device is None else usable_device(device)
+    told = Path(out), recipe.settings(), recipe.environment(place)
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            stack.enter_context(held_folder(out))
+            StoreWriter(*told).clear([each.name for each in listed])
+
+        _first(ranks, hold)
+        writer = StoreWriter(*told)
+        worker = Worker(recipe, device=device, own_modules=in_flight != 1)
+        mine = listed if ranks is None else ranks.share(listed)
+        if ray is not None:
+            actors = Actors(recipe, ray, workers)
+            outcomes = actors.outcomes(stack.enter_context(actors.started()), writer, mine)
+        else:
+            count = in_flight or _images_in_flight(module, place, threads)
+            others = (Worker(recipe, device=device, own_modules=True) for _ in range(min(count, len(mine)) - 1))
+            outcomes = Lanes(writer, [worker, *others]).outcomes(mine)
+        try:
+            summary = _collected(outcomes, len(mine), progress=progress and (ranks is None or not ranks.rank))
+        except BaseException:
+            with contextlib.suppress(InvalidInputError):
+                writer.write_index()
+            raise
+        summary = summary if ranks is None else _merged(ranks.gathered(summary))
+        _first(ranks, writer.write_index)
+        return summary
+
+
+def _first(ranks: Ranks | None, do: Callable[[], object]) -> None:
+    if ranks is None:
+        do()
+    else:
+        ranks.first(do)
+
+
+def _checked_for_hooks(module: nn.Module, in_flight: int | None) -> int | None:
+    hooked = [name or "the network" for name, each in module.named_modules() if each._forward_hooks]
+    if hooked and in_flight not in (None, 1):
         raise InvalidInputError(
             f"{hooked[0]} has forward hooks, which the modules of images in flight would lack: remove them, or pass "
             "in_flight=1"
         )
-    with held_folder(out):
-        first = Worker(recipe, device=device, own_modules=in_flight != 1)
-        writer = StoreWriter(Path(out), recipe.settings(), first.environment())
-        count = in_flight or _images_in_flight(bare_module(model), first.device, threads)
-        workers = [
-            first,
-            *(Worker(recipe, own_modules=True, device=device) for _ in range(min(count, len(listed)) - 1)),
-        ]
-        return collected(writer, len(listed), Lanes(writer, workers).outcomes(listed), progress=progress)
+    return 1 if hooked else in_flight
 
 
-def collected(writer: StoreWriter, count: int, outcomes: Outcomes, *, progress: bool) -> RunSummary:
-    """What became of so many images, once all are done; then, and where it ends early, the index is written."""
+def _collected(outcomes: Outcomes, count: int, *, progress: bool) -> RunSummary:
+    """What became of so many images, once all are done."""
     made, kept, failures = 0, 0, 0
     refused: dict[str, str] = {}
     remade: dict[str, str] = {}
     start = time.perf_counter()
-    try:
-        with contextlib.closing(outcomes), tqdm(total=count, desc="images", disable=not progress) as bar:
-            for each in outcomes:
-                made += each.made
-                kept += not each.made and each.refused is None
-                if each.refused is not None:
-                    refused[each.name] = each.refused
-                    bar.set_postfix(refused=len(refused))
-                if each.remade is not None:
-                    remade[each.name] = each.remade
-                failures = 0 if each.unexpected is None else failures + 1
-                if failures == _MOST_FAILURES:
-                    raise InvalidInputError(
-                        f"{failures} images in a row failed, the last ({each.name}) with {each.refused}: so will all"
-                    ) from each.unexpected
-                bar.update()
-    except BaseException:
-        with contextlib.suppress(InvalidInputError):
-            writer.write_index()
-        raise
-    writer.write_index()
-    seconds = time.perf_counter() - start
-    return RunSummary(count, made, kept, dict(sorted(refused.items())), dict(sorted(remade.items())), seconds)
+    with contextlib.closing(outcomes), tqdm(total=count, desc="images", disable=not progress) as bar:
+        for each in outcomes:
+            made += each.made
+            kept += not each.made and each.refused is None
+            if each.refused is not None:
+                refused[each.name] = each.refused
+                bar.set_postfix(refused=len(refused))
+            if each.remade is not None:
+                remade[each.name] = each.remade
+            failures = failures + 1 if each.unexpected else 0
+            if failures == _MOST_FAILURES:
+                raise InvalidInputError(
+                    f"{failures} images in a row failed, as all others would; the last, {each.name}: {each.refused}"
+                )
+            bar.update()
+    return RunSummary(count, made, kept, refused, remade, time.perf_counter() - start)
 
 
-def processed(writer: StoreWriter, listed: ListedImage, make: Make) -> Outcome:
-    """Have an image's file made and write it, unless it is there.
-
-    Raises
-    ------
-    InvalidInputError
-        If it cannot be written: no other could.
-    torch.OutOfMemoryError
-        From `make`.
-    """
-    known = {**question(listed), "settings_sha256": writer.settings_sha256}
-    remade = None
-    unexpected = None
-    try:
-        content = read_image_file(listed.path)
-        known["image_sha256"] = hashlib.sha256(content).hexdigest()
-        try:
-            if writer.has(listed, known["image_sha256"]):
-                return Outcome(listed.name, made=False)
-        except InvalidInputError as error:
-            remade = str(error)
-        made = make(listed, content, known)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        known_kind = isinstance(error, InvalidInputError)
-        reason, unexpected = (str(error), None) if known_kind else (first_line(error), error)
-    else:
-        writer.put(listed, made)
-        return Outcome(listed.name, made=True, remade=remade)
-    writer.put(listed, refusal_bytes(known, reason))
-    return Outcome(listed.name, made=False, refused=reason, remade=remade, unexpected=unexpected)
-
-
-class Lanes:
-    """Works on several images of this process at a time, from decoding to writing, by a thread and a worker each.
-
-    So one image is read while the views of another go through the network and the layers of a third are pruned. Where
-    memory runs out, fewer go on.
-    """
-
-    def __init__(self, writer: StoreWriter, workers: Sequence[Worker]) -> None:
-        self._writer = writer
-        self._idle: SimpleQueue[Worker] = SimpleQueue()
-        for worker in workers:
-            self._idle.put(worker)
-        self._most = len(workers)
-        self._stopped = False
-        self._turn = threading.Condition()
-        self._running: dict[int, _Turn] = {}  # by thread
-
-    def outcomes(self, images: Sequence[ListedImage]) -> Outcomes:
-        """What becomes of the images, as they are done."""
-        if self._most == 1:
-            yield from map(self._outcome, images)
-            return
-        with ThreadPoolExecutor(self._most, thread_name_prefix="image") as pool:
-            try:
-                for done in as_completed([pool.submit(self._outcome, listed) for listed in images]):
-                    yield done.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self._stop()
-
-    def _outcome(self, listed: ListedImage) -> Outcome:
-        worker = self._idle.get()
-        largest, halvings = worker.largest_batch, 0
-        try:
-            while True:
-                with self._room() as turn:
-                    try:
-                        make = partial(worker.make, halvings=halvings) if 2**halvings <= largest else _does_not_fit
-                        return processed(self._writer, listed, make)
-                    except Exception as error:
-                        if not is_out_of_memory(error):
-                            raise
-                        halvings += self._fewer(listed, turn)
-                torch.cuda.empty_cache()  # here, where the error no longer holds on to tensors
-        finally:
-            self._idle.put(worker)
-
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[_Turn]:
-        """A turn, once fewer are running than may."""
-        thread = threading.get_ident()
-        with self._turn:
-            self._turn.wait_for(lambda: self._stopped or len(self._running) < self._most)
-            if self._stopped:
-                raise _Stopped
-            turn = _Turn(self._most, shared=bool(self._running))
-            for other in self._running.values():
-                other.shared = True
-            self._running[thread] = turn
-        try:
-            yield turn
-        finally:
-            with self._turn:
-                del self._running[thread]
-                self._turn.notify_all()
-
-    def _fewer(self, listed: ListedImage, turn: _Turn) -> int:
-        """Let fewer images run at a time from now on; 1 for an image that ran alone, whose batches are to be halved."""
-        with self._turn:
-            if turn.shared:
-                if self._most == turn.most:  # or another has seen to it
-                    self._most = max(1, self._most // 2)
-                    warnings.warn(
-                        f"no memory for {turn.most} images in flight: going on with {self._most}", stacklevel=2
-                    )
-                return 0
-        warnings.warn(f"no memory for {listed.name} alone: halving its batches", stacklevel=2)
-        return 1
-
-    def _stop(self) -> None:
-        """End what is running, at its next line of Python."""
-        with self._turn:
-            self._stopped = True
-            self._turn.notify_all()
-            for thread in self._running:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))
-
-
-@dataclass
-class _Turn:
-    """An image's turn to run."""
-
-    most: int  # how many might run when it began
-    shared: bool  # whether another ran meanwhile
-
-
-def _does_not_fit(*_: object) -> bytes:
-    raise InvalidInputError(
-        "there is no memory for this image alone, even in batches of 1: prune fewer layers at a time"
+def _merged(summaries: Sequence[RunSummary]) -> RunSummary:
+    return RunSummary(
+        images=sum(each.images for each in summaries),
+        made=sum(each.made for each in summaries),
+        kept=sum(each.kept for each in summaries),
+        refused={name: reason for each in summaries for name, reason in each.refused.items()},
+        remade={name: reason for each in summaries for name, reason in each.remade.items()},
+        seconds=max(each.seconds for each in summaries),
     )
-
-
-class _Stopped(BaseException):
-    """Ends the work on an image when a run ends early."""
 
 
 def _images_in_flight(module: nn.Module, device: torch.device, threads: int) -> int:

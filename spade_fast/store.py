@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -86,10 +87,8 @@ class Store(Mapping[str, StoredImage]):
         """Of all images, those that were refused too, by name in order: see :class:`StoredImage`."""
         found = {}
         for file in sorted((self.path / IMAGES).glob(f"*{_SUFFIX}")):
-            header = read_header(file, _KEY, _WHAT, _WRITER)
-            if not isinstance(header.get("name"), str) or file_name(header["name"]) != file.name:
-                raise InvalidInputError(f"{os.fspath(file)!r} is another image's file, renamed: delete it")
-            found[header["name"]] = {key: value for key, value in header.items() if key not in ("trace", "sha256")}
+            record = _read_record(file)
+            found[record["name"]] = record
         return {name: found[name] for name in sorted(found)}
 
     @property
@@ -120,6 +119,16 @@ class Store(Mapping[str, StoredImage]):
     def rows(self) -> list[dict[str, Any]]:
         """The index: a row for each image, refused ones too, in the order of their names."""
         return [_row(name, record) for name, record in self.records.items()]
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        header = read_header(file, _KEY, _WHAT, _WRITER)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{error}; delete it, and run again on its image") from error
+    if not isinstance(header.get("name"), str) or file_name(header["name"]) != file.name:
+        raise InvalidInputError(f"{os.fspath(file)!r} is another image's file, renamed: delete it")
+    return {key: value for key, value in header.items() if key not in ("trace", "sha256")}
 
 
 def read_image(file: Path) -> StoredImage:
@@ -165,7 +174,7 @@ class StoreWriter:
     settings
         How all images are made: plain JSON values.
     environment
-        What they are made with; kept with the store by the first writer, and with each image by whoever makes it.
+        What they are made with, as the first writer has it; each image's file says it for itself.
 
     Raises
     ------
@@ -175,20 +184,29 @@ class StoreWriter:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         self._path = path
-        wanted = json.loads(json.dumps({"format": _FORMAT, "settings": settings, "environment": environment}))
+        manifest = json.loads(json.dumps({"format": _FORMAT, "settings": settings, "environment": environment}))
         if (path / MANIFEST).exists():
-            self.manifest = _read_manifest(path)
-            _check_same(path, self.manifest["settings"], wanted["settings"])
+            known = _read_manifest(path)
+            _check_same(path, known["settings"], manifest["settings"])
+            _tell_other_environment(path, known["environment"], manifest["environment"])
         else:
             if other := next((each.name for each in path.iterdir() if not each.name.startswith(".")), None):
                 raise InvalidInputError(f"{os.fspath(path)!r} is no store, but holds {other!r}: choose a new folder")
-            self.manifest = wanted
-            write_folder(path, {MANIFEST: (json.dumps(wanted, indent=2) + "\n").encode()})
-        self.settings_sha256 = _settings_digest(self.manifest["settings"])
-        (path / IMAGES).mkdir(exist_ok=True)
-        names = (f".{MANIFEST}.*", f".{INDEX}.*", f"{IMAGES}/.*{_SUFFIX}.*")  # of `write_whole`, if it was killed
-        for leftover in chain.from_iterable(map(path.glob, names)):
+            write_folder(path, {MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode()})
+        self.settings_sha256 = hashlib.sha256(json.dumps(manifest["settings"], sort_keys=True).encode()).hexdigest()
+
+    def clear(self, names: Collection[str]) -> None:
+        """Remove what writers that were killed left behind; InvalidInputError for damage that no run would mend.
+
+        That is a file that is damaged and of none of the images to come, by their names.
+        """
+        leftovers = (f".{MANIFEST}.*", f".{INDEX}.*", f"{IMAGES}/.*{_SUFFIX}.*")  # of `write_whole`
+        for leftover in chain.from_iterable(map(self._path.glob, leftovers)):
             shutil.rmtree(leftover)
+        to_come = {file_name(name) for name in names}
+        for file in (self._path / IMAGES).glob(f"*{_SUFFIX}"):
+            if file.name not in to_come:
+                _read_record(file)
 
     def has(self, listed: ListedImage, image_sha256: str) -> bool:
         """Whether an image's file is there, is whole, and is about this image and question.
@@ -212,7 +230,7 @@ class StoreWriter:
 
     def put(self, listed: ListedImage, content: bytes) -> None:
         """Write an image's file, whole or not at all."""
-        write_whole(self._path / IMAGES / file_name(listed.name), content)
+        write_folder(self._path / IMAGES, {file_name(listed.name): content})
 
     def write_index(self) -> Store:
         """Write the index of all files that are there."""
@@ -224,10 +242,6 @@ class StoreWriter:
 def question(listed: ListedImage) -> dict[str, Any]:
     """What a list asks about an image: a part of its record."""
     return {"name": listed.name, "asked_target": listed.target, "labels": dict(listed.labels)}
-
-
-def _settings_digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -257,6 +271,15 @@ def _check_same(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any],
                 f"{os.fspath(path)!r} is a store of {of}{key} {here!r}, not {there!r}: choose another folder, or the "
                 "same settings"
             )
+
+
+def _tell_other_environment(path: Path, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if different := [key for key in {**known, **now} if known.get(key) != now.get(key)]:
+        told = ", ".join(f"{key} {known.get(key)!r}, now {now.get(key)!r}" for key in different)
+        warnings.warn(
+            f"{os.fspath(path)!r} was begun with {told}: new bits may differ; each image's record tells its own",
+            stacklevel=4,
+        )
 
 
 def _row(name: str, record: Mapping[str, Any]) -> dict[str, Any]:

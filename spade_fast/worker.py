@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spade_fast import metrics, ops, tracer
 from spade_fast.arms import check_trace_settings, plain_settings, plain_sparsity
-from spade_fast.attribution import answer, asked, captum, find_method
+from spade_fast.attribution import Method, answer, asked, captum
 from spade_fast.autocast import without_autocast
 from spade_fast.cases import Case, class_scores, make_case
 from spade_fast.errors import InvalidInputError, check_whole
@@ -50,7 +50,7 @@ class Recipe:
 
     model: nn.Module | LoadedModel
     sparsity: Sparsity
-    methods: tuple[str, ...]
+    methods: Mapping[str, Method]  # not names alone: those registered here are unknown elsewhere
     metrics: tuple[Measure, ...]
     steps: int
     preprocess: Callable[[Tensor], Tensor] | None
@@ -77,6 +77,19 @@ class Recipe:
     def of_traces(self) -> dict[str, Any]:
         """The settings of :func:`spade_fast.trace`."""
         return {**self.trace_settings, "preprocess": self.preprocess, "seed": self.seed}
+
+    def environment(self, device: torch.device) -> dict[str, Any]:
+        """What bits depend on beside the settings: versions, device, instruction set and threads."""
+        capability = ops._C.cpu_capability if ops._C is not None else "none"
+        on_gpu = device.type == "cuda"
+        return {
+            "spade_fast": version("spade-fast"),
+            "torch": torch.__version__,
+            **({"captum": version("captum")} if self.methods else {}),
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} {capability}",
+            "threads": self.threads,
+        }
 
     def settings(self) -> dict[str, Any]:
         """The same as JSON values, by which a later run can tell whether it goes on with the same ones."""
@@ -192,7 +205,7 @@ class Worker:
                     for network, scores in (("dense", case.scores), ("spade", spade_scores))
                 },
                 "metrics": self._metrics(case, dense, spade, halvings),
-                "environment": self.environment(),
+                "environment": recipe.environment(self.device),
             }
             return image_bytes(record, trace, dense, spade)
 
@@ -201,19 +214,6 @@ class Worker:
         """Views or inputs that go through the network at a time, at most: halved until 1 is left."""
         methods, measures = self._recipe.methods, self._recipe.metrics
         return max(self._batch_size, _ASKED if methods else 1, self._measured if measures else 1)
-
-    def environment(self) -> dict[str, Any]:
-        """What bits depend on beside the settings: versions, device, instruction set and threads."""
-        on_gpu = self.device.type == "cuda"
-        capability = ops._C.cpu_capability if ops._C is not None else "none"
-        return {
-            "spade_fast": version("spade-fast"),
-            "torch": torch.__version__,
-            **({"captum": version("captum")} if self._recipe.methods else {}),
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else f"{platform.machine()} {capability}",
-            "threads": self._recipe.threads,
-        }
 
     def _maps(self, case: Case, trace: Trace, halvings: int) -> dict[str, Tensor]:
         if not self._recipe.methods:
@@ -232,7 +232,7 @@ class Worker:
                 prepared=prepared,
             ) as question,
         ):
-            return {method: answer(question, method, find_method(method)) for method in self._recipe.methods}
+            return {name: answer(question, name, method) for name, method in self._recipe.methods.items()}
 
     def _metrics(
         self, case: Case, dense: Mapping[str, Tensor], spade: Mapping[str, Tensor], halvings: int

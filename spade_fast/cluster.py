@@ -1,0 +1,235 @@
+"""The images of a run on several processes and machines: actors of Ray, or the ranks of torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import os
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from spade_fast.errors import InvalidInputError, check_whole, first_line, require
+from spade_fast.imagesets import ListedImage
+from spade_fast.lanes import Attempt, Outcomes, Task, attempt_alone, task_or_outcome, written
+from spade_fast.models import LoadedModel, bare_module
+from spade_fast.store import StoreWriter, refusal_bytes
+from spade_fast.worker import Recipe, Worker
+
+_Result = TypeVar("_Result")
+
+# How often Ray gives an image to another actor when one has died, before it counts as failed.
+_RETRIES = 3
+# Seconds until it is said that there is no room.
+_WAIT = 60.0
+# The slowest rank may take that much longer than the first.
+_PATIENCE = datetime.timedelta(days=30)
+
+
+class Actors:
+    """Workers in processes of their own, which Ray starts, places and starts again when they die.
+
+    Parameters
+    ----------
+    recipe
+        What they do. Every actor has its own copy of the network, on a GPU of its own if it is on one here.
+    address
+        Of a cluster that runs; "auto" for the one that runs here, and for one on this machine where none does.
+    count
+        How many. Default: as many as the cluster has GPUs, or groups of `threads` cores.
+
+    Raises
+    ------
+    InvalidInputError
+        If there is no such cluster, or it has no room for one actor.
+    MissingDependencyError
+        If Ray is not installed.
+    """
+
+    def __init__(self, recipe: Recipe, address: str, count: int | None = None) -> None:
+        self._ray = require("ray", "scale")
+        module = bare_module(recipe.model)
+        self._on_gpu = next(module.parameters()).device.type == "cuda"
+        self._recipe = _on_cpu(recipe)
+        self._recipes: list[Any] = []  # one, in Ray's keeping
+        self._address = address
+        self._count = None if count is None else check_whole("workers", count, 1)
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[list[Any]]:
+        """The actors, until the block is left."""
+        with self._connected():
+            ray, threads = self._ray, self._recipe.threads
+            resources = {"num_gpus": 1} if self._on_gpu else {"num_cpus": threads}
+            kind, needed = ("GPU", 1) if self._on_gpu else ("CPU", threads)
+            room = sum(int(node["Resources"].get(kind, 0)) // needed for node in ray.nodes() if node["Alive"])
+            if not room:
+                raise InvalidInputError(f"no node of the Ray cluster has {needed} {kind}s, as each worker is to have")
+            self._recipes = [ray.put(self._recipe)]
+            # Where this process finds modules, a network's own among them, an actor is to find them too.
+            found_in = os.pathsep.join(os.path.abspath(each) for each in sys.path if os.path.isdir(each or "."))
+            environment = {"env_vars": {"PYTHONPATH": found_in}}
+            remote = ray.remote(**resources, max_restarts=-1, max_task_retries=_RETRIES, runtime_env=environment)(
+                _Actor
+            )
+            actors = [remote.remote(self._on_gpu) for _ in range(min(self._count or room, room))]
+            try:
+                yield actors
+            finally:
+                for actor in actors:
+                    with contextlib.suppress(Exception):  # the cluster may be what failed
+                        ray.kill(actor)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        ray = self._ray
+        if ray.is_initialized():
+            yield
+            return
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        try:
+            try:
+                ray.init(address=self._address, **options)
+            except ConnectionError:
+                if self._address != "auto":
+                    raise
+                ray.init(address="local", include_dashboard=False, **options)
+        except Exception as error:
+            raise InvalidInputError(
+                f"no Ray cluster can be reached at {self._address!r} ({error}): pass the address that `ray start` gave"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def outcomes(self, actors: Sequence[Any], writer: StoreWriter, images: Sequence[ListedImage]) -> Outcomes:
+        """What becomes of the images, as they are done. This process reads, verifies and writes all files."""
+        ray = self._ray
+        running: dict[Any, tuple[Any, Task | None]] = {
+            actor.get_ready.remote(self._recipes): (actor, None) for actor in actors
+        }
+        idle: list[Any] = []
+        done: list[tuple[Task, Attempt]] = []
+        unread = deque(images)
+        next_one: Task | None = None
+        while True:  # whatever keeps the actors busy comes first
+            if next_one is not None and idle:
+                actor = idle.pop()
+                running[actor.attempt.remote(self._recipes, next_one)] = actor, next_one
+                next_one = None
+            elif done:
+                yield written(writer, *done.pop())
+            elif next_one is None and unread:
+                found = task_or_outcome(writer, unread.popleft())
+                if isinstance(found, Task):
+                    next_one = found
+                else:
+                    yield found
+            elif next_one is not None or any(task for _, task in running.values()):
+                answers, _ = ray.wait(list(running), timeout=_WAIT)
+                if not answers and not any(task for _, task in running.values()):
+                    warnings.warn("Ray has no room for a worker yet: waiting for it", stacklevel=2)
+                for answer in answers:
+                    actor, task = running.pop(answer)
+                    idle.append(actor)
+                    if task is None:
+                        self._check_ready(answer)
+                    else:
+                        done.append((task, self._result(answer, task)))
+            else:
+                return
+
+    def _check_ready(self, answer: Any) -> None:
+        try:
+            self._ray.get(answer)
+        except self._ray.exceptions.RayError as error:
+            raise InvalidInputError(f"a worker cannot be started by Ray ({error})") from error
+
+    def _result(self, answer: Any, task: Task) -> Attempt:
+        try:
+            result: Attempt = self._ray.get(answer)
+            return result
+        except self._ray.exceptions.RayActorError:
+            reason = f"the process that worked on it died, {_RETRIES + 1} times"
+        except self._ray.exceptions.RayError as error:
+            reason = first_line(error)
+        return Attempt(refusal_bytes(task.known, reason), reason, unexpected=True)
+
+
+class _Actor:
+    """A worker in a process of its own.
+
+    It is told what to do with each image, in a list, which Ray passes as it is: started again, it begins anew.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._device = "cuda" if on_gpu else None
+        self._worker: Worker | None = None
+
+    def get_ready(self, recipes: Sequence[Any]) -> None:
+        """Have a worker."""
+        if self._worker is None:
+            (recipe,) = require("ray", "scale").get(list(recipes))
+            self._worker = Worker(recipe, device=self._device)
+
+    def attempt(self, recipes: Sequence[Any], task: Task) -> Attempt:
+        """What the worker makes of a task."""
+        self.get_ready(recipes)
+        assert self._worker is not None
+        return attempt_alone(self._worker, task)
+
+
+def _on_cpu(recipe: Recipe) -> Recipe:
+    module = bare_module(recipe.model)
+    if next(module.parameters()).device.type == "cpu":
+        return recipe
+    module = copy.deepcopy(module).cpu()
+    model = recipe.model
+    return replace(recipe, model=replace(model, module=module) if isinstance(model, LoadedModel) else module)
+
+
+class Ranks:
+    """The processes that torchrun started, of which each takes its share of the images.
+
+    The first one holds the store and writes the index. If one of them fails, torchrun ends them all.
+    """
+
+    def __init__(self) -> None:
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", timeout=_PATIENCE)
+        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+
+    def device(self, device: str | None) -> str | None:
+        """The GPU of this process, where any will do."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+
+    def share(self, images: Sequence[ListedImage]) -> Sequence[ListedImage]:
+        """This process's images."""
+        return images[self.rank :: self.count]
+
+    def first(self, do: Callable[[], _Result]) -> _Result | None:
+        """Have the first process do something before the others go on; if it is refused, it is to all of them."""
+        result: _Result | None = None
+        told: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                result = do()
+            except InvalidInputError as error:
+                told = [str(error)]
+        distributed.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise InvalidInputError(told[0])
+        return result
+
+    def gathered(self, mine: _Result) -> list[_Result]:
+        """What each process has, to all of them."""
+        found: list[Any] = [None] * self.count
+        distributed.all_gather_object(found, mine)
+        return found

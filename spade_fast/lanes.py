@@ -1,0 +1,244 @@
+"""From an image in a list to its file in a store, for several images of one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import threading
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from spade_fast.errors import InvalidInputError, first_line
+from spade_fast.images import read_image_file
+from spade_fast.imagesets import ListedImage
+from spade_fast.memory import is_out_of_memory
+from spade_fast.store import StoreWriter, question, refusal_bytes
+from spade_fast.worker import Worker
+
+
+class Outcome(NamedTuple):
+    """What became of an image.
+
+    Attributes
+    ----------
+    name
+        Of the image.
+    made
+        Whether its file was made; False where it was there already, and where the image was refused.
+    refused
+        Why it cannot be used.
+    remade
+        Why the file that was there could not be kept.
+    unexpected
+        Whether it was refused for a reason that is no refusal of ours.
+    """
+
+    name: str
+    made: bool
+    refused: str | None = None
+    remade: str | None = None
+    unexpected: bool = False
+
+
+Outcomes: TypeAlias = Generator[Outcome, None, None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image whose file is to be made.
+
+    Attributes
+    ----------
+    listed
+        The image.
+    content
+        The bytes of its own file.
+    known
+        What its record begins with.
+    remade
+        As in :class:`Outcome`.
+    """
+
+    listed: ListedImage
+    content: bytes = field(repr=False)
+    known: Mapping[str, Any]
+    remade: str | None = None
+
+
+class Attempt(NamedTuple):
+    """What a worker makes of a task: the content of the image's file; and, if that is a refusal, what it says."""
+
+    content: bytes
+    refused: str | None = None
+    unexpected: bool = False
+
+
+def task_or_outcome(writer: StoreWriter, listed: ListedImage) -> Task | Outcome:
+    """What is to be done about an image: nothing more if its file is there, or if it cannot be read.
+
+    Raises
+    ------
+    InvalidInputError
+        If its refusal cannot be written.
+    """
+    known = {**question(listed), "settings_sha256": writer.settings_sha256}
+    try:
+        content = read_image_file(listed.path)
+    except InvalidInputError as error:
+        writer.put(listed, refusal_bytes(known, str(error)))
+        return Outcome(listed.name, made=False, refused=str(error))
+    known["image_sha256"] = hashlib.sha256(content).hexdigest()
+    try:
+        return (
+            Outcome(listed.name, made=False)
+            if writer.has(listed, known["image_sha256"])
+            else Task(listed, content, known)
+        )
+    except InvalidInputError as error:
+        return Task(listed, content, known, remade=str(error))
+
+
+def attempt(worker: Worker, task: Task, *, halvings: int = 0) -> Attempt:
+    """Have a worker make an image's file, or the refusal that takes its place; torch.OutOfMemoryError goes through."""
+    if 2**halvings > worker.largest_batch:
+        reason = "there is no memory for this image alone, even in batches of 1: prune fewer layers"
+        return Attempt(refusal_bytes(task.known, reason), reason)
+    try:
+        return Attempt(worker.make(task.listed, task.content, task.known, halvings=halvings))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        is_ours = isinstance(error, InvalidInputError)
+        reason = str(error) if is_ours else first_line(error)
+        return Attempt(refusal_bytes(task.known, reason), reason, unexpected=not is_ours)
+
+
+def attempt_alone(worker: Worker, task: Task) -> Attempt:
+    """The same where nothing else runs in the process: where memory runs out, in batches half as large."""
+    halvings = 0
+    while True:
+        try:
+            return attempt(worker, task, halvings=halvings)
+        except torch.OutOfMemoryError:
+            halvings += 1
+        warn_of_halving(task)
+        torch.cuda.empty_cache()  # here, where the error no longer holds on to tensors
+
+
+def warn_of_halving(task: Task) -> None:
+    """Say that an image goes through the network in smaller batches."""
+    warnings.warn(f"no memory for {task.listed.name} alone: halving its batches", stacklevel=2)
+
+
+def written(writer: StoreWriter, task: Task, done: Attempt) -> Outcome:
+    """Write what was made of a task; InvalidInputError if that fails, as it then would for any other."""
+    writer.put(task.listed, done.content)
+    return Outcome(task.listed.name, done.refused is None, done.refused, task.remade, done.unexpected)
+
+
+class Lanes:
+    """Works on several images of this process at a time, from decoding to writing, by a thread and a worker each.
+
+    So one image is read while the views of another go through the network and the layers of a third are pruned. Where
+    memory runs out, fewer go on.
+    """
+
+    def __init__(self, writer: StoreWriter, workers: Sequence[Worker]) -> None:
+        self._writer = writer
+        self._idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            self._idle.put(worker)
+        self._most = len(workers)
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._running: dict[int, _Turn] = {}  # by thread
+
+    def outcomes(self, images: Sequence[ListedImage]) -> Outcomes:
+        """What becomes of the images, as they are done."""
+        if self._most == 1:
+            yield from map(self._outcome, images)
+            return
+        with ThreadPoolExecutor(self._most, thread_name_prefix="image") as pool:
+            try:
+                for done in as_completed([pool.submit(self._outcome, listed) for listed in images]):
+                    yield done.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._stop()
+
+    def _outcome(self, listed: ListedImage) -> Outcome:
+        task = task_or_outcome(self._writer, listed)
+        if isinstance(task, Outcome):
+            return task
+        worker = self._idle.get()
+        try:
+            return written(self._writer, task, self._attempt(worker, task))
+        finally:
+            self._idle.put(worker)
+
+    def _attempt(self, worker: Worker, task: Task) -> Attempt:
+        halvings = 0
+        while True:
+            with self._turn() as turn:
+                try:
+                    return attempt(worker, task, halvings=halvings)
+                except torch.OutOfMemoryError:
+                    alone = not self._let_fewer_run(turn)
+            if alone:
+                halvings += 1
+                warn_of_halving(task)
+            torch.cuda.empty_cache()  # here, where the error no longer holds on to tensors
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[_Turn]:
+        """A turn, once fewer are running than may."""
+        thread = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or len(self._running) < self._most)
+            if self._stopped:
+                raise _Stopped
+            turn = _Turn(self._most, shared=bool(self._running))
+            for other in self._running.values():
+                other.shared = True
+            self._running[thread] = turn
+        try:
+            yield turn
+        finally:
+            with self._changed:
+                del self._running[thread]
+                self._changed.notify_all()
+
+    def _let_fewer_run(self, turn: _Turn) -> bool:
+        """Let fewer images run at a time from now on, if this one had company."""
+        with self._changed:
+            if turn.shared and self._most == turn.most:  # or another has seen to it
+                self._most = max(1, self._most // 2)
+                warnings.warn(f"no memory for {turn.most} images in flight: going on with {self._most}", stacklevel=2)
+            return turn.shared
+
+    def _stop(self) -> None:
+        """End what is running, at its next line of Python."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+            for thread in self._running:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))
+
+
+@dataclass
+class _Turn:
+    """An image's turn to run."""
+
+    most: int  # how many might run when it began
+    shared: bool  # whether another ran meanwhile
+
+
+class _Stopped(BaseException):
+    """Ends the work on an image when a run ends early."""
