@@ -66,10 +66,10 @@ def read_image_file(path: str | os.PathLike[str]) -> bytes:
     where = _where(path)
     _check_file(path, where)
     with _refusals(where), open(path, "rb") as file:
-        content = file.read(_LARGEST_FILE + 1)
-    if len(content) > _LARGEST_FILE:
-        raise InvalidInputError(f"{where} has more than {_LARGEST_FILE} bytes: make it smaller")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size <= _LARGEST_FILE:
+            return file.read()
+    raise InvalidInputError(f"{where} has {size} bytes, more than {_LARGEST_FILE}: make it smaller")
 
 
 def decoded_image(content: bytes, path: str | os.PathLike[str]) -> Image.Image:

@@ -154,6 +154,8 @@ def run(
         For arguments that cannot be used, a folder that holds something else or another run writes to, where nothing
         can be written any more, and where image after image fails for no reason we know.
     """
+    if isinstance(metrics, str):
+        raise InvalidInputError(f"metrics must be a sequence of names, got {metrics!r}: pass [{metrics!r}]")
     listed = listed_images(images, root=root)
     recipe = Recipe(
         model=model,
@@ -245,7 +247,8 @@ def _collected(outcomes: Outcomes, count: int, *, progress: bool) -> RunSummary:
                     f"{failures} images in a row failed, as all others would; the last, {each.name}: {each.refused}"
                 )
             bar.update()
-    return RunSummary(count, made, kept, refused, remade, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return RunSummary(count, made, kept, dict(sorted(refused.items())), dict(sorted(remade.items())), seconds)
 
 
 def _merged(summaries: Sequence[RunSummary]) -> RunSummary:
