@@ -6,6 +6,7 @@ import contextlib
 import copy
 import datetime
 import os
+import socket
 import sys
 import warnings
 from collections import deque
@@ -28,6 +29,8 @@ _Result = TypeVar("_Result")
 _RETRIES = 3
 # Seconds until it is said that there is no room.
 _WAIT = 60.0
+# Seconds until a cluster must have answered.
+_PATIENCE_AT_DOOR = 20.0
 # The slowest rank may take that much longer than the first.
 _PATIENCE = datetime.timedelta(days=30)
 
@@ -94,6 +97,7 @@ class Actors:
             return
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         try:
+            self._knock()
             try:
                 ray.init(address=self._address, **options)
             except ConnectionError:
@@ -108,6 +112,12 @@ class Actors:
             yield
         finally:
             ray.shutdown()
+
+    def _knock(self) -> None:
+        """Raise OSError where nobody answers at the address, as Ray would try it again for many minutes."""
+        host, _, port = self._address.rpartition("://")[2].rpartition(":")
+        if host and port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_AT_DOOR).close()
 
     def outcomes(self, actors: Sequence[Any], writer: StoreWriter, images: Sequence[ListedImage]) -> Outcomes:
         """What becomes of the images, as they are done. This process reads, verifies and writes all files."""

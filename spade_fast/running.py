@@ -176,6 +176,7 @@ def run(
     if workers is not None and ray is None:
         raise InvalidInputError("workers= is for ray=: pass the address of a cluster as well, or in_flight instead")
     in_flight = _checked_for_hooks(bare_module(model), in_flight)
+    actors = None if ray is None else Actors(recipe, ray, workers)
     ranks = Ranks() if distributed else None
     device = device if ranks is None else ranks.device(device)
     module = bare_module(model)
@@ -191,8 +192,7 @@ def run(
         writer = StoreWriter(*told)
         worker = Worker(recipe, device=device, own_modules=in_flight != 1)
         mine = listed if ranks is None else ranks.share(listed)
-        if ray is not None:
-            actors = Actors(recipe, ray, workers)
+        if actors is not None:
             outcomes = actors.outcomes(stack.enter_context(actors.started()), writer, mine)
         else:
             count = in_flight or _images_in_flight(module, place, threads)

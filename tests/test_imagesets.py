@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from spade_fast.errors import InvalidInputError
-from spade_fast.imagesets import image_files, named_files
+from spade_fast.imagesets import ListedImage, image_files, listed_images, named_files
 
 
 def made(root: Path, *names: str) -> Path:
@@ -70,3 +71,115 @@ def test_dead_links_are_among_the_files(tmp_path: Path) -> None:
 def test_files_by_their_paths_in_the_folder(tmp_path: Path) -> None:
     made(tmp_path, "a.png", "cats/a.png")
     assert named_files(tmp_path) == {"a.png": tmp_path / "a.png", "cats/a.png": tmp_path / "cats" / "a.png"}
+
+
+# Lists
+
+
+def manifest(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "list.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_folder_lists_its_images_by_their_paths_in_it(tmp_path: Path) -> None:
+    made(tmp_path, "b/1.jpg", "a.png", "notes.txt")
+    assert listed_images(tmp_path) == [
+        ListedImage("a.png", tmp_path / "a.png"),
+        ListedImage("b/1.jpg", tmp_path / "b/1.jpg", labels={"folder": "b"}),
+    ]
+
+
+def test_paths_and_paths_by_name(tmp_path: Path) -> None:
+    assert listed_images(["x/1.jpg", Path("2.jpg")]) == [
+        ListedImage("x/1.jpg", Path("x/1.jpg")),
+        ListedImage("2.jpg", Path("2.jpg")),
+    ]
+    assert listed_images({"one": "x/1.jpg"}) == [ListedImage("one", Path("x/1.jpg"))]
+    assert listed_images([os.fsdecode(b"caf\xe9.jpg")])[0].name == "caf\\xe9.jpg"
+    with pytest.raises(InvalidInputError, match=r"image 'a\.jpg' is named twice"):
+        listed_images(["a.jpg", "b.jpg", Path("a.jpg")])
+    for nothing in ([], {}):
+        with pytest.raises(InvalidInputError, match="no image is named"):
+            listed_images(nothing)
+    with pytest.raises(InvalidInputError, match="images is a int: pass a folder, a manifest, or paths"):
+        listed_images(3)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="root is for a manifest"):
+        listed_images(["a.jpg"], root=tmp_path)
+
+
+def test_a_manifest_has_names_targets_and_labels(tmp_path: Path) -> None:
+    path = manifest(
+        tmp_path,
+        "\ufeffimage,target,name,set,note\n"
+        'photos/1.jpg,281,cat,attacked,"two, with\na break"\n'
+        "2.jpg,,,clean,\n"
+        "\n"
+        "gone.jpg,7.0,,clean,\n",
+    )
+    assert listed_images(path) == [
+        ListedImage("cat", tmp_path / "photos/1.jpg", 281, {"set": "attacked", "note": "two, with\na break"}),
+        ListedImage("2.jpg", tmp_path / "2.jpg", None, {"set": "clean", "note": ""}),
+        ListedImage("gone.jpg", tmp_path / "gone.jpg", 7, {"set": "clean", "note": ""}),
+    ]
+    (tmp_path / "photos").mkdir()
+    (found,) = listed_images(manifest(tmp_path, "image\n1.jpg\n"), root=tmp_path / "photos")
+    assert found.path == tmp_path / "photos/1.jpg"
+
+
+def test_a_manifest_of_parquet(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"image": ["1.jpg", "2.jpg"], "target": [281, None], "set": ["attacked", None], "rank": [1, 2]}
+    path = tmp_path / "list.parquet"
+    parquet.write_table(arrow.table(columns), path)
+    assert listed_images(path) == [
+        ListedImage("1.jpg", tmp_path / "1.jpg", 281, {"set": "attacked", "rank": "1"}),
+        ListedImage("2.jpg", tmp_path / "2.jpg", None, {"set": "", "rank": "2"}),
+    ]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*list\.parquet' as Parquet"):
+        listed_images(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image\n../secret.jpg\n", r"row 1 of manifest '.*list\.csv': '\.\./secret\.jpg' is outside of"),
+        ("image\na.jpg\n/etc/passwd\n", "row 2 of .* '/etc/passwd' is outside of"),
+        ("image\nsub/../../secret.jpg\n", "is outside of"),
+        ("image\nsub/../a.jpg\n", "is outside of"),  # as written, whatever it comes to
+        ("image\nlink/secret.jpg\n", "'link/secret.jpg' is outside of"),
+        ("image\n''\n\"\"\n", "row 2 of .*: '' is no path"),
+        ("image,target\na.jpg,cat\n", "target 'cat' is no index of a class"),
+        ("image,target\na.jpg,-1\n", "target '-1' is no index"),
+        ("image,target\na.jpg,1.5\n", "target '1.5' is no index"),
+        ("image,target\na.jpg,1e99\n", "target '1e99' is no index"),
+        ("image,target\na.jpg,nan\n", "target 'nan' is no index"),
+        ("image\na.jpg\na.jpg\n", "row 2 of .*: 'a.jpg' is named twice: leave one out, or give each a name"),
+        ("image,set\na.jpg\n", "row 1 of .* has not 2 values"),
+        ("image,set\na.jpg,1,2\n", "row 1 of .* has not 2 values"),
+        ("path\na.jpg\n", "has no column 'image', but 'path'"),
+        ("image,set,set\na.jpg,1,2\n", "two columns of .* have one name"),
+        ("image\n", "names no image"),
+        ("", "has no column 'image', but none at all"),
+        ('image\n"a.jpg\n', "cannot read manifest"),
+        ("image\na\0.jpg\n", "cannot read manifest|is no path"),
+    ],
+)
+def test_manifests_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    (tmp_path / "secret.jpg").touch()
+    (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(InvalidInputError, match=message):
+        listed_images(manifest(folder, text))
+
+
+def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*none\.csv'"):
+        listed_images(tmp_path / "none.csv")
+    (tmp_path / "binary.csv").write_bytes(b"image\n\xff\xfe\xfa.jpg\n")
+    with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*binary\.csv'.*UTF-8"):
+        listed_images(tmp_path / "binary.csv")
+    with pytest.raises(InvalidInputError, match="'nowhere' is no folder: pass as root"):
+        listed_images(manifest(tmp_path, "image\na.jpg\n"), root="nowhere")
