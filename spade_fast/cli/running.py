@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -71,21 +73,36 @@ def run(
         typer.Option(help="Images worked on at a time.", show_default="as many as threads, memory permitting"),
     ] = None,
     threads: Annotated[int, typer.Option(help="Of each image in flight, on a CPU.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Work in actors of a Ray cluster: auto, or its address.", show_default="in this process"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Actors of --ray.", show_default="one per GPU, or group of threads")
+    ] = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Trace and explain many images into a store; a run that was cut short goes on when it is started again."""
+    """Trace and explain many images into a store; a run that was cut short goes on when it is started again.
+
+    Started by torchrun (torchrun --nproc-per-node 2 -m spade_fast run ...), processes share the images.
+    """
     from spade_fast.imagesets import listed_images
     from spade_fast.running import run
 
     check_rules(damping=damping, solver=solver, block_layout=block_layout)
-    for option, value in (("--threads", threads), ("--steps", steps), ("--in-flight", in_flight or 1)):
+    for option, value in (
+        ("--threads", threads),
+        ("--steps", steps),
+        ("--in-flight", 1 if in_flight is None else in_flight),
+    ):
         check_whole(option, value, 1)
     names = () if methods == "none" else read_methods(methods)
     plan = read_sparsity(sparsity)
     require("pyarrow.parquet", "run")
     listed_images(images, root=root)  # is it a list of images?
+    shared = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
     network = open_network(read_network(model, arch, checkpoint, num_classes), device)
     settings: dict[str, Any] = {
         "num_augmentations": num_augmentations,
@@ -105,10 +122,15 @@ def run(
         root=root,
         in_flight=in_flight,
         threads=threads,
+        ray=ray,
+        workers=workers,
+        distributed=shared,
         seed=seed,
         progress=sys.stderr.isatty(),
         **settings,
     )
+    if shared and int(os.environ["RANK"]):
+        return  # as the first process tells it all
     if len(summary.refused) == summary.images:
         reasons = by_reason(summary.refused)
         raise InvalidInputError(f"none of {summary.images} images can be used ({reasons[0]})")
@@ -126,7 +148,7 @@ def _print(summary: RunSummary, out: Path, as_json: bool) -> None:
     say_each("refused", summary.refused, "index.parquet")
     say_each("made anew", summary.remade, "index.parquet")
     Console().print(
-        f"{summary.images} images: {', '.join(told)}; {summary.seconds:.1f} s, {rate:.2f} images a second\n"
+        f"{summary.images} image{'s' if summary.images > 1 else ''}: {', '.join(told)}; {summary.seconds:.1f} s, {rate:.2f} images a second\n"
         f"written: {escape(str(out))}",
         soft_wrap=True,
         highlight=False,
