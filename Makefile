@@ -54,7 +54,7 @@ sanitize: env
 	ctest --test-dir build/asan --output-on-failure
 
 bench: env
-	for name in hessian solver trace exact; do \
+	for name in hessian solver trace exact run; do \
 	  $(BIN)/python -m pytest -q benchmarks/bench_$$name.py --benchmark-json=benchmarks/results/$$name.json && \
 	  $(BIN)/python benchmarks/report.py benchmarks/results/$$name.json > benchmarks/results/$$name.md || exit 1; \
 	done

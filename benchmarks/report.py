@@ -108,6 +108,25 @@ def solvers(results: dict[str, Any]) -> list[str]:
     return [*table, "", *lines]
 
 
+def runs(results: dict[str, Any]) -> list[str]:
+    """Many photographs: seconds an image by each variant, and how much faster it is than the first."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results["benchmarks"]:
+        if result["extra_info"]["kind"] == "run":
+            found[result["extra_info"]["layer"]].append(result)
+    lines = []
+    for case, of_case in found.items():
+        images = of_case[0]["extra_info"]["images"]
+        lines += [f"## {case}, {images} photographs", "", "| variant | s an image | times as fast |", "|---|--:|--:|"]
+        first = of_case[0]["stats"]["median"]
+        for result in of_case:
+            median = result["stats"]["median"]
+            cells = [result["extra_info"]["backend"], f"{median / images:.2f}", f"**{first / median:.2f}**"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
 def main(path: str) -> None:
     results = json.loads(Path(path).read_text(encoding="utf-8"))
     machine, commit = results["machine_info"], results["commit_info"]
@@ -122,8 +141,9 @@ def main(path: str) -> None:
     )
     for kind, found in variants(results).items():
         print("\n".join(table(kind, found)))
-    if lines := solvers(results):
-        print("\n".join(lines))
+    for lines in (solvers(results), runs(results)):
+        if lines:
+            print("\n".join(lines))
 
 
 if __name__ == "__main__":

