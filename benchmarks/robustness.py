@@ -1,7 +1,7 @@
 """Runs of a real network over real photographs that are killed, and that go on for long: what the tests do in small.
 
-    python benchmarks/robustness.py kills PHOTOGRAPHS      # 20 times SIGKILL, then the store against an uninterrupted one
-    python benchmarks/robustness.py memory PHOTOGRAPHS     # resident memory over 500 images
+    python benchmarks/robustness.py kills PHOTOGRAPHS     # 20 times SIGKILL; the store against an uninterrupted one
+    python benchmarks/robustness.py memory PHOTOGRAPHS    # resident memory over 500 images
 
 PHOTOGRAPHS is a folder. Results: benchmarks/results/robustness/.
 """

@@ -216,9 +216,9 @@ class Ranks:
             distributed.init_process_group("gloo", timeout=_PATIENCE)
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
 
-    def device(self, device: str | None) -> str | None:
+    def device(self, device: torch.device | str | None) -> torch.device | str | None:
         """The GPU of this process, where any will do."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if str(device) == "cuda" else device
 
     def share(self, images: Sequence[ListedImage]) -> Sequence[ListedImage]:
         """This process's images."""

@@ -87,7 +87,7 @@ def run(
     in_flight: int | None = None,
     threads: int = 1,
     seed: int = 0,
-    device: str | None = None,
+    device: torch.device | str | None = None,
     ray: str | None = None,
     workers: int | None = None,
     distributed: bool = False,

@@ -127,7 +127,7 @@ class Worker:
         If a method is not valid on the network, or the network cannot be asked or copied.
     """
 
-    def __init__(self, recipe: Recipe, *, own_modules: bool = False, device: str | None = None) -> None:
+    def __init__(self, recipe: Recipe, *, own_modules: bool = False, device: torch.device | str | None = None) -> None:
         module, preprocess = resolve_model(recipe.model, recipe.preprocess)
         assert isinstance(preprocess, Preprocess)
         module = tracer.on_device(module, device)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from subjects import photographs, quarters
 from torch import Tensor, nn
 
 import spade_fast as sf
@@ -1027,6 +1028,27 @@ def test_images_in_flight_change_no_bit(images_in_flight, sparsity):
     together = list(sf.trace_many(model, PICTURES, sparsity, images_in_flight=images_in_flight, **SETTINGS))
     for found, expected in zip(together, alone, strict=True):
         assert_same_bits(found, expected)
+
+
+def test_a_run_makes_the_same_store_however_many_images_are_in_flight(tmp_path):
+    for module in ("pyarrow", "captum"):
+        pytest.importorskip(module)
+    (tmp_path / "images").mkdir()
+    photographs(tmp_path / "images", 6)
+    stores = []
+    for count in (1, 3):
+        out = tmp_path / str(count)
+        more = {"methods": ("saliency", "lrp"), "metrics": ("insertion",), "steps": 4, "num_augmentations": 4}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*have no weight left")
+            assert (
+                sf.run(quarters(), tmp_path / "images", out, 0.5, device=DEVICE.type, in_flight=count, **more).made == 6
+            )
+        stores.append({file.name: file.read_bytes() for file in out.rglob("*") if file.is_file()})
+    assert stores[0] == stores[1]
+    if DEVICE.type == "cuda":
+        found = sf.Store(tmp_path / "1")["00.png"].record["environment"]["device"]
+        assert found == torch.cuda.get_device_name(DEVICE)
 
 
 @calls_cuda
