@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 
 from spade_fast.errors import InvalidInputError, check_whole, first_line, require
