@@ -154,7 +154,8 @@ def solve(
     refit
         Give the kept weights of each row their least-squares optimum under the mask, which stays as it is, as the exact
         solver always does. Otherwise a weight makes up only for those pruned before it, column by column. Costs n^3 / 6
-        multiply-adds in float64 a row, n being the smaller of its counts of kept and pruned weights.
+        multiply-adds in float64 a row, n being the smaller of its counts of kept and pruned weights, or that of kept
+        ones where the Hessian is so close to singular that the smaller system is not accurate.
     backend
         "auto" (native, or with a warning the reference), "native" or "reference".
 

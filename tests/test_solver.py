@@ -422,6 +422,24 @@ def test_refitting_is_done_in_float64_whatever_the_weights():
     assert half.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("solver_name", ["fast", "exact"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("like", [1, 2])
+def test_refitting_is_backward_stable_close_to_a_singular_hessian(solver_name, backend, sparsity, like):
+    # Every second input is nearly another one, or every third the sum of two: a condition of 1e13.
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(24, 72, generator=generator, dtype=torch.float64)
+    inputs[like :: like + 1] = sum(inputs[i :: like + 1] for i in range(like)) + 1e-6 * inputs[like :: like + 1]
+    weight, hessian = torch.randn(6, 24, generator=generator, dtype=torch.float64), inputs @ inputs.T
+    settings = {"solver": solver_name, "backend": backend, "refit": True}
+    solution = sf.solve(weight, hessian, sparsity, damping=0, **settings)
+    assert (solution.damping, solution.fallback) == (0, None)
+    residual = ((weight - solution.weight) @ hessian)[solution.mask].abs().max()
+    size = hessian.abs().amax() * (weight.abs() + solution.weight.abs()).sum(1).amax()
+    assert residual <= 24 * torch.finfo(torch.float64).eps * size
+
+
 def test_pruned_weights_are_plain_zeros_when_refitted():
     solution = sf.solve(-torch.ones(2, 4), torch.eye(4), 1, refit=True)
     assert torch.equal(solution.weight.view(torch.int32), torch.zeros(2, 4, dtype=torch.int32))
