@@ -489,6 +489,28 @@ def test_an_input_whose_square_underflows_is_dead(refit):
     assert not solution.weight[:, 2].any()
 
 
+@pytest.mark.parametrize("settings", [{}, {"refit": True}, {"solver": "exact"}, {"backend": "reference"}])
+def test_dead_inputs_beside_the_largest_that_float32_holds(settings):
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(20, 60), torch.randn(6, 20)
+    inputs[3] = 0
+    hessian = inputs @ inputs.T
+    plain = sf.solve(weight, hessian, 0.5, **settings)
+    scaled = sf.solve(weight, hessian * 2.0 ** (127 - hessian.max().log2().ceil().item()), 0.5, **settings)
+    assert not scaled.mask[:, 3].any()
+    assert torch.equal(scaled.mask, plain.mask)
+    torch.testing.assert_close(scaled.weight, plain.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver_name", ["fast", "exact"])
+@pytest.mark.parametrize("unit", [1e308, 1e-312])
+def test_units_at_the_limits_of_float64_are_refused_as_such(solver_name, unit):
+    inputs = torch.randn(20, 60, dtype=torch.float64)
+    hessian = inputs @ inputs.T
+    with pytest.raises(sf.InvalidInputError, match="largest entry is .* too close to the limits of float64"):
+        sf.solve(torch.randn(6, 20).double(), hessian / hessian.max() * unit, 0.5, solver=solver_name)
+
+
 def test_many_layers_are_solved_as_one_by_one():
     generator = torch.Generator().manual_seed(0)
     problems = []
