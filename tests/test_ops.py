@@ -106,6 +106,12 @@ def test_stride_1_keeps_thirteen_products_and_strips():
     assert ops.conv2d_sums_shape((64, 56, 56), ops.Geometry((3, 3), padding=(1, 1))) == [1, 9 + 4 * 3 + 8, 64, 64]
 
 
+@pytest.mark.parametrize("channels", [2**10, 2**24, 2**31 - 1])
+def test_the_form_of_sums_is_chosen_alike_for_any_number_of_channels(channels):
+    geometry = ops.Geometry((64, 64), padding=(64, 64))
+    assert ops.conv2d_sums_shape((channels, 1, 1), geometry) == [1, 1, channels, channels]
+
+
 @pytest.mark.parametrize("columns", [1, 7, 513, 1100])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_linear_inputs_are_a_1x1_convolution(columns, transposed):
