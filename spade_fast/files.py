@@ -254,7 +254,7 @@ def read_tensors(
             raise ValueError("its checksum does not fit its contents")
         del header["format"]
         yield header, tensors
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidInputError(
             f"cannot read {os.fspath(path)!r} as {what} ({type(error).__name__}: {error}): it is missing, damaged, or "
             f"was not written by {writer}"

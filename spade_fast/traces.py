@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -248,7 +249,12 @@ class Trace(ReadOnlyMappings):
                 if mask.dtype != torch.bool or mask.shape != weight.shape or bool(weight[~mask].any()):
                     raise ValueError(f"mask and weight of layer {name!r} contradict each other")
                 layers[name] = LayerTrace(weight, mask, **{key: report[key] for key in _REPORTED})
-            return cls(layers, header["dense"], header["settings"])
+                if not _is_sound(layers[name]):
+                    raise ValueError(f"the report of layer {name!r} holds other values than a trace's")
+            dense, settings = dict(header["dense"]), dict(header["settings"])
+            if not all(isinstance(reason, str) for reason in dense.values()):
+                raise ValueError("the layers left dense have no reasons")
+            return cls(layers, dense, settings)
 
     def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
         """For each layer, the module that owns its weight and the sparse parameter to put there."""
@@ -281,6 +287,15 @@ class Trace(ReadOnlyMappings):
                 "Apply it to the model it was made from"
             )
         return found
+
+
+def _is_sound(layer: LayerTrace) -> bool:
+    """Whether a layer's report holds the values that it could."""
+    numbers = (layer.requested_sparsity, layer.loss, layer.damping)
+    are_numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    # Compared as they are, since a whole number may be too large to be converted.
+    in_range = are_numbers and all(0 <= number <= sys.float_info.max for number in numbers)
+    return in_range and layer.requested_sparsity <= 1 and layer.fallback in (None, *get_args(Fallback))
 
 
 _applying_lock = threading.Lock()

@@ -15,6 +15,7 @@ from test_tracer import SETTINGS, assert_same_bits, assert_unchanged, network, p
 from torch import nn
 
 import spade_fast as sf
+from spade_fast.files import digest
 from spade_fast.models import evaluation_mode
 
 
@@ -286,7 +287,27 @@ def test_bad_files_are_refused_by_name(tmp_path, trace):
     def omit_mask() -> None:
         save_file({key: value for key, value in tensors.items() if key != "9.mask"}, path, metadata=metadata)
 
+    def report(**values: object) -> None:
+        header = json.loads(metadata["spade_fast_trace"])
+        del header["sha256"]
+        for key, value in values.items():
+            (header["layers"]["9"] if key in header["layers"]["9"] else header)[key] = value
+        header["sha256"] = digest(tensors, header)
+        save_file(tensors, path, metadata={"spade_fast_trace": json.dumps(header)})
+
+    report()
+    assert_same_bits(sf.Trace.load(path), trace)
     damage = {
+        "a loss that is none": lambda: report(loss=None),
+        "a loss that no float holds": lambda: report(loss=10**400),
+        "a loss below zero": lambda: report(loss=-1.0),
+        "a sparsity that is none": lambda: report(requested_sparsity="half"),
+        "a sparsity above one": lambda: report(requested_sparsity=1.5),
+        "a damping that is none": lambda: report(damping=True),
+        "an unknown fallback": lambda: report(fallback="float16"),
+        "reasons that are none": lambda: report(dense={"0": 1}),
+        "settings that are none": lambda: report(settings=[1]),
+        "too deep": lambda: save_file(tensors, path, metadata={"spade_fast_trace": "[" * 100_000}),
         "truncated": lambda: path.write_bytes(whole[: len(whole) // 2]),
         "cut in the header": lambda: path.write_bytes(whole[:20]),
         "empty": lambda: path.write_bytes(b""),
