@@ -317,6 +317,28 @@ def test_a_tensor_without_values_among_others_is_refused(call):
         call(here, here.to("meta"))
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("factor_hessian", [torch.ones(3, 3), 0.01], r"must have 3 dimensions, got shapes \[3, 3\]"),
+        ("prune_columns", [torch.ones(3), torch.ones(3), 0.5, 1, False], "must have 3 dimensions"),
+        ("prune_columns", [torch.ones(1, 2, 3), None, 0.5, 1, False], "a tensor is missing"),
+        ("prune_layers", [[torch.ones(2)], [torch.ones(2)], [0.5], [1], False], "must have 3 dimensions"),
+        ("elimination_orders", [[torch.ones(1, 2, 3)], [torch.ones(1, 3, 3)], [0]], "block_size must be at least 1"),
+        ("conv2d_gram", [torch.ones(1, 3, 3), [3, 5, 5], *ops.Geometry(groups=0)], "groups = 0 must divide"),
+        ("conv2d_gram", [torch.ones(1, 3, 3), [3], *ops.Geometry()], "size must be"),
+        ("solve_subsets", [torch.ones(1, 3, 3), None, torch.ones(1, 1, 3)], "a tensor is missing"),
+    ],
+)
+def test_tensors_without_values_of_no_shape_are_refused(name, arguments, message):
+    def on_meta(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    arguments = [[*map(on_meta, each)] if isinstance(each, list) else on_meta(each) for each in arguments]
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.spade_fast, name)(*arguments)
+
+
 # Column pruning by hand
 
 
