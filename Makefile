@@ -4,6 +4,7 @@
 # make simt   the CUDA kernels built for the CPU, for their tests
 # make sanitize  operators and emulated CUDA kernels under the address and undefined behaviour sanitizers; races by
 #                ThreadSanitizer
+# make fuzz   10,000 cases of abuse of operators and loaders, under the same sanitizers, and a table of them
 # make figures  the pictures of docs/figures, and the walkthrough's (some minutes)
 # make bench  native against the published procedure in plain PyTorch: tables and a plot in benchmarks/results (an hour)
 # make check  what continuous integration runs beside the tests: lint, types, CUDA sources
@@ -15,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 TORCH ?= torch==2.11.0 torchvision==0.26.0
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo figures simt test sanitize bench check format clean
+.PHONY: env demo figures simt test sanitize fuzz bench check format clean
 
 env: $(VENV)/.built
 
@@ -52,6 +53,12 @@ sanitize: env
 	  -DSPADE_FAST_SANITIZE=address,undefined
 	cmake --build build/asan
 	ctest --test-dir build/asan --output-on-failure
+
+fuzz: env
+	cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DSPADE_FAST_SANITIZE=address,undefined
+	cmake --build build/asan --target spade_fast_ops
+	$(BIN)/python benchmarks/fuzz.py build/asan/libspade_fast_ops.so benchmarks/results/robustness/fuzz.md
 
 bench: env
 	for name in hessian solver trace exact run; do \

@@ -14,7 +14,8 @@ constexpr int64_t kNominalLanes = 16, kNominalRows = 8;
 constexpr double kGatherCost = 1.5;  // of one gathered element, in the same unit
 
 double full_cost(int64_t n) {
-  return static_cast<double>(ceil_div(n, kNominalRows) * kNominalRows * ceil_div(n, kNominalLanes));
+  return static_cast<double>(ceil_div(n, kNominalRows) * kNominalRows) *
+         static_cast<double>(ceil_div(n, kNominalLanes));
 }
 double triangle_cost(int64_t n) {
   return full_cost(n) * (n + kNominalLanes) / (2.0 * n);

@@ -279,7 +279,7 @@ def _header(file: Any, key: str) -> dict[str, Any]:
 def _refused_as(path: str | os.PathLike[str], what: str, writer: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidInputError(
             f"cannot read {os.fspath(path)!r} as {what} ({type(error).__name__}: {error}): it is missing, damaged, or "
             f"was not written by {writer}"

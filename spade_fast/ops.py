@@ -286,11 +286,22 @@ def render_views(
     return views
 
 
+# Fake kernels trust arguments to fit, and refuse only those of which they could tell no shape.
+
+
 def _check_one_device(*tensors: Tensor) -> None:
     """Without this a tensor on the meta device would make results of memory that nobody has written."""
+    if not tensors or any(tensor is None for tensor in tensors):  # the dispatcher lets None through
+        raise RuntimeError("a tensor is missing")
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {' and '.join(sorted(devices))}")
+
+
+def _check_dimensions(count: int, *tensors: Tensor) -> None:
+    if any(tensor.dim() != count for tensor in tensors):
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise RuntimeError(f"tensors must have {count} dimensions, got shapes {shapes}")
 
 
 def _fake_add_conv2d_sums_(sums: Tensor, input: Tensor, *geometry: Any) -> None:
@@ -298,12 +309,16 @@ def _fake_add_conv2d_sums_(sums: Tensor, input: Tensor, *geometry: Any) -> None:
 
 
 def _fake_conv2d_gram(sums: Tensor, size: Sequence[int], *geometry: Any) -> Tensor:
+    _check_one_device(sums)
+    torch.ops.spade_fast.conv2d_sums_shape(size, *geometry)  # refuses what is no geometry
     convolution = Geometry(*geometry)
     columns = convolution.columns(size[0])
     return sums.new_empty(convolution.groups, columns, columns)
 
 
 def _fake_factor_hessian(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    _check_one_device(hessian)
+    _check_dimensions(3, hessian)
     factor = torch.empty_like(hessian, memory_format=torch.contiguous_format)
     return factor, hessian.new_empty(hessian.shape[0], dtype=torch.float64)
 
@@ -312,6 +327,7 @@ def _fake_prune_columns(
     weight: Tensor, factor: Tensor, sparsity: float, block_size: int, published_count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_one_device(weight, factor)
+    _check_dimensions(3, weight)
     sparse = torch.empty_like(weight, memory_format=torch.contiguous_format)
     return sparse, torch.empty_like(sparse, dtype=torch.bool), weight.new_empty((), dtype=torch.float64)
 
@@ -330,15 +346,19 @@ def _fake_prune_layers(
     published_count: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     _check_one_device(*weights, *factors)
+    _check_dimensions(3, *weights)
     sparse = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     masks = [torch.empty_like(weight, dtype=torch.bool) for weight in sparse]
-    return sparse, masks, weights[0].new_empty(len(weights), dtype=torch.float64)
+    return sparse, masks, (*weights, *factors)[0].new_empty(len(weights), dtype=torch.float64)
 
 
 def _fake_elimination_orders(
     weights: Sequence[Tensor], inverses: Sequence[Tensor], block_sizes: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
     _check_one_device(*weights, *inverses)
+    _check_dimensions(3, *weights)
+    if 0 in block_sizes:
+        raise RuntimeError("block_size must be at least 1, got 0")
     losses = [
         weight.new_empty(*weight.shape[:2], weight.shape[2] // size)
         for weight, size in zip(weights, block_sizes, strict=True)
@@ -360,6 +380,8 @@ def _fake_render_views(
     colours: Tensor,
 ) -> Tensor:
     _check_one_device(image, row_starts, row_weights, column_starts, column_weights, colours)
+    _check_dimensions(3, image, row_weights, column_weights)
+    _check_dimensions(2, colours)
     return image.new_empty(colours.shape[0], 3, row_weights.shape[2], column_weights.shape[2])
 
 

@@ -72,7 +72,7 @@ class SparsityPlan(ReadOnlyMappings):
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InvalidInputError(f"cannot read the sparsity plan {os.fspath(path)!r}: {error}") from error
         is_plan = isinstance(content, dict) and set(content) <= {"targets", "default", "tuning"}
         if not is_plan or not isinstance(content.get("targets", {}), dict):
@@ -172,7 +172,10 @@ def check_sparsity(value: object, what: str) -> float:
     """`value` as a float within 0..1, or InvalidInputError that begins with `what`."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidInputError(f"{what} must be a number within 0..1, got {value!r}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # of a whole number
+        value = math.inf
     if not 0 <= value <= 1:  # also catches NaN
         hint = f"; did you mean {value / 100:g}?" if math.isfinite(value) and 2 <= value <= 100 else ""
         raise InvalidInputError(f"{what} must lie within 0 (dense) and 1 (all pruned), got {value!r}{hint}")

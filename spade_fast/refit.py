@@ -17,7 +17,8 @@ def refit_kept(
     """The weights on `mask` that minimize tr((W - Q) H (W - Q)^T) (SparseGPT section 3.1).
 
     With K the kept and P the pruned columns of a row and G = H^-1, the optimum is q_K = w_K + H_KK^-1 H_KP w_P, or just
-    as well q_K = w_K - G_KP G_PP^-1 w_P: each row takes the smaller system.
+    as well q_K = w_K - G_KP G_PP^-1 w_P: each row takes the smaller system. The error of the second grows with the
+    condition of H. Where it leaves a larger residual than a stable solution may have, the row takes the first.
 
     Parameters
     ----------
@@ -39,14 +40,24 @@ def refit_kept(
     """
     solve_subsets = ops.solve_subsets if native and weight.device.type == "cpu" else _solve_subsets
     sparse = weight.masked_fill(~mask, 0)
-    few_kept = mask.sum(2, keepdim=True) * 2 <= mask.shape[2]
-    sparse += solve_subsets(hessian, mask & few_kept, (weight - sparse) @ hessian)
-    if not few_kept.all():
+    direct = mask.sum(2, keepdim=True) * 2 <= mask.shape[2]
+    if not direct.all():
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(hessian).L) if inverse is None else inverse
-        change = solve_subsets(inverse, ~mask & ~few_kept, weight) @ inverse
-        sparse -= change.masked_fill(~mask | few_kept, 0)
+        change = solve_subsets(inverse, ~mask & ~direct, weight) @ inverse
+        refitted = sparse - change.masked_fill(~mask | direct, 0)
+        direct |= ~_is_solved(weight, refitted, hessian, mask)
+        sparse = sparse.where(direct, refitted)
+    sparse += solve_subsets(hessian, mask & direct, (weight - sparse) @ hessian)
     change = weight - sparse
     return sparse, ((change @ hessian) * change).sum() / 2
+
+
+def _is_solved(weight: Tensor, sparse: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+    """Whether ((W - Q) H)_K of a row is rounding, [G, r, 1]: what a stable solution of each equation may leave."""
+    scale = hessian.diagonal(dim1=1, dim2=2).sqrt()[:, None]  # no unit of an input hides the others
+    size = scale * ((weight.abs() + sparse.abs()) * scale).sum(2, keepdim=True)
+    limit = hessian.shape[1] * torch.finfo(hessian.dtype).eps * size
+    return ((((weight - sparse) @ hessian).abs() <= limit) | ~mask).all(2, keepdim=True)
 
 
 def _solve_subsets(matrix: Tensor, subsets: Tensor, right_sides: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ _LAPACK_TEST_RATIO = 30.0
 # Where the damping that was asked for does not do even in float64, it is raised from here, tenfold each time.
 _SMALLEST_RAISED_DAMPING = 1e-6
 _LARGEST_DAMPING = 1.0
+# Largest entries of a Hessian between which no sum and no inverse of float64 leaves its range.
+_UNIT_RANGE = 1e-300, 1e300
 # Multiply-adds that eliminating a layer takes, from which on a CPU is said to take long.
 _LONG_ELIMINATION = 3e14
 # Side of the tiles in which a CPU compares mirrored entries: they fit its cache.
@@ -154,7 +156,8 @@ def solve(
     refit
         Give the kept weights of each row their least-squares optimum under the mask, which stays as it is, as the exact
         solver always does. Otherwise a weight makes up only for those pruned before it, column by column. Costs n^3 / 6
-        multiply-adds in float64 a row, n being the smaller of its counts of kept and pruned weights.
+        multiply-adds in float64 a row, n being the smaller of its counts of kept and pruned weights, or that of kept
+        ones where the Hessian is so close to singular that the smaller system is not accurate.
     backend
         "auto" (native, or with a warning the reference), "native" or "reference".
 
@@ -642,7 +645,7 @@ def _factor_harder(
         (matrix,) = factor_each([hessian.double()], harder)
         if matrix is not None:
             return Factor(matrix, harder, fallback)
-    raise InvalidInputError(_NO_FACTOR)
+    raise _no_factor(hessian)
 
 
 def _eliminate_harder(
@@ -661,13 +664,21 @@ def _eliminate_harder(
         eliminated = eliminate_layers([weight] * len(blocks), [inverse] * len(blocks), [*blocks.values()], native)
         if not any(each.failed for each in eliminated):
             return Factor(inverse, harder, fallback), dict(zip(blocks, eliminated, strict=True))
-    raise InvalidInputError(_NO_FACTOR)
+    raise _no_factor(layer.hessian)
 
 
-_NO_FACTOR = (
-    f"the Hessian has no Cholesky factor, even in float64 and with damping up to {_LARGEST_DAMPING:g}: it is not "
-    "positive semidefinite, so it is no sum of x x^T; build it with spade_fast.hessian"
-)
+def _no_factor(hessian: Tensor) -> InvalidInputError:
+    """What to tell of a Hessian that has no factor at any damping."""
+    largest = largest_entry(hessian).item()
+    if not _UNIT_RANGE[0] < largest < _UNIT_RANGE[1]:
+        return InvalidInputError(
+            f"the Hessian's largest entry is {largest:.1e}, which is too close to the limits of float64 to factor it: "
+            "give the inputs of the layer another unit"
+        )
+    return InvalidInputError(
+        f"the Hessian has no Cholesky factor, even in float64 and with damping up to {_LARGEST_DAMPING:g}: it is not "
+        "positive semidefinite, so it is no sum of x x^T; build it with spade_fast.hessian"
+    )
 
 
 def _harder(damping: float, in_float64: bool) -> Iterator[tuple[float, Fallback]]:
@@ -761,7 +772,8 @@ def _without_coupling(hessian: Tensor, dead: Tensor) -> Tensor:
     diagonal = alone.diagonal(dim1=1, dim2=2)
     # Any positive number would do. This one leaves the mean, so the damping, as it is without dead inputs, whatever
     # the unit of the inputs (the published procedure puts 1 there).
-    mean = diagonal.sum(1, keepdim=True) / (~dead).sum(1, keepdim=True).clamp(min=1)
+    count = (~dead).sum(1, keepdim=True).clamp(min=1)
+    mean = (diagonal / count).sum(1, keepdim=True)  # a sum of large entries would overflow
     diagonal.copy_(torch.where(dead, torch.where(mean > 0, mean, 1), diagonal))
     return alone
 

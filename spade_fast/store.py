@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spade_fast.errors import InvalidInputError, require
@@ -148,8 +149,8 @@ def image_bytes(
     """The content of an image's file."""
     header, tensors = trace.to_tensors()
     held = {f"{_TRACE}{name}": tensor for name, tensor in tensors.items()}
-    held |= {f"{_DENSE}{method}": heat.contiguous() for method, heat in dense.items()}
-    held |= {f"{_SPADE}{method}": heat.contiguous() for method, heat in spade.items()}
+    held |= {f"{_DENSE}{method}": heat.clone(memory_format=torch.contiguous_format) for method, heat in dense.items()}
+    held |= {f"{_SPADE}{method}": heat.clone(memory_format=torch.contiguous_format) for method, heat in spade.items()}
     return tensor_bytes(_KEY, {**record, "trace": header}, held)
 
 

@@ -6,11 +6,12 @@ import contextlib
 import copy
 import math
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -264,7 +265,12 @@ class Trace(ReadOnlyMappings):
             weight = torch.zeros(shape, dtype=kept.dtype)
             weight[mask] = kept
             layers[name] = LayerTrace(weight.to(device), mask.to(device), **{key: report[key] for key in _REPORTED})
-        return cls(layers, header["dense"], header["settings"])
+            if not _is_sound(layers[name]):
+                raise ValueError(f"the report of layer {name!r} holds other values than a trace's")
+        dense, settings = dict(header["dense"]), dict(header["settings"])
+        if not all(isinstance(reason, str) for reason in dense.values()):
+            raise ValueError("the layers left dense have no reasons")
+        return cls(layers, dense, settings)
 
     def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
         """For each layer, the module that owns its weight and the sparse parameter to put there."""
@@ -301,11 +307,22 @@ class Trace(ReadOnlyMappings):
 
 def unpacked_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The mask of that shape in bytes of :meth:`Trace.to_tensors`; ValueError if there are too few, or too many."""
+    if not all(type(side) is int and 0 <= side < 2**31 for side in shape):
+        raise ValueError(f"{shape!r} is no shape")
     count = math.prod(shape)
     bits = np.unpackbits(packed.numpy())
-    if packed.dim() != 1 or min(shape) < 0 or len(packed) != -(-count // 8) or bits[count:].any():
+    if packed.dim() != 1 or len(packed) != -(-count // 8) or bits[count:].any():
         raise ValueError(f"a mask of {len(bits)} bits is not one of {list(shape)} weights")
     return torch.from_numpy(bits[:count]).view(torch.bool).reshape(tuple(shape))
+
+
+def _is_sound(layer: LayerTrace) -> bool:
+    """Whether a layer's report holds the values that it could."""
+    numbers = (layer.requested_sparsity, layer.loss, layer.damping)
+    are_numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    # Compared as they are, since a whole number may be too large to be converted.
+    in_range = are_numbers and all(0 <= number <= sys.float_info.max for number in numbers)
+    return in_range and layer.requested_sparsity <= 1 and layer.fallback in (None, *get_args(Fallback))
 
 
 _applying_lock = threading.Lock()

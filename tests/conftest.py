@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from types import ModuleType
 from typing import Any
+
+import torch
+
+# Operators built apart from the package, by CMake under sanitizers, take the place of its own.
+if "SPADE_FAST_LIBRARY" in os.environ:
+    torch.ops.load_library(os.environ["SPADE_FAST_LIBRARY"])
+    sys.modules["spade_fast._C"] = ModuleType("spade_fast._C")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

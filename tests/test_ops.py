@@ -106,6 +106,12 @@ def test_stride_1_keeps_thirteen_products_and_strips():
     assert ops.conv2d_sums_shape((64, 56, 56), ops.Geometry((3, 3), padding=(1, 1))) == [1, 9 + 4 * 3 + 8, 64, 64]
 
 
+@pytest.mark.parametrize("channels", [2**10, 2**24, 2**31 - 1])
+def test_the_form_of_sums_is_chosen_alike_for_any_number_of_channels(channels):
+    geometry = ops.Geometry((64, 64), padding=(64, 64))
+    assert ops.conv2d_sums_shape((channels, 1, 1), geometry) == [1, 1, channels, channels]
+
+
 @pytest.mark.parametrize("columns", [1, 7, 513, 1100])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_linear_inputs_are_a_1x1_convolution(columns, transposed):
@@ -309,6 +315,28 @@ def test_a_tensor_without_values_among_others_is_refused(call):
     here = torch.eye(4)[None]
     with pytest.raises(RuntimeError, match="all tensors must be on one device, got cpu and meta"):
         call(here, here.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("factor_hessian", [torch.ones(3, 3), 0.01], r"must have 3 dimensions, got shapes \[3, 3\]"),
+        ("prune_columns", [torch.ones(3), torch.ones(3), 0.5, 1, False], "must have 3 dimensions"),
+        ("prune_columns", [torch.ones(1, 2, 3), None, 0.5, 1, False], "a tensor is missing"),
+        ("prune_layers", [[torch.ones(2)], [torch.ones(2)], [0.5], [1], False], "must have 3 dimensions"),
+        ("elimination_orders", [[torch.ones(1, 2, 3)], [torch.ones(1, 3, 3)], [0]], "block_size must be at least 1"),
+        ("conv2d_gram", [torch.ones(1, 3, 3), [3, 5, 5], *ops.Geometry(groups=0)], "groups = 0 must divide"),
+        ("conv2d_gram", [torch.ones(1, 3, 3), [3], *ops.Geometry()], "size must be"),
+        ("solve_subsets", [torch.ones(1, 3, 3), None, torch.ones(1, 1, 3)], "a tensor is missing"),
+    ],
+)
+def test_tensors_without_values_of_no_shape_are_refused(name, arguments, message):
+    def on_meta(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    arguments = [[*map(on_meta, each)] if isinstance(each, list) else on_meta(each) for each in arguments]
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.spade_fast, name)(*arguments)
 
 
 # Column pruning by hand

@@ -45,6 +45,8 @@ def test_json_round_trip(tmp_path):
         ("{", "cannot read the sparsity plan"),
         ('{"targets": {"fc": 1.5}}', r"plan\.json.*'fc' must lie within"),
         ('{"targets": {"fc": NaN}}', "got nan"),
+        (f'{{"default": {10**400}}}', "default sparsity must lie within .* got inf"),
+        ("[" * 100_000, "cannot read the sparsity plan"),
     ],
 )
 def test_bad_json_names_the_file(tmp_path, text, message):

@@ -422,6 +422,24 @@ def test_refitting_is_done_in_float64_whatever_the_weights():
     assert half.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("solver_name", ["fast", "exact"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("like", [1, 2])
+def test_refitting_is_backward_stable_close_to_a_singular_hessian(solver_name, backend, sparsity, like):
+    # Every second input is nearly another one, or every third the sum of two: a condition of 1e13.
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(24, 72, generator=generator, dtype=torch.float64)
+    inputs[like :: like + 1] = sum(inputs[i :: like + 1] for i in range(like)) + 1e-6 * inputs[like :: like + 1]
+    weight, hessian = torch.randn(6, 24, generator=generator, dtype=torch.float64), inputs @ inputs.T
+    settings = {"solver": solver_name, "backend": backend, "refit": True}
+    solution = sf.solve(weight, hessian, sparsity, damping=0, **settings)
+    assert (solution.damping, solution.fallback) == (0, None)
+    residual = ((weight - solution.weight) @ hessian)[solution.mask].abs().max()
+    size = hessian.abs().amax() * (weight.abs() + solution.weight.abs()).sum(1).amax()
+    assert residual <= 24 * torch.finfo(torch.float64).eps * size
+
+
 def test_pruned_weights_are_plain_zeros_when_refitted():
     solution = sf.solve(-torch.ones(2, 4), torch.eye(4), 1, refit=True)
     assert torch.equal(solution.weight.view(torch.int32), torch.zeros(2, 4, dtype=torch.int32))
@@ -469,6 +487,28 @@ def test_an_input_whose_square_underflows_is_dead(refit):
     assert hessian[2].any()
     solution = sf.solve(torch.randn(4, 5), hessian, 0.5, refit=refit)
     assert not solution.weight[:, 2].any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"refit": True}, {"solver": "exact"}, {"backend": "reference"}])
+def test_dead_inputs_beside_the_largest_that_float32_holds(settings):
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(20, 60), torch.randn(6, 20)
+    inputs[3] = 0
+    hessian = inputs @ inputs.T
+    plain = sf.solve(weight, hessian, 0.5, **settings)
+    scaled = sf.solve(weight, hessian * 2.0 ** (127 - hessian.max().log2().ceil().item()), 0.5, **settings)
+    assert not scaled.mask[:, 3].any()
+    assert torch.equal(scaled.mask, plain.mask)
+    torch.testing.assert_close(scaled.weight, plain.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver_name", ["fast", "exact"])
+@pytest.mark.parametrize("unit", [1e308, 1e-312])
+def test_units_at_the_limits_of_float64_are_refused_as_such(solver_name, unit):
+    inputs = torch.randn(20, 60, dtype=torch.float64)
+    hessian = inputs @ inputs.T
+    with pytest.raises(sf.InvalidInputError, match="largest entry is .* too close to the limits of float64"):
+        sf.solve(torch.randn(6, 20).double(), hessian / hessian.max() * unit, 0.5, solver=solver_name)
 
 
 def test_many_layers_are_solved_as_one_by_one():

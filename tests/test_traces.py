@@ -17,7 +17,7 @@ from test_tracer import SETTINGS, assert_same_bits, assert_unchanged, network, p
 from torch import Tensor, nn
 
 import spade_fast as sf
-from spade_fast.files import write_tensors
+from spade_fast.files import digest, write_tensors
 from spade_fast.models import evaluation_mode
 
 
@@ -326,7 +326,27 @@ def test_bad_files_are_refused_by_name(tmp_path, trace):
     def omit_mask() -> None:
         save_file({key: value for key, value in tensors.items() if key != "9.mask"}, path, metadata=metadata)
 
+    def report(**values: object) -> None:
+        header = json.loads(metadata["spade_fast_trace"])
+        del header["sha256"]
+        for key, value in values.items():
+            (header["layers"]["9"] if key in header["layers"]["9"] else header)[key] = value
+        header["sha256"] = digest(tensors, header)
+        save_file(tensors, path, metadata={"spade_fast_trace": json.dumps(header)})
+
+    report()
+    assert_same_bits(sf.Trace.load(path), trace)
     damage = {
+        "a loss that is none": lambda: report(loss=None),
+        "a loss that no float holds": lambda: report(loss=10**400),
+        "a loss below zero": lambda: report(loss=-1.0),
+        "a sparsity that is none": lambda: report(requested_sparsity="half"),
+        "a sparsity above one": lambda: report(requested_sparsity=1.5),
+        "a damping that is none": lambda: report(damping=True),
+        "an unknown fallback": lambda: report(fallback="float16"),
+        "reasons that are none": lambda: report(dense={"0": 1}),
+        "settings that are none": lambda: report(settings=[1]),
+        "too deep": lambda: save_file(tensors, path, metadata={"spade_fast_trace": "[" * 100_000}),
         "truncated": lambda: path.write_bytes(whole[: len(whole) // 2]),
         "cut in the header": lambda: path.write_bytes(whole[:20]),
         "empty": lambda: path.write_bytes(b""),
@@ -343,6 +363,7 @@ def test_bad_files_are_refused_by_name(tmp_path, trace):
         "a mask too long": another(lambda _, held: held.update({"9.mask": torch.cat([held["9.mask"]] * 2)})),
         "another shape": another(lambda header, _: header["layers"]["9"].update(shape=[3, 5])),
         "no shape": another(lambda header, _: header["layers"]["9"].update(shape=None)),
+        "a side too long": another(lambda header, _: header["layers"]["9"].update(shape=[0, 10**30])),
         "negative shape": another(lambda header, _: header["layers"]["9"].update(shape=[-1, -1])),
         "no target": another(lambda header, _: header["layers"]["9"].pop("requested_sparsity")),
         "missing": path.unlink,
