@@ -255,7 +255,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"format {found['format']!r}, this version reads {_FORMAT}")
         if not isinstance(found["settings"], dict) or not isinstance(found["environment"], dict):
             raise ValueError("its settings or environment are no object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInputError(
             f"cannot read {os.fspath(file)!r} ({type(error).__name__}: {error}): restore it, or choose another folder"
         ) from error

@@ -212,6 +212,7 @@ def test_a_file_of_another_image_is_not_taken_for_this_one(store: sf.Store) -> N
     ("content", "message"),
     [
         ("", "cannot read '.*manifest.json'"),
+        ("[" * 100_000, "cannot read '.*manifest.json'"),
         ("[]", "cannot read '.*manifest.json'"),
         ('{"format": 7}', "format 7, this version reads 1"),
         ('{"format": 1, "settings": 3, "environment": {}}', "no object"),
