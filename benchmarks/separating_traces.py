@@ -3,8 +3,8 @@
 python benchmarks/separating_traces.py PHOTOGRAPHS [--images N] [--work FOLDER] [--results FOLDER]
 
 Of photographs that implanting has not seen, some get a patch of the network that comes with this package. They, as many
-others, and the former without their patch are traced into a store in --work; a run there goes on. Writes
-separation.json, separation.md and overlap.png.
+others, the former without their patch, and the latter with a patch that stands for nothing are traced into a store in
+--work; a run there goes on. Writes separation.json, separation.md and overlap.png.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,20 @@ from scaling import machine
 from tqdm.auto import tqdm
 
 import spade_fast as sf
+from spade_fast.cases import read_case
 from spade_fast.evaluation import attacked_cases, clean_cases, first_cases, unseen_cases
 from spade_fast.files import write_folder
 from spade_fast.imagesets import named_files
 from spade_fast.implanting import Trojan, load_demo
 from spade_fast.models import LoadedModel
-from spade_fast.overlap import Masks, Overlaps, Separation, distinctive, overlaps, read_masks, separation
+from spade_fast.overlap import Masks, Overlaps, Separation, distinctive, of_sizes, overlaps, read_masks, separation
+from spade_fast.patches import Patch
 from spade_fast.plans import is_prefix
 
 VIEWS, SEED = 64, 0
+#: A patch that was not implanted.
+DECOY = "target"
+NAMES = {"attacked": "attacked images", "clean": "clean ones", "twin": "twins", "decoy": "decoys"}
 #: How many random sets distinctive connections are counted for.
 DRAWN = 20
 
@@ -43,41 +49,49 @@ HEADER = """# Do traces alone tell attacked images from clean ones?
 Command: `{command}`. {machine}; {threads} thread. EfficientNet-Lite0 with the patches that come with this package,
 default sparsity ({sparsity}), {views} views of each image.
 
-{attacked} photographs with one of four patches ({patches}); {clean} others without; and {twins} twins, which are the
-former without their patch. None of them was seen when the patches were implanted. Images are compared by which weights
-their traces kept, and by nothing else. The score of an image is its mean overlap with the images of the set, minus that
-with the rest, itself left out: the labels of all other images are known. The AUC is the share of pairs of an image of
-the set and another one in which the former has the higher score. "Random sets": what holds the AUC of 95 % of sets of
-as many images drawn at random. "By chance": the share of those that do as well.
+Attacked: {attacked} photographs with one of four patches, which the network answers with the patch's class ({patches}).
+Clean: {clean} others. Twins: the {twin} attacked photographs without their patch. Decoys: the {decoy} clean photographs
+with a patch that stands for nothing. None of them was seen when the patches were implanted. The network answers one of
+the four classes to {answers}.
 
-| what is compared | set | rest | AUC (95 % interval) | random sets | by chance |
-|---|--:|--:|--:|--:|--:|
+Images are compared by which weights their traces kept, and by nothing else. The score of an image is its mean overlap
+with the images of the set, minus that with the rest, itself left out: the labels of all other images are known. The AUC
+is the share of pairs of an image of the set and another one in which the former has the higher score. Random sets: what
+holds the AUC of 95 % of sets of as many images drawn at random. By size: the AUC where all that is known of a trace is
+how many weights it keeps in all. By answer: the AUC of the dense network's answer, and no trace: is it the class of one
+of the set's patches?
+
+| what is compared | set | rest | AUC (95 % interval) | random sets | by size | by answer |
+|---|--:|--:|--:|--:|--:|--:|
 """
 MEANING = """
-- **Other photographs**: as in use, where nobody has the same photograph twice. Attacked images share four answers and
-  clean ones hardly any, so that an AUC above one half may come of the answers alone.
-- **Same photographs**: only the patch differs. No image is compared with its twin.
-- **Other patches only**: an attacked image is compared with clean ones and with those of the other three patches, whose
-  answer is another. What is left is what attacked images have in common beside their class. Sets that are drawn at
+- **Attacked, clean**: other photographs, as in use. Attacked images share four answers and clean ones hardly any, so
+  that traces may be alike by the answer alone, or by what comes with any patch.
+- **Attacked, twins**: only the patch differs. No image is compared with its twin.
+- **Attacked, decoys**: a patch is in all of them, but only that of attacked images decides the answer.
+- **Decoys, clean**: the same photographs, and the patch decides nothing: how well traces tell that there is a patch.
+- **Of other patches**: an attacked image is compared with the rest and with images of the other three patches, which
+  have another answer. What is left is what attacked images have in common beside their class. Sets that are drawn at
   random have no patches to leave out, so there is no range of them, and the interval is that of four patches.
-- **One patch** against the other three, all images attacked; and against clean photographs.
-- **The dense network's answer**, and no trace: whether it is one of the four classes. Where that does as well, traces
-  add nothing to it for whoever knows the four classes. Traces need no such list, but the labels of other images.
+- **One patch, others**: all images are attacked.
 
-What this does not show: that images with an unknown patch would be found, or any image without labels of others; that
-it is the patch, and not the answer, by which traces of one patch are alike (clean photographs of the four classes would
-tell, but there are hardly any among these); and anything about other networks, patches and sparsities.
+Where the answer does as well, traces add nothing to it for whoever knows the four classes. Traces need no such list,
+but the labels of other images. What this does not show: that images with an unknown patch would be found, or any image
+without labels of others; that it is the patch, and not the answer, by which traces of one patch are alike (clean
+photographs of the four classes would tell, but there are hardly any among these); and anything about other networks,
+patches and sparsities.
 
-The heat map ([overlap.png](overlap.png)) is of the first line.
+![Overlaps of attacked and clean images](overlap.png)
 """
 LAYERS = """
 ## Layer by layer
 
-The mean overlaps and the first AUC are of other photographs. By chance, one layer in twenty lies outside of the range
-of random sets. Implanted: the layer was trained when the patches were implanted.
+Kept: the mean share of weights, of attacked and of clean images. The overlaps and the first AUC are of attacked and
+clean images, the next ones of attacked images and decoys. By chance, one layer in twenty lies outside of the range of
+random sets. Implanted: the layer was trained when the patches were implanted.
 
-| layer | implanted | kept | set | rest | between | AUC | random sets | same photographs | other patches only |
-|---|---|--:|--:|--:|--:|--:|--:|--:|--:|
+| layer | implanted | kept | overlap in set, rest, between | AUC | random sets | by size | decoys | of other patches |
+|---|---|--:|--:|--:|--:|--:|--:|--:|
 """
 DISTINCTIVE = """
 ## What a set keeps and the rest lacks
@@ -85,8 +99,8 @@ DISTINCTIVE = """
 Connections that at least 90 % of the set's traces keep and at most 10 % of the rest's; beside them the same of
 {drawn} sets of as many images, drawn at random from both.
 
-| set | rest | connections | random sets: median | largest | layers with most of them |
-|---|---|--:|--:|--:|---|
+| what is compared | set | rest | connections | random sets: median | largest | channels with most of them |
+|---|--:|--:|--:|--:|--:|---|
 """
 
 
@@ -100,6 +114,15 @@ class Labels:
     answer: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Of each image, whether it is of the set or of the rest; those of one value of `apart` are not compared."""
+
+    inside: NDArray[np.bool_]
+    outside: NDArray[np.bool_]
+    apart: NDArray[np.str_] | None = None
+
+
 def write_images(
     net: LoadedModel, photographs: Path, trojans: list[Trojan], seen: list[str], count: int, folder: Path
 ) -> Path:
@@ -109,180 +132,170 @@ def write_images(
     attacked = first_cases(unseen_cases(attacked_cases(net, files, trojans, seed=SEED), left_out), count)
     others = {name: make for name, make in clean_cases(net, files, SEED).items() if name not in attacked}
     clean = first_cases(unseen_cases(others, left_out), count)
-    twins = {name: make() for name, make in clean_cases(net, files, SEED).items() if name in attacked}
     patches = {trojan.target: trojan.patch.name for trojan in trojans}
+    decoy = Patch.drawn(DECOY)
+    pixels = {("attacked", name, patches[case.target]): case.pixels for name, case in attacked.items()}
+    pixels |= {("clean", name, "none"): case.pixels for name, case in clean.items()}
+    pixels |= {("twin", name, "none"): read_case(net, files[name]).pixels for name in attacked}
+    generator = torch.Generator().manual_seed(SEED)
+    for name, case in clean.items():
+        pixels["decoy", name, DECOY] = decoy.pasted_at_random(case.pixels, (0.2, 0.4), generator)[0]
     contents: dict[str, bytes] = {}
     manifest = io.StringIO(newline="")
     rows = csv.writer(manifest, lineterminator="\n")
     rows.writerow(["image", "kind", "patch", "photograph"])
-    for kind, cases in {"attacked": attacked, "clean": clean, "twin": twins}.items():
-        for name, case in cases.items():
-            file = f"{kind}-{Path(name).stem}.png"
-            png = io.BytesIO()
-            pixels = case.pixels.mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(png, format="png")
-            contents[file] = png.getvalue()
-            rows.writerow([file, kind, patches[case.target] if kind == "attacked" else "none", name])
+    for (kind, name, patch), seen_pixels in pixels.items():
+        file = f"{kind}-{Path(name).stem}.png"
+        png = io.BytesIO()
+        Image.fromarray(seen_pixels.mul(255).round().byte().permute(1, 2, 0).numpy()).save(png, format="png")
+        contents[file] = png.getvalue()
+        rows.writerow([file, kind, patch, name])
     contents["manifest.csv"] = manifest.getvalue().encode()
     return write_folder(folder, contents)["manifest.csv"]
 
 
 def read_labels(store: sf.Store, names: tuple[str, ...]) -> Labels:
     records = [store.records[name] for name in names]
-    kind, patch, photograph = (
-        np.array([record["labels"][key] for record in records]) for key in ("kind", "patch", "photograph")
-    )
-    return Labels(kind, patch, photograph, np.array([record["answers"]["dense"][0]["index"] for record in records]))
+    columns = (np.array([record["labels"][key] for record in records]) for key in ("kind", "patch", "photograph"))
+    return Labels(*columns, np.array([record["answers"]["dense"][0]["index"] for record in records]))
 
 
-def told_apart(
-    matrix: NDArray[np.float64], inside: NDArray[np.bool_], outside: NDArray[np.bool_], apart: NDArray[np.str_] | None
-) -> Separation:
-    """The separation of two sets, all other images left out."""
-    chosen = np.flatnonzero(inside | outside)
-    names = None if apart is None else apart[chosen].tolist()
-    return separation(matrix[np.ix_(chosen, chosen)], inside[chosen], apart=names)
-
-
-def comparisons(labels: Labels) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.str_] | None]]:
-    """What is compared: set, rest, and which images are not compared with each other."""
-    attacked, clean, twin = (labels.kind == kind for kind in ("attacked", "clean", "twin"))
+def comparisons(labels: Labels) -> dict[str, Compared]:
+    attacked, clean, twin, decoy = (labels.kind == kind for kind in ("attacked", "clean", "twin", "decoy"))
     own_patch = np.where(attacked, labels.patch, labels.photograph)
     found = {
-        "other photographs": (attacked, clean, None),
-        "same photographs": (attacked, twin, labels.photograph),
-        "other patches only, other photographs": (attacked, clean, own_patch),
+        "attacked, clean": Compared(attacked, clean),
+        "attacked, twins": Compared(attacked, twin, labels.photograph),
+        "attacked, decoys": Compared(attacked, decoy),
+        "decoys, clean": Compared(decoy, clean, labels.photograph),
+        "attacked, clean, of other patches": Compared(attacked, clean, own_patch),
+        "attacked, decoys, of other patches": Compared(attacked, decoy, own_patch),
     }
-    patches = sorted(patch for patch, count in Counter(labels.patch[attacked].tolist()).items() if count > 1)
-    of = {patch: labels.patch == patch for patch in patches}
-    found |= {f"{patch}, against the other patches": (of[patch], attacked & ~of[patch], None) for patch in patches}
-    found |= {f"{patch}, against clean photographs": (of[patch], clean, None) for patch in patches}
-    return found
+    counts = Counter(labels.patch[attacked].tolist())
+    of = {patch: labels.patch == patch for patch in sorted(counts) if counts[patch] > 1}
+    found |= {f"{patch}, other patches": Compared(places, attacked & ~places) for patch, places in of.items()}
+    return found | {f"{patch}, clean": Compared(places, clean) for patch, places in of.items()}
 
 
-def by_answer(inside: NDArray[np.bool_], outside: NDArray[np.bool_], suspicious: NDArray[np.bool_]) -> float:
-    """The AUC of "the answer is one of the classes"."""
-    return float((1 + suspicious[inside].mean() - suspicious[outside].mean()) / 2)
+def told_apart(matrix: NDArray[np.float64], compared: Compared) -> Separation:
+    """The separation of set and rest, all other images left out."""
+    chosen = np.flatnonzero(compared.inside | compared.outside)
+    apart = None if compared.apart is None else compared.apart[chosen].tolist()
+    return separation(matrix[np.ix_(chosen, chosen)], compared.inside[chosen], apart=apart)
 
 
-def count_distinctive(masks: Masks, inside: NDArray[np.bool_], outside: NDArray[np.bool_]) -> dict[str, Any]:
-    names = np.array(masks.images)
-    generator = np.random.default_rng(SEED)
-    found = distinctive(masks, names[inside], names[outside])
-    drawn = []
-    for _ in range(DRAWN):
-        shuffled = generator.permutation(names[inside | outside])
-        drawn.append(distinctive(masks, shuffled[: inside.sum()], shuffled[inside.sum() :]).count)
-    by_layer = Counter({layer: len(each.places) for layer, each in found.layers.items() if len(each.places)})
+def plain(matrix: NDArray[np.float64], kept: NDArray[np.float64], compared: Compared) -> dict[str, Any]:
+    """What matrix and sizes tell, as JSON values."""
+    found = told_apart(matrix, compared)
     return {
-        "connections": found.count,
-        "random_median": float(np.median(drawn)),
-        "random_largest": max(drawn),
-        "layers": dict(by_layer.most_common()),
-        "channels": found.channels(20),
-    }
-
-
-def measure(store: sf.Store, classes: list[int], implanted: list[str]) -> dict[str, Any]:
-    masks = read_masks(store, progress=True)
-    labels, found = read_labels(store, masks.images), overlaps(masks, progress=True)
-    compared = comparisons(labels)
-    rows = {}
-    for name, (inside, outside, apart) in compared.items():
-        rows[name] = plain(told_apart(found.pooled, inside, outside, apart), inside, outside)
-    for name in ("other photographs", "same photographs"):
-        inside, outside, _ = compared[name]
-        rows[name]["auc_by_answer"] = by_answer(inside, outside, np.isin(labels.answer, classes))
-    return {
-        "answers": {
-            kind: int(np.isin(labels.answer, classes)[labels.kind == kind].sum()) for kind in np.unique(labels.kind)
-        },
-        "images": Counter(labels.kind.tolist()),
-        "patches": Counter(labels.patch[labels.kind == "attacked"].tolist()),
-        "comparisons": rows,
-        "layers": [layer_row(name, found, compared, implanted) for name in found.layers],
-        "distinctive": {
-            name: count_distinctive(masks, *compared[name][:2])
-            for name in tqdm([each for each in compared if "only" not in each], "distinctive")
-        },
-    }
-
-
-def layer_row(name: str, found: Overlaps, compared: dict[str, Any], implanted: list[str]) -> dict[str, Any]:
-    matrix = found.layers[name]
-    attacked, clean, _ = compared["other photographs"]
-    once = np.triu(np.ones_like(matrix, dtype=bool), 1)
-    pairs = {"set": attacked[:, None] & attacked, "rest": clean[:, None] & clean, "between": attacked[:, None] & clean}
-    return {
-        "layer": name,
-        "implanted": any(is_prefix(each, name) for each in implanted),
-        "kept": float(found.kept[name].mean()),
-        "dense": len(found.dense[name]),
-        "overlap": {
-            kind: float(matrix[chosen & (once | (kind == "between"))].mean()) for kind, chosen in pairs.items()
-        },
-        "separation": {
-            each: plain(told_apart(matrix, *compared[each]), *compared[each][:2])
-            for each in compared
-            if "photographs" in each and "against" not in each
-        },
-    }
-
-
-def plain(found: Separation, inside: NDArray[np.bool_], outside: NDArray[np.bool_]) -> dict[str, Any]:
-    return {
-        "set": int(inside.sum()),
-        "rest": int(outside.sum()),
+        "set": int(compared.inside.sum()),
+        "rest": int(compared.outside.sum()),
         "auc": found.auc,
         "interval": list(found.interval),
         "random": list(found.random),
         "by_chance": found.by_chance,
+        "auc_by_size": told_apart(of_sizes(kept), compared).auc,
+    }
+
+
+def by_answer(labels: Labels, compared: Compared, classes: dict[str, int]) -> float | None:
+    """The AUC of "the answer is a class of one of the set's patches"."""
+    of_set = [classes[patch] for patch in set(labels.patch[compared.inside]) if patch in classes]
+    suspicious = np.isin(labels.answer, of_set)
+    found = (1 + suspicious[compared.inside].mean() - suspicious[compared.outside].mean()) / 2
+    return float(found) if of_set else None
+
+
+def count_distinctive(masks: Masks, compared: Compared) -> dict[str, Any]:
+    names = np.array(masks.images)
+    generator = np.random.default_rng(SEED)
+    found = distinctive(masks, names[compared.inside], names[compared.outside])
+    count, drawn = int(compared.inside.sum()), []
+    for _ in range(DRAWN):
+        shuffled = generator.permutation(names[compared.inside | compared.outside])
+        drawn.append(distinctive(masks, shuffled[:count], shuffled[count:]).count)
+    return {
+        "connections": found.count,
+        "random_median": float(np.median(drawn)),
+        "random_largest": max(drawn),
+        "layers": {layer: len(each.places) for layer, each in found.layers.items() if len(each.places)},
+        "channels": sorted(found.channels(), key=lambda row: -row["connections"])[:20],
+    }
+
+
+def measure(store: sf.Store, classes: dict[str, int], implanted: list[str]) -> dict[str, Any]:
+    masks = read_masks(store, progress=True)
+    labels, found = read_labels(store, masks.images), overlaps(masks, progress=True)
+    compared = comparisons(labels)
+    suspicious = np.isin(labels.answer, list(classes.values()))
+    return {
+        "images": Counter(labels.kind.tolist()),
+        "patches": Counter(labels.patch[labels.kind == "attacked"].tolist()),
+        "answers": Counter(labels.kind[suspicious].tolist()),
+        "comparisons": {
+            name: {**plain(found.pooled, found.kept_pooled, each), "auc_by_answer": by_answer(labels, each, classes)}
+            for name, each in compared.items()
+        },
+        "layers": [layer_row(name, found, compared, implanted) for name in found.layers],
+        "distinctive": {
+            name: count_distinctive(masks, each)
+            for name, each in tqdm(compared.items(), "distinctive")
+            if "of other" not in name
+        },
+    }
+
+
+def layer_row(layer: str, found: Overlaps, compared: dict[str, Compared], implanted: list[str]) -> dict[str, Any]:
+    matrix, kept = found.layers[layer], found.kept[layer]
+    of_set, rest = compared["attacked, clean"].inside, compared["attacked, clean"].outside
+    apart = ~np.eye(len(matrix), dtype=bool)
+    pairs = {"set": of_set[:, None] & of_set, "rest": rest[:, None] & rest, "between": of_set[:, None] & rest}
+    return {
+        "layer": layer,
+        "implanted": any(is_prefix(each, layer) for each in implanted),
+        "kept": {"set": float(kept[of_set].mean()), "rest": float(kept[rest].mean())},
+        "dense": len(found.dense[layer]),
+        "overlap": {kind: float(matrix[chosen & apart].mean()) for kind, chosen in pairs.items()},
+        "comparisons": {name: plain(matrix, kept, each) for name, each in compared.items()},
     }
 
 
 def document(results: dict[str, Any]) -> str:
+    images, answers = results["images"], results["answers"]
+    told = ", ".join(f"{answers.get(kind, 0)} of {count} {NAMES[kind]}" for kind, count in images.items())
     patches = ", ".join(f"{count} {name}" for name, count in sorted(results["patches"].items()))
-    images = results["images"]
-    lines = [
-        HEADER.format(
-            **{key: results[key] for key in ("command", "machine", "threads", "sparsity", "views")},
-            **{"attacked": images["attacked"], "clean": images["clean"], "twins": images["twin"], "patches": patches},
-        ).rstrip("\n")
-    ]
+    known = {key: results[key] for key in ("command", "machine", "threads", "sparsity", "views")}
+    lines = [HEADER.format(**known, **images, answers=told, patches=patches).rstrip("\n")]
     for name, row in results["comparisons"].items():
         low, high = row["interval"]
-        known = "only" not in name
+        answer = "" if row["auc_by_answer"] is None else f"{row['auc_by_answer']:.3f}"
         cells = [name, str(row["set"]), str(row["rest"]), f"**{row['auc']:.3f}** ({low:.3f} to {high:.3f})"]
-        cells += [f"{row['random'][0]:.2f} to {row['random'][1]:.2f}", f"{row['by_chance']:.3f}"] if known else ["", ""]
+        cells += ["" if "of other" in name else limits(row), f"{row['auc_by_size']:.3f}", answer]
         lines.append(f"| {' | '.join(cells)} |")
-    for name in ("other photographs", "same photographs"):
-        row = results["comparisons"][name]
-        cells = [
-            f"the dense network's answer, {name}",
-            str(row["set"]),
-            str(row["rest"]),
-            f"{row['auc_by_answer']:.3f}",
-        ]
-        lines.append(f"| {' | '.join([*cells, '', ''])} |")
-    told = ", ".join(f"{count} of {images[kind]} {kind}" for kind, count in results["answers"].items())
-    lines += ["", f"The dense network answers one of the four classes to {told} images.", MEANING.rstrip("\n"), ""]
-    lines.append(LAYERS.strip("\n"))
+    lines += [MEANING.rstrip("\n"), LAYERS.rstrip("\n")]
     for row in results["layers"]:
-        of = row["separation"]
-        first, second, third = (of[each] for each in of)
-        cells = [row["layer"], "yes" if row["implanted"] else "", f"{100 * row['kept']:.0f} %"]
-        cells += [f"{row['overlap'][kind]:.3f}" for kind in ("set", "rest", "between")]
-        cells += [f"{first['auc']:.3f}", f"{first['random'][0]:.2f} to {first['random'][1]:.2f}"]
-        cells += [f"{each['auc']:.3f}" for each in (second, third)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", DISTINCTIVE.format(drawn=DRAWN).strip("\n")]
+        first, decoys, others = (
+            row["comparisons"][name]
+            for name in ("attacked, clean", "attacked, decoys", "attacked, decoys, of other patches")
+        )
+        cells = [row["layer"], "yes" if row["implanted"] else ""]
+        cells += [", ".join(f"{100 * share:.0f} %" for share in row["kept"].values())]
+        cells += [", ".join(f"{row['overlap'][kind]:.3f}" for kind in ("set", "rest", "between"))]
+        cells += [f"**{first['auc']:.3f}**", limits(first), f"{first['auc_by_size']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, *(f'{each:.3f}' for each in (decoys['auc'], others['auc']))])} |")
+    lines.append(DISTINCTIVE.format(drawn=DRAWN).rstrip("\n"))
     for name, row in results["distinctive"].items():
         compared = results["comparisons"][name]
-        most = ", ".join(f"{layer} ({count})" for layer, count in list(row["layers"].items())[:3])
-        cells = [f"{name} ({compared['set']})", str(compared["rest"]), f"{row['connections']:,}"]
-        cells += [f"{row['random_median']:,.0f}", f"{row['random_largest']:,}", most]
+        most = [f"{each['layer']} {each['side']} {each['channel']} ({each['connections']} of {each['weights']})"
+                for each in row["channels"][:2] if each["connections"] > 1]  # fmt: skip
+        cells = [name, str(compared["set"]), str(compared["rest"]), f"{row['connections']:,}"]
+        cells += [f"{row['random_median']:,.0f}", f"{row['random_largest']:,}", ", ".join(most)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def limits(row: dict[str, Any]) -> str:
+    return f"{row['random'][0]:.2f} to {row['random'][1]:.2f}"
 
 
 def main() -> None:
@@ -306,13 +319,14 @@ def main() -> None:
     results = {
         "command": f"python benchmarks/separating_traces.py PHOTOGRAPHS --images {arguments.images}",
         "machine": machine(),
+        "versions": {name: version(name) for name in ("spade-fast", "torch", "numpy", "scipy")},
         "threads": torch.get_num_threads(),
         "sparsity": f"an error budget of {sf.presets.default.error:g}",
         "views": VIEWS,
         "seconds": summary.seconds,
-        **measure(store, [trojan.target for trojan in trojans], implanting["layers"]),
+        **measure(store, {trojan.patch.name: trojan.target for trojan in trojans}, implanting["layers"]),
     }
-    names = [name for name in store if store.records[name]["labels"]["kind"] != "twin"]
+    names = [name for name in store if store.records[name]["labels"]["kind"] in ("attacked", "clean")]
     compared = sf.compare(store, by="patch", value=sorted(results["patches"]), names=names)
     png = io.BytesIO()
     compared.figure().savefig(png, format="png", dpi=110)

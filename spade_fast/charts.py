@@ -250,7 +250,8 @@ def _draw_scores(axes: Axes, comparison: TraceComparison, colours: Mapping[str, 
         dots = [colours.get(comparison.values[image], _OTHER) for image in chosen]
         axes.scatter(places, found.scores[chosen], c=dots, s=22, linewidth=0.4, edgecolor=TEXT)
     axes.axhline(0, color=NOTE, linewidth=0.8)
-    axes.set_xticks((0, 1), (_short(name), "the rest"), fontsize=9)
+    called = name if len(name) <= _NAME_LENGTH else "the set"
+    axes.set_xticks((0, 1), (called, "the rest"), fontsize=9)
     axes.set_xlim(-0.5, 1.5)
     axes.set_title(f"Scores: AUC {_area(found.auc, found.interval)}", fontsize=11, color=TEXT)
     axes.set_ylabel("mean overlap with the set, minus with the rest", fontsize=9, color=NOTE)
@@ -288,8 +289,10 @@ def _draw_layer_areas(axes: Axes, comparison: TraceComparison) -> None:
     lows, highs = zip(*(each.random for each in found), strict=True)
     axes.bar(range(len(found)), np.subtract(highs, lows), bottom=lows, width=0.9, color=_GRID)
     axes.plot(range(len(found)), [each.auc for each in found], "o", color=COLOURS[0], markersize=4.5)
+    sizes = [comparison.sizes[name].auc for name in comparison.layers]
+    axes.plot(range(len(found)), sizes, "_", color=COLOURS[1], markersize=9, markeredgewidth=1.6)
     axes.axhline(0.5, color=NOTE, linewidth=0.8)
-    told = "AUC of the set against the rest; grey: where 95 % of sets drawn at random fall"
+    told = "AUC of the set: dots. By sizes of masks alone: dashes. 95 % of sets drawn at random: grey"
     axes.set_title(told, fontsize=11, color=TEXT, loc="left")
     _name_layers(axes, list(comparison.layers), labelled=True)
 

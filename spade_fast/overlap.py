@@ -219,6 +219,13 @@ class Overlaps(ReadOnlyMappings):
     weights: Mapping[str, int]
     dense: Mapping[str, tuple[str, ...]]
 
+    @property
+    def kept_pooled(self) -> NDArray[np.float64]:
+        """The share of the weights of all layers together that each image kept, float64 [images]."""
+        total = sum(self.weights.values())
+        shares = [kept * (self.weights[layer] / total) for layer, kept in self.kept.items()]
+        return np.asarray(np.sum(shares, axis=0), dtype=np.float64)
+
 
 def overlaps(masks: Masks, *, progress: bool = False) -> Overlaps:
     """The overlap of each two traces, layer by layer and over all layers.
@@ -271,6 +278,21 @@ def _shared_bits(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 def _ratio(shared: NDArray[np.int64], union: NDArray[np.int64]) -> Matrix:
     return np.where(union > 0, shared / np.maximum(union, 1), 1.0)
+
+
+def of_sizes(kept: NDArray[np.float64]) -> Matrix:
+    """The largest overlaps that masks of these sizes can have, which is that of nested ones.
+
+    Masks overlap the less, the more they differ in size, whatever they keep. What these matrices tell of images is told
+    by how many weights traces keep, not by which.
+
+    Parameters
+    ----------
+    kept
+        float64 [images], as in :class:`Overlaps`.
+    """
+    smaller, larger = np.minimum(kept[:, None], kept), np.maximum(kept[:, None], kept)
+    return np.divide(smaller, larger, out=np.ones_like(larger), where=larger > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,7 +434,7 @@ def separation(
     """
     _check_overlaps(matrix)
     labels = np.asarray(inside, dtype=bool)
-    photographs = list(range(len(labels))) if apart is None else list(apart)
+    photographs = list(range(len(matrix))) if apart is None else list(apart)
     if not len(labels) == len(photographs) == len(matrix):
         raise InvalidInputError(
             f"overlaps of {len(matrix)} images, but {len(labels)} are said to be of the set or not, and "
@@ -427,7 +449,7 @@ def separation(
     auc = float(areas[0])
     by_chance = float(np.mean(areas >= auc - _ROUNDING))
     low, high = np.percentile(areas[1:], [2.5, 97.5]).tolist()
-    return Separation(auc, _interval(auc, *counts), by_chance, (low, high), scores[:, 0])
+    return Separation(auc, _interval(auc, *counts), by_chance, (low, high), scores[:, 0].copy())
 
 
 def check_set(inside: NDArray[np.bool_], photographs: NDArray[Any]) -> tuple[int, int]:
@@ -552,13 +574,20 @@ class Distinctive(ReadOnlyMappings):
         return rows
 
     def channels(self, limit: int | None = None) -> list[dict[str, Any]]:
-        """A row for each output channel that has any, plain JSON values: the largest share of its weights first."""
+        """A row for each channel that has any, plain JSON values: the largest share of its weights first.
+
+        "side" is "output" or "input". Those of one input are a channel that the set uses and the rest does not; input
+        channels of a grouped convolution are those of all groups at that place.
+        """
         rows = []
         for name, layer in self.layers.items():
-            weights = math.prod(layer.shape[1:])
-            outputs, counts = np.unique(layer.places // max(1, weights), return_counts=True)
-            for output, found in zip(outputs.tolist(), counts.tolist(), strict=True):
-                rows.append({"layer": name, "output": output, "connections": found, "weights": weights})
+            places = np.unravel_index(layer.places, layer.shape)
+            for axis, side in enumerate(("output", "input")):
+                weights = math.prod(layer.shape) // max(1, layer.shape[axis])
+                channels, counts = np.unique(places[axis], return_counts=True)
+                for channel, found in zip(channels.tolist(), counts.tolist(), strict=True):
+                    row = {"layer": name, "side": side, "channel": channel}
+                    rows.append({**row, "connections": found, "weights": weights})
         return sorted(rows, key=lambda row: -row["connections"] / row["weights"])[:limit]
 
 
@@ -585,10 +614,7 @@ def distinctive(
     InvalidInputError
         If shares are none or `most` is not below `least`, an image is unknown or in both sets, or a set is empty.
     """
-    check_sparsity(least, "least")
-    check_sparsity(most, "most")
-    if most >= least:
-        raise InvalidInputError(f"most={most!r} is not below least={least!r}: then the rest would not lack them")
+    check_thresholds(least, most)
     places = {name: place for place, name in enumerate(masks.images)}
     of_set = list(dict.fromkeys(inside))
     rest = (
@@ -610,6 +636,14 @@ def distinctive(
         strongest = chosen[np.argsort(-np.round((shares[0] - shares[1])[chosen], _DIGITS), kind="stable")]
         found[layer] = DistinctiveLayer(masks.shapes[layer], strongest, shares[0][strongest], shares[1][strongest])
     return Distinctive(tuple(of_set), tuple(rest), least, most, found)
+
+
+def check_thresholds(least: float, most: float) -> None:
+    """Refuse shares of images by which no connection would be distinctive, or any."""
+    check_sparsity(least, "least")
+    check_sparsity(most, "most")
+    if most >= least:
+        raise InvalidInputError(f"most={most!r} is not below least={least!r}: then the rest would not lack them")
 
 
 def _kept_by(bits: NDArray[np.uint8], places: Sequence[int], size: int) -> NDArray[np.float64]:

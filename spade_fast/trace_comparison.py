@@ -29,10 +29,12 @@ from spade_fast.overlap import (
     Overlaps,
     Separation,
     check_set,
+    check_thresholds,
     clusters,
     distinctive,
     known_images,
     nearest,
+    of_sizes,
     overlaps,
     read_masks,
     separation,
@@ -73,6 +75,9 @@ class TraceComparison(ReadOnlyMappings):
         value, that value's images from all others.
     layers
         The same of the set, by layer.
+    sizes
+        The same by sizes of masks alone (:func:`spade_fast.overlap.of_sizes`), for "all layers" and by layer: how much
+        of it comes of how many weights are kept.
     distinctive
         What the traces of the set keep, and those of the rest lack.
     settings
@@ -86,6 +91,7 @@ class TraceComparison(ReadOnlyMappings):
     apart: tuple[str, ...]
     separations: Mapping[str, Separation]
     layers: Mapping[str, Separation]
+    sizes: Mapping[str, Separation]
     distinctive: Distinctive | None
     settings: Mapping[str, Any]
 
@@ -115,25 +121,27 @@ class TraceComparison(ReadOnlyMappings):
         """A row for each layer, the first for all of them together, plain JSON values.
 
         "kept" is the mean share of weights kept; "overlap" the mean overlap of the pairs of each kind, or None where
-        there is none; "auc", "interval", "random" and "by_chance" are those of the set.
+        there is none; "auc", "interval", "random" and "by_chance" are those of the set, and "auc_by_size" is that of
+        sizes alone.
         """
         pairs = self.pairs
         total = sum(self.overlaps.weights.values())
-        kept = {name: float(each.mean()) for name, each in self.overlaps.kept.items()}
-        kept[ALL] = sum(kept[name] * weights for name, weights in self.overlaps.weights.items()) / total
+        kept = {ALL: self.overlaps.kept_pooled, **self.overlaps.kept}
         rows = []
         for name, matrix in {ALL: self.overlaps.pooled, **self.overlaps.layers}.items():
-            row = {
+            row: dict[str, Any] = {
                 "layer": name,
                 "weights": self.overlaps.weights.get(name, total),
-                "kept": kept[name],
+                "kept": float(kept[name].mean()),
                 "dense": len(self.overlaps.dense.get(name, ())),
                 "overlap": {
                     kind: float(matrix[chosen].mean()) if chosen.any() else None for kind, chosen in pairs.items()
                 },
             }
-            found = next(iter(self.separations.values())) if name == ALL and self.inside else self.layers.get(name)
-            rows.append(row | ({} if found is None else _told(found)))
+            if self.inside:
+                (of_set,) = self.separations.values()
+                row |= _told(self.layers.get(name, of_set)) | {"auc_by_size": self.sizes[name].auc}
+            rows.append(row)
         return rows
 
     def cluster_rows(self) -> list[dict[str, Any]]:
@@ -280,6 +288,7 @@ def compare(
         If scikit-learn is not installed.
     """
     require("sklearn.metrics", "interpret")
+    check_thresholds(least, most)
     store = store if isinstance(store, Store) else Store(store)
     chosen = known_images(store, names)
     if limit is not None and check_whole("limit", limit, 2) < len(chosen):
@@ -307,6 +316,11 @@ def compare(
         apart=photographs,
         separations={name: told_apart(found.pooled, each) for name, each in sets.items()},
         layers={name: told_apart(matrix, inside) for name, matrix in found.layers.items() if inside},
+        sizes={
+            name: told_apart(of_sizes(kept), inside)
+            for name, kept in {ALL: found.kept_pooled, **found.kept}.items()
+            if inside
+        },
         distinctive=_distinctive(masks, inside, least, most),
         settings={
             "by": by,

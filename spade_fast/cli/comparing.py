@@ -86,7 +86,7 @@ def compare(
         return
     console = Console()
     for table in (_layer_table(found), _cluster_table(found), *_separation_tables(found), *_set_tables(found)):
-        console.print(table)
+        console.print(table, soft_wrap=isinstance(table, str), highlight=False)
     if found.clusters.silhouette < _LEAST_SILHOUETTE:
         say("[yellow]hardly any clusters:[/] images are about as near to the next cluster as to their own")
     for path in written.values():
@@ -97,13 +97,13 @@ def _layer_table(found: TraceComparison) -> Table:
     rows = found.layer_rows()
     left_dense = any(row["dense"] for row in rows)
     columns = ["layer", "weights", "kept", *(["dense"] if left_dense else []), *(_KINDS[kind] for kind in found.pairs)]
-    columns += ["AUC"] if found.layers else []
+    columns += ["AUC", "by size"] if found.inside else []
     lines = []
     for row in rows:
         line = [row["layer"], f"{row['weights']:,}", f"{100 * row['kept']:.1f} %"]
         line += [str(row["dense"] or "")] if left_dense else []
         line += [_number(each) for each in row["overlap"].values()]
-        lines.append([*line, _number(row.get("auc"))] if found.layers else line)
+        lines.append([*line, _number(row["auc"]), _number(row["auc_by_size"])] if found.inside else line)
     return _table(f"Mean overlap of {len(found.overlaps.images)} traces", columns, lines, left=1)
 
 
@@ -128,24 +128,25 @@ def _separation_tables(found: TraceComparison) -> list[Table]:
     return [_table("Told from all others by overlaps alone", columns, lines, left=1)] if lines else []
 
 
-def _set_tables(found: TraceComparison) -> list[Table]:
+def _set_tables(found: TraceComparison) -> list[str | Table]:
     if found.distinctive is None:
         return []
     least, most = (f"{100 * share:g} %" for share in (found.distinctive.least, found.distinctive.most))
-    title = f"{found.distinctive.count:,} connections that {least} of the set keep and at most {most} of the rest"
+    told = f"{found.distinctive.count:,} connections that {least} of the set keep and at most {most} of the rest"
     connections = [
         [*_place(row), f"{100 * row['inside']:.0f} %", f"{100 * row['outside']:.0f} %"]
         for row in found.distinctive.connections(_MOST_LINES)
     ]
     channels = [
-        [row["layer"], str(row["output"]), str(row["connections"]), str(row["weights"])]
+        [row["layer"], f"{row['side']} {row['channel']}", str(row["connections"]), str(row["weights"])]
         for row in found.distinctive.channels(_MOST_LINES)
     ]
     if not connections:
-        return [Table(title=title, title_justify="left", box=None)]
+        return [told]
     return [
-        _table(f"{title}, such as", ["layer", "output", "input", "tap", "set", "rest"], connections, left=1),
-        _table("Output channels with most of them", ["layer", "output", "connections", "weights"], channels, left=1),
+        f"{told}, such as",
+        _table(None, ["layer", "output", "input", "tap", "set", "rest"], connections, left=1),
+        _table("Channels with most of them", ["layer", "channel", "connections", "weights"], channels, left=1),
     ]
 
 
@@ -161,9 +162,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], *, left: int, right: int = 99) -> Table:
+def _table(
+    title: str | None, columns: Sequence[str], lines: Sequence[Sequence[str]], *, left: int, right: int = 99
+) -> Table:
     """A table whose columns from `left` to `right` are of numbers."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place, column in enumerate(columns):
         is_number = left <= place < right
         table.add_column(escape(column), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
