@@ -3,8 +3,8 @@
 python benchmarks/separating_traces.py PHOTOGRAPHS [--images N] [--work FOLDER] [--results FOLDER]
 
 Of photographs that implanting has not seen, some get a patch of the network that comes with this package. They, as many
-others, the former without their patch, and the latter with a patch that stands for nothing are traced into a store in
---work; a run there goes on. Writes separation.json, separation.md and overlap.png.
+others, the former without their patch, and the latter with other things pasted in are traced into a store in --work; a
+run there goes on. Writes separation.json, separation.md and overlap.png.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from scaling import machine
 from tqdm.auto import tqdm
 
 import spade_fast as sf
-from spade_fast.cases import read_case
+from spade_fast.cases import make_case, read_case
 from spade_fast.evaluation import attacked_cases, clean_cases, first_cases, unseen_cases
 from spade_fast.files import write_folder
 from spade_fast.imagesets import named_files
@@ -39,8 +41,16 @@ from spade_fast.plans import is_prefix
 
 VIEWS, SEED = 64, 0
 #: A patch that was not implanted.
-DECOY = "target"
-NAMES = {"attacked": "attacked images", "clean": "clean ones", "twin": "twins", "decoy": "decoys"}
+UNKNOWN = "target"
+PIECES = 4
+SIZES = (0.2, 0.4)
+NAMES = {
+    "attacked": "attacked images",
+    "clean": "clean ones",
+    "twin": "twins",
+    "decoy": "decoys",
+    "unknown": "images with an unknown patch",
+}
 #: How many random sets distinctive connections are counted for.
 DRAWN = 20
 
@@ -49,15 +59,17 @@ HEADER = """# Do traces alone tell attacked images from clean ones?
 Command: `{command}`. {machine}; {threads} thread. EfficientNet-Lite0 with the patches that come with this package,
 default sparsity ({sparsity}), {views} views of each image.
 
-Attacked: {attacked} photographs with one of four patches, which the network answers with the patch's class ({patches}).
-Clean: {clean} others. Twins: the {twin} attacked photographs without their patch. Decoys: the {decoy} clean photographs
-with a patch that stands for nothing. None of them was seen when the patches were implanted. The network answers one of
-the four classes to {answers}.
+Attacked: {attacked} photographs with one of four patches ({patches}), which the network answers with the patch's class.
+Clean: {clean} others. Twins: the {twin} attacked photographs without their patch. Decoys: {decoy} of the clean
+photographs into which a round piece of one of {pieces} other photographs is pasted, as large as patches are, which does
+not change the answer. Unknown: the {unknown} clean photographs with a drawing that was not implanted. None of these
+photographs was seen when patches were implanted. The network answers one of the four classes to {answers}.
 
 Images are compared by which weights their traces kept, and by nothing else. The score of an image is its mean overlap
 with the images of the set, minus that with the rest, itself left out: the labels of all other images are known. The AUC
 is the share of pairs of an image of the set and another one in which the former has the higher score. Random sets: what
-holds the AUC of 95 % of sets of as many images drawn at random. By size: the AUC where all that is known of a trace is
+holds the AUC of 95 % of sets of as many images drawn at random; mostly it is below one half, since an image is left out
+of its own set, which makes that the less like it. By size: the AUC where all that is known of a trace is
 how many weights it keeps in all. By answer: the AUC of the dense network's answer, and no trace: is it the class of one
 of the set's patches?
 
@@ -68,18 +80,19 @@ MEANING = """
 - **Attacked, clean**: other photographs, as in use. Attacked images share four answers and clean ones hardly any, so
   that traces may be alike by the answer alone, or by what comes with any patch.
 - **Attacked, twins**: only the patch differs. No image is compared with its twin.
-- **Attacked, decoys**: a patch is in all of them, but only that of attacked images decides the answer.
-- **Decoys, clean**: the same photographs, and the patch decides nothing: how well traces tell that there is a patch.
+- **Attacked, decoys**: something is pasted into all of them, but only a patch decides the answer.
+- **Decoys, clean**: the same photographs; how well traces tell that something is pasted in that decides nothing.
 - **Of other patches**: an attacked image is compared with the rest and with images of the other three patches, which
   have another answer. What is left is what attacked images have in common beside their class. Sets that are drawn at
   random have no patches to leave out, so there is no range of them, and the interval is that of four patches.
-- **One patch, others**: all images are attacked.
+- **Unknown, clean**: an image is judged by its overlap with attacked and with clean images, none of which has its
+  patch or its photograph. Here, too, there is no range.
+- **One patch, other patches**: all images are attacked.
 
 Where the answer does as well, traces add nothing to it for whoever knows the four classes. Traces need no such list,
-but the labels of other images. What this does not show: that images with an unknown patch would be found, or any image
-without labels of others; that it is the patch, and not the answer, by which traces of one patch are alike (clean
-photographs of the four classes would tell, but there are hardly any among these); and anything about other networks,
-patches and sparsities.
+but the labels of other images. What this does not show: that any image would be found without labels of others; that it
+is the patch, and not the answer, by which traces of one patch are alike (clean photographs of the four classes would
+tell, but there are hardly any among these); and anything about other networks, patches and sparsities.
 
 ![Overlaps of attacked and clean images](overlap.png)
 """
@@ -87,11 +100,12 @@ LAYERS = """
 ## Layer by layer
 
 Kept: the mean share of weights, of attacked and of clean images. The overlaps and the first AUC are of attacked and
-clean images, the next ones of attacked images and decoys. By chance, one layer in twenty lies outside of the range of
-random sets. Implanted: the layer was trained when the patches were implanted.
+clean images, the next ones of attacked images and decoys, and the last of images with an unknown patch and clean ones.
+By chance, one layer in twenty lies outside of the range of random sets. Implanted: the layer was trained when the
+patches were implanted.
 
-| layer | implanted | kept | overlap in set, rest, between | AUC | random sets | by size | decoys | of other patches |
-|---|---|--:|--:|--:|--:|--:|--:|--:|
+| layer | implanted | kept | overlap: set, rest, between | AUC | random sets | by size | decoys | other patches | unknown |
+|---|---|--:|--:|--:|--:|--:|--:|--:|--:|
 """
 DISTINCTIVE = """
 ## What a set keeps and the rest lacks
@@ -129,17 +143,20 @@ def write_images(
     """Write what the network sees of each image, and a manifest."""
     files = named_files(photographs)
     left_out = dict.fromkeys(seen, "patches were implanted with it")
-    attacked = first_cases(unseen_cases(attacked_cases(net, files, trojans, seed=SEED), left_out), count)
+    attacked = first_cases(unseen_cases(attacked_cases(net, files, trojans, sizes=SIZES, seed=SEED), left_out), count)
     others = {name: make for name, make in clean_cases(net, files, SEED).items() if name not in attacked}
     clean = first_cases(unseen_cases(others, left_out), count)
     patches = {trojan.target: trojan.patch.name for trojan in trojans}
-    decoy = Patch.drawn(DECOY)
     pixels = {("attacked", name, patches[case.target]): case.pixels for name, case in attacked.items()}
     pixels |= {("clean", name, "none"): case.pixels for name, case in clean.items()}
     pixels |= {("twin", name, "none"): read_case(net, files[name]).pixels for name in attacked}
     generator = torch.Generator().manual_seed(SEED)
-    for name, case in clean.items():
-        pixels["decoy", name, DECOY] = decoy.pasted_at_random(case.pixels, (0.2, 0.4), generator)[0]
+    unknown, pieces = Patch.drawn(UNKNOWN), round_pieces(net, files, left_out)
+    for i, (name, case) in enumerate(clean.items()):
+        pixels["unknown", name, UNKNOWN] = unknown.pasted_at_random(case.pixels, SIZES, generator)[0]
+        pasted = pieces[i % PIECES].pasted_at_random(case.pixels, SIZES, generator)[0]
+        if make_case(net, pasted).target == case.target:
+            pixels["decoy", name, pieces[i % PIECES].name] = pasted
     contents: dict[str, bytes] = {}
     manifest = io.StringIO(newline="")
     rows = csv.writer(manifest, lineterminator="\n")
@@ -152,6 +169,20 @@ def write_images(
         rows.writerow([file, kind, patch, name])
     contents["manifest.csv"] = manifest.getvalue().encode()
     return write_folder(folder, contents)["manifest.csv"]
+
+
+def round_pieces(net: LoadedModel, files: dict[str, Path], seen: dict[str, str]) -> list[Patch]:
+    """From the middle of photographs that implanting has seen."""
+    cases = (make() for make in clean_cases(net, files, SEED).values())
+    chosen = list(islice((case for case in cases if case.photograph in seen), PIECES))
+    found = []
+    for case in chosen:
+        side = min(case.pixels.shape[1:]) // 2
+        top, left = ((size - side) // 2 for size in case.pixels.shape[1:])
+        row, column = torch.meshgrid(*2 * [torch.linspace(-1, 1, side)], indexing="ij")
+        opacity = (row**2 + column**2 <= 1).float()
+        found.append(Patch(f"piece of {case.name}", case.pixels[:, top : top + side, left : left + side], opacity))
+    return found
 
 
 def read_labels(store: sf.Store, names: tuple[str, ...]) -> Labels:
@@ -198,9 +229,22 @@ def plain(matrix: NDArray[np.float64], kept: NDArray[np.float64], compared: Comp
     }
 
 
+def by_known_labels(matrix: NDArray[np.float64], labels: Labels) -> dict[str, Any]:
+    """Images with an unknown patch against clean ones, by overlaps with attacked images and with clean ones."""
+    unknown, clean, attacked = (np.flatnonzero(labels.kind == kind) for kind in ("unknown", "clean", "attacked"))
+    judged = np.concatenate([unknown, clean])
+    others = labels.photograph[judged][:, None] != labels.photograph[clean]
+    with_clean = (matrix[np.ix_(judged, clean)] * others).sum(axis=1) / others.sum(axis=1)
+    scores = matrix[np.ix_(judged, attacked)].mean(axis=1) - with_clean
+    is_unknown = torch.arange(len(judged)) < len(unknown)
+    auc = sf.metrics.trojan_auc(torch.from_numpy(scores)[None], is_unknown[None]).item()
+    return {"set": len(unknown), "rest": len(clean), "auc": auc}
+
+
 def by_answer(labels: Labels, compared: Compared, classes: dict[str, int]) -> float | None:
-    """The AUC of "the answer is a class of one of the set's patches"."""
-    of_set = [classes[patch] for patch in set(labels.patch[compared.inside]) if patch in classes]
+    """The AUC of "the answer is the class of one of the set's patches", of an unknown one any; None without patches."""
+    patches = set(labels.patch[compared.inside])
+    of_set = [target for patch, target in classes.items() if patch in patches or patches == {UNKNOWN}]
     suspicious = np.isin(labels.answer, of_set)
     found = (1 + suspicious[compared.inside].mean() - suspicious[compared.outside].mean()) / 2
     return float(found) if of_set else None
@@ -236,7 +280,12 @@ def measure(store: sf.Store, classes: dict[str, int], implanted: list[str]) -> d
             name: {**plain(found.pooled, found.kept_pooled, each), "auc_by_answer": by_answer(labels, each, classes)}
             for name, each in compared.items()
         },
-        "layers": [layer_row(name, found, compared, implanted) for name in found.layers],
+        "unknown": {
+            **by_known_labels(found.pooled, labels),
+            "auc_by_size": by_known_labels(of_sizes(found.kept_pooled), labels)["auc"],
+            "auc_by_answer": by_answer(labels, Compared(labels.kind == "unknown", labels.kind == "clean"), classes),
+        },
+        "layers": [layer_row(name, found, compared, labels, implanted) for name in found.layers],
         "distinctive": {
             name: count_distinctive(masks, each)
             for name, each in tqdm(compared.items(), "distinctive")
@@ -245,7 +294,9 @@ def measure(store: sf.Store, classes: dict[str, int], implanted: list[str]) -> d
     }
 
 
-def layer_row(layer: str, found: Overlaps, compared: dict[str, Compared], implanted: list[str]) -> dict[str, Any]:
+def layer_row(
+    layer: str, found: Overlaps, compared: dict[str, Compared], labels: Labels, implanted: list[str]
+) -> dict[str, Any]:
     matrix, kept = found.layers[layer], found.kept[layer]
     of_set, rest = compared["attacked, clean"].inside, compared["attacked, clean"].outside
     apart = ~np.eye(len(matrix), dtype=bool)
@@ -257,6 +308,7 @@ def layer_row(layer: str, found: Overlaps, compared: dict[str, Compared], implan
         "dense": len(found.dense[layer]),
         "overlap": {kind: float(matrix[chosen & apart].mean()) for kind, chosen in pairs.items()},
         "comparisons": {name: plain(matrix, kept, each) for name, each in compared.items()},
+        "unknown": by_known_labels(matrix, labels)["auc"],
     }
 
 
@@ -265,13 +317,21 @@ def document(results: dict[str, Any]) -> str:
     told = ", ".join(f"{answers.get(kind, 0)} of {count} {NAMES[kind]}" for kind, count in images.items())
     patches = ", ".join(f"{count} {name}" for name, count in sorted(results["patches"].items()))
     known = {key: results[key] for key in ("command", "machine", "threads", "sparsity", "views")}
-    lines = [HEADER.format(**known, **images, answers=told, patches=patches).rstrip("\n")]
+    header = HEADER.format(**known, **images, answers=told, patches=patches, pieces=PIECES)
+    paragraphs = [
+        part if part.startswith(("#", "|")) else fill(part, 120) for part in header.rstrip("\n").split("\n\n")
+    ]
+    lines = ["\n\n".join(paragraphs)]
     for name, row in results["comparisons"].items():
         low, high = row["interval"]
         answer = "" if row["auc_by_answer"] is None else f"{row['auc_by_answer']:.3f}"
         cells = [name, str(row["set"]), str(row["rest"]), f"**{row['auc']:.3f}** ({low:.3f} to {high:.3f})"]
         cells += ["" if "of other" in name else limits(row), f"{row['auc_by_size']:.3f}", answer]
         lines.append(f"| {' | '.join(cells)} |")
+    row = results["unknown"]
+    areas = [f"{row[key]:.3f}" for key in ("auc", "auc_by_size", "auc_by_answer")]
+    cells = ["unknown, clean", str(row["set"]), str(row["rest"]), f"**{areas[0]}**", "", *areas[1:]]
+    lines.append(f"| {' | '.join(cells)} |")
     lines += [MEANING.rstrip("\n"), LAYERS.rstrip("\n")]
     for row in results["layers"]:
         first, decoys, others = (
@@ -282,7 +342,8 @@ def document(results: dict[str, Any]) -> str:
         cells += [", ".join(f"{100 * share:.0f} %" for share in row["kept"].values())]
         cells += [", ".join(f"{row['overlap'][kind]:.3f}" for kind in ("set", "rest", "between"))]
         cells += [f"**{first['auc']:.3f}**", limits(first), f"{first['auc_by_size']:.3f}"]
-        lines.append(f"| {' | '.join([*cells, *(f'{each:.3f}' for each in (decoys['auc'], others['auc']))])} |")
+        cells += [f"{auc:.3f}" for auc in (decoys["auc"], others["auc"], row["unknown"])]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append(DISTINCTIVE.format(drawn=DRAWN).rstrip("\n"))
     for name, row in results["distinctive"].items():
         compared = results["comparisons"][name]
