@@ -100,11 +100,11 @@ LAYERS = """
 ## Layer by layer
 
 Kept: the mean share of weights, of attacked and of clean images. The overlaps and the first AUC are of attacked and
-clean images, the next ones of attacked images and decoys, and the last of images with an unknown patch and clean ones.
-By chance, one layer in twenty lies outside of the range of random sets. Implanted: the layer was trained when the
-patches were implanted.
+clean images, and so is that by size; the next ones are of attacked images and decoys, the latter of these by other
+patches only, and the last of images with an unknown patch and clean ones. By chance, one layer in twenty lies outside
+of the range of random sets. Implanted: the layer was trained when the patches were implanted.
 
-| layer | implanted | kept | overlap: set, rest, between | AUC | random sets | by size | decoys | other patches | unknown |
+| layer | implanted | kept | overlap in set, rest, between | AUC | random sets | size | decoys | others | unknown |
 |---|---|--:|--:|--:|--:|--:|--:|--:|--:|
 """
 DISTINCTIVE = """
