@@ -511,7 +511,7 @@ def _interval(auc: float, inside: int, outside: int) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class DistinctiveLayer:
-    """The connections of a layer that a set's traces keep and the others' lack, the most distinctive first.
+    """The connections of a layer that a set's traces keep and the others' lack, in the order of its weights.
 
     Attributes
     ----------
@@ -633,8 +633,7 @@ def distinctive(
         shares = [_kept_by(bits, [places[name] for name in names], size) for names in (of_set, rest)]
         # Shares are rounded: 0.7 * 10 images are no more than 7.
         chosen = np.flatnonzero((shares[0] >= least - _ROUNDING) & (shares[1] <= most + _ROUNDING))
-        strongest = chosen[np.argsort(-np.round((shares[0] - shares[1])[chosen], _DIGITS), kind="stable")]
-        found[layer] = DistinctiveLayer(masks.shapes[layer], strongest, shares[0][strongest], shares[1][strongest])
+        found[layer] = DistinctiveLayer(masks.shapes[layer], chosen, shares[0][chosen], shares[1][chosen])
     return Distinctive(tuple(of_set), tuple(rest), least, most, found)
 
 

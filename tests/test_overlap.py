@@ -125,6 +125,7 @@ def test_some_layers_only() -> None:
 def test_masks_of_a_store_are_those_of_its_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = random_masks(4, {"a": (5, 3, 3, 3), "b": (7, 5)})
     traces: dict[str, Trace | str] = {name: trace_with(each) for name, each in masks.items()}
+    traces["03"] = trace_with({"a": masks["03"]["a"]}, dense=["b"])
     made = store_of(tmp_path / "store", {**traces, "04": "it is no image"})
     opened = []
 
@@ -138,6 +139,7 @@ def test_masks_of_a_store_are_those_of_its_traces(tmp_path: Path, monkeypatch: p
     assert sorted(opened) == sorted(made.file_of(name).name for name in traces)
     expected = masks_of({name: trace for name, trace in traces.items() if isinstance(trace, Trace)})
     assert found.images == expected.images == ("00", "01", "02", "03")
+    assert dict(found.dense) == {"a": (), "b": (3,)}
     for layer, bits in expected.bits.items():
         np.testing.assert_array_equal(found.bits[layer], bits)
         np.testing.assert_array_equal(np.unpackbits(bits[2], count=bits[2].size * 8)[: found.weights(layer)],
@@ -165,6 +167,19 @@ def test_stores_that_cannot_be_compared(tmp_path: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(InvalidInputError, match=f"cannot read '.*{file.name}' as an image of a store.*checksum"):
+        read_masks(made)
+
+
+def test_a_mask_that_does_not_fit_its_layer(tmp_path: Path) -> None:
+    class Larger(Trace):
+        def to_tensors(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+            header, tensors = super().to_tensors()
+            header["layers"]["a"]["shape"] = [3, 3]
+            return header, tensors
+
+    good = trace_with({"a": [[1, 0]]})
+    made = store_of(tmp_path / "store", {"good": good, "bad": Larger(good.layers)})
+    with pytest.raises(InvalidInputError, match="cannot read '.*bad-.*'.* a mask of 8 bits is not one of .* weights"):
         read_masks(made)
 
 
@@ -373,6 +388,9 @@ def test_distinctive_connections_by_hand() -> None:
     ]
     assert found.count == 4
     assert found.connections(2) == found.connections()[:2]
+    np.testing.assert_array_equal(found.layers["conv"].places, [0, 2, 4, 7])
+    np.testing.assert_array_equal(found.layers["conv"].inside, [2 / 3, 1, 1, 1])
+    np.testing.assert_array_equal(found.layers["conv"].outside, [0, 0.5, 0, 0.5])
     assert len(found.layers["fc"].places) == 0
     assert found.channels() == [
         {"layer": "conv", "side": side, "channel": channel, "connections": 2, "weights": 4}
@@ -392,6 +410,20 @@ def test_distinctive_connections_by_hand() -> None:
         (0, 1, [0]),
         (1, 0, [0]),
     ]
+
+
+def test_the_most_distinctive_come_first_whatever_their_layer() -> None:
+    kept = {
+        "in 1": {"a": [[1, 1]], "b": [[1, 0, 1]]},
+        "in 2": {"a": [[1, 0]], "b": [[1, 1, 1]]},
+        "out 1": {"a": [[1, 0]], "b": [[0, 0, 1]]},
+        "out 2": {"a": [[0, 0]], "b": [[0, 0, 0]]},
+    }
+    masks = masks_of({name: trace_with(each) for name, each in kept.items()})
+    rows = distinctive(masks, ["in 1", "in 2"], least=0.5, most=0.49).connections()
+    assert [(row["layer"], row["input"]) for row in rows] == [("b", 0), ("a", 1), ("b", 1)]
+    rows = distinctive(masks, ["in 1", "in 2"], least=1, most=0.5).connections()
+    assert [(row["layer"], row["input"]) for row in rows] == [("b", 0), ("a", 0), ("b", 2)]
 
 
 def test_shares_are_of_whole_images() -> None:
@@ -418,7 +450,7 @@ def test_a_planted_subnetwork_is_found() -> None:
         masks_of({name: trace_with(each) for name, each in masks.items()}), [f"{i:02}" for i in range(12)]
     )
     for layer, places in planted.items():
-        np.testing.assert_array_equal(np.sort(found.layers[layer].places), np.flatnonzero(places))
+        np.testing.assert_array_equal(found.layers[layer].places, np.flatnonzero(places))
         assert (found.layers[layer].inside == 1).all()
         assert (found.layers[layer].outside == 0).all()
     by_channel = {(row["layer"], row["side"], row["channel"]): row["connections"] for row in found.channels()}

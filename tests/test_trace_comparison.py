@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from subjects import photographs, quarters, store_of, trace_with
 
 import spade_fast as sf
-from spade_fast import InvalidInputError, charts
+from spade_fast import InvalidInputError, charts, trace_comparison
 from spade_fast.overlap import distinctive, masks_of, of_sizes, overlaps, read_masks, separation
 
 pytest.importorskip("sklearn")
@@ -81,6 +81,15 @@ def test_rows_of_layers(store: sf.Store) -> None:
     assert {"interval", "random", "by_chance"} < conv.keys()
     assert whole["auc_by_size"] == separation(of_sizes(found.overlaps.kept_pooled), found.inside).auc
     assert conv["auc_by_size"] == separation(of_sizes(found.overlaps.kept["conv"]), found.inside).auc
+
+
+def test_rows_have_the_areas_of_their_layers(store: sf.Store) -> None:
+    found = sf.compare(store, by="kind", value="even")
+    rows = found.layer_rows()
+    assert [row["auc"] for row in rows] == [
+        separation(matrix, found.inside).auc for matrix in (found.overlaps.pooled, *found.overlaps.layers.values())
+    ]
+    assert len({row["auc"] for row in rows}) == 3
 
 
 def test_each_value_against_all_others(store: sf.Store) -> None:
@@ -175,6 +184,20 @@ def test_what_cannot_be_compared(store: sf.Store, tmp_path: Path) -> None:
             sf.compare(store, **arguments)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="is no store: it has no manifest.json"):
         sf.compare(tmp_path)
+
+
+def test_sets_are_refused_before_anything_is_read(store: sf.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("masks are read")
+
+    monkeypatch.setattr(trace_comparison, "read_masks", read)
+    for arguments, message in (
+        ({"by": "own", "value": "00.png"}, "of 1 photographs, and the rest of 11"),
+        ({"by": "own"}, "tells no set"),
+        ({"by": "kind", "value": "odd", "most": 0.9}, "most=0.9 is not below"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            sf.compare(store, **arguments)  # type: ignore[arg-type]
 
 
 def test_what_is_written(store: sf.Store, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -168,8 +168,8 @@ def _table(
     """A table whose columns from `left` to `right` are of numbers."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place, column in enumerate(columns):
-        is_number = left <= place < right
-        table.add_column(escape(column), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+        justify: Literal["left", "right"] = "right" if left <= place < right else "left"
+        table.add_column(escape(column), justify=justify, overflow="fold")
     for line in lines:
         table.add_row(*map(escape, line))
     return table
