@@ -108,7 +108,7 @@ class Store(Mapping[str, StoredImage]):
         """The masks of an image's trace, and the layers left dense: all that comparing traces needs, and sooner."""
         with read_tensors(self._traced(name), _KEY, _WHAT, _WRITER) as (header, tensors):
             held = {key.removeprefix(_TRACE): tensor for key, tensor in tensors.items() if key.startswith(_TRACE)}
-            return Trace.masks_from_tensors(header["trace"], held), header["trace"]["dense"]
+            return Trace.masks_from_tensors(header["trace"], held), dict(header["trace"]["dense"])
 
     def _traced(self, name: str) -> Path:
         """The file of an image that has a trace."""
