@@ -133,6 +133,7 @@ def _collected(
     bits: dict[str, NDArray[np.uint8]] = {}
     missing: dict[str, set[int]] = {}
     left_dense: list[frozenset[str]] = []
+    free, needed = free_memory(), 0
     for place, (name, masks, dense) in enumerate(traces):
         images.append(name)
         left_dense.append(frozenset(dense))
@@ -141,7 +142,8 @@ def _collected(
             if layers is not None and not any(is_prefix(key, layer) for key in layers):
                 continue
             if layer not in bits:
-                _check_memory(count * len(packed), layer)
+                needed += count * len(packed)
+                _check_memory(needed, free)
                 shapes[layer], bits[layer] = shape, np.empty((count, len(packed)), np.uint8)
                 missing[layer] = set(range(count))
             if shapes[layer] != shape:
@@ -182,12 +184,10 @@ def _merge(order: list[str], layers: Iterable[str]) -> None:
         place = order.index(layer)
 
 
-def _check_memory(needed: int, layer: str) -> None:
-    free = free_memory()
+def _check_memory(needed: int, free: int | None) -> None:
     if free is not None and needed > free:
         raise InvalidInputError(
-            f"the masks of layer {layer!r} take {needed >> 20} MiB, and {free >> 20} are free: compare fewer images or "
-            "fewer layers"
+            f"the masks take {needed >> 20} MiB or more, and {free >> 20} are free: compare fewer images, or layers"
         )
 
 
