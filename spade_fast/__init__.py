@@ -10,7 +10,7 @@
 
 from importlib.metadata import version
 
-from spade_fast import metrics, presets, reference
+from spade_fast import metrics, overlap, presets, reference
 from spade_fast.attribution import attribute
 from spade_fast.augmentation import Augmentation
 from spade_fast.checkpoints import load_checkpoint
@@ -29,6 +29,7 @@ from spade_fast.running import run
 from spade_fast.solver import Solution, solve
 from spade_fast.sparse_classifier import SparseFC, penultimate_features, sparse_fc
 from spade_fast.store import Store
+from spade_fast.trace_comparison import TraceComparison, compare
 from spade_fast.tracer import trace, trace_many
 from spade_fast.traces import LayerTrace, Trace
 from spade_fast.tuning import Tuning, tune
@@ -54,9 +55,11 @@ __all__ = [
     "SparsityPlan",
     "Store",
     "Trace",
+    "TraceComparison",
     "Tuning",
     "Visualization",
     "attribute",
+    "compare",
     "evaluate",
     "explain",
     "gallery",
@@ -65,6 +68,7 @@ __all__ = [
     "load_image",
     "load_model",
     "metrics",
+    "overlap",
     "penultimate_features",
     "prepare",
     "presets",

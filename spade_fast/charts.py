@@ -1,10 +1,13 @@
-"""Charts of evaluations and tunings, drawn on matplotlib's objects alone."""
+"""Charts of evaluations, tunings and comparisons of traces, drawn on matplotlib's objects alone."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from spade_fast.attribution import METHODS
 from spade_fast.comparison import MEAN, MOST_COLUMNS, TITLES, Comparison, Evaluation, Metric
@@ -14,11 +17,17 @@ from spade_fast.figures import NOTE, TEXT
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
+    from spade_fast.trace_comparison import TraceComparison
     from spade_fast.tuning import Tuning
 
 # Okabe and Ito's colours, which colour-blind people tell apart; in this order by lightness as well.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1a1a1a")
+_GRID, _OTHER = "#e9e9e9", "#c8c8c8"
+_HEAT = "magma_r"  # dark where overlaps are large; ordered by lightness
+# More images or values have no names beside them, and of more layers only some have.
+_MOST_NAMES, _MOST_LAYERS, _NAME_LENGTH = 48, 80, 28
 _WIDTH, _ROW, _HEAD = 5.2, 0.42, 1.5  # inches: of a panel, of a method, of titles and axis
 
 
@@ -139,6 +148,182 @@ def tuning_figure(tuning: Tuning) -> Figure:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     return figure
+
+
+def overlap_figure(comparison: TraceComparison) -> Figure:
+    """Draw a comparison of traces on one page.
+
+    On top a heat map of the overlaps over all layers, images in the order of the leaves of their clustering, with a
+    line around each cluster and, on the left, a colour for each image's value. Beside it the score of each image, or
+    the AUC of each value. Below, by layer, the mean overlap of the pairs of each kind, and how well it tells the set.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    """
+    columns, rows = ("HS" if comparison.separations else "HH"), ["LL", *(["AA"] if comparison.layers else [])]
+    figure = new_figure(12, 7.4 + 2.4 * len(rows))
+    panels = figure.subplot_mosaic(
+        "\n".join([columns, *rows]), width_ratios=(2.4, 1), height_ratios=(6.6, *(2.0 for _ in rows))
+    )
+    colours = _value_colours(comparison)
+    _draw_overlaps(figure, panels["H"], comparison, colours)
+    if comparison.inside:
+        _draw_scores(panels["S"], comparison, colours)
+    elif comparison.separations:
+        _draw_areas(panels["S"], comparison)
+    _draw_layers(panels["L"], comparison, labelled="A" not in panels)
+    if "A" in panels:
+        _draw_layer_areas(panels["A"], comparison)
+    return figure
+
+
+def _value_colours(comparison: TraceComparison) -> dict[str, str]:
+    """A colour for each value: with a set only for its values, and where there are too many for the most frequent."""
+    counts = Counter(
+        value for place, value in enumerate(comparison.values) if not comparison.inside or comparison.inside[place]
+    )
+    if len(counts) <= len(COLOURS):
+        return dict(zip(counts, COLOURS, strict=False))
+    return {value: colour for (value, _), colour in zip(counts.most_common(len(COLOURS)), COLOURS, strict=False)}
+
+
+def _draw_overlaps(figure: Figure, axes: Axes, comparison: TraceComparison, colours: Mapping[str, str]) -> None:
+    order = list(comparison.clusters.order)
+    matrix = comparison.overlaps.pooled[np.ix_(order, order)]
+    count = len(order)
+    apart = ~np.eye(count, dtype=bool)
+    low, high = np.percentile(matrix[apart], [1, 99])
+    shown = axes.imshow(
+        np.ma.array(matrix, mask=~apart), cmap=_HEAT, vmin=low, vmax=max(high, low + 1e-3), interpolation="nearest"
+    )
+    axes.set_facecolor(_GRID)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.02, extend="both")
+    bar.set_label("overlap of kept weights, intersection over union", fontsize=9, color=NOTE)
+    bar.outline.set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    start = 0
+    for end in range(1, count + 1):
+        if end == count or comparison.clusters.of[order[end]] != comparison.clusters.of[order[start]]:
+            corner, size = start - 0.5, end - start
+            axes.add_patch(_rectangle((corner, corner), size, size, fill=False, edgecolor=TEXT, linewidth=1.2))
+            start = end
+    label = "no clusters" if comparison.clusters.count == 1 else f"{comparison.clusters.count} clusters"
+    silhouette = comparison.clusters.silhouette
+    told = "" if math.isnan(silhouette) else f", silhouette {silhouette:.2f}"
+    axes.set_title(f"Overlap of the traces of {count} images, all layers: {label}{told}", fontsize=11, color=TEXT)
+    strip = axes.inset_axes((-0.035, 0, 0.025, 1))
+    strip.set_xticks([])
+    strip.set_yticks([])
+    strip.set_xlim(0, 1)
+    strip.set_ylim(count - 0.5, -0.5)
+    for place, image in enumerate(order):
+        colour = colours.get(comparison.values[image], _OTHER) if comparison.values else _OTHER
+        strip.add_patch(_rectangle((0, place - 0.5), 1, 1, facecolor=colour, linewidth=0))
+    for side in strip.spines.values():
+        side.set_visible(False)
+    if count <= _MOST_NAMES:
+        strip.set_yticks(range(count), [_short(comparison.overlaps.images[image]) for image in order], fontsize=6.5)
+        strip.tick_params(axis="y", length=0)
+    if comparison.values:
+        handles = [_rectangle((0, 0), 1, 1, facecolor=colour) for colour in colours.values()]
+        labels = [_short(value or "(none)") for value in colours]
+        if len(set(comparison.values)) > len(colours):
+            handles.append(_rectangle((0, 0), 1, 1, facecolor=_OTHER))
+            labels.append("the rest")
+        axes.legend(
+            handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, frameon=False, fontsize=9,
+            title=str(comparison.settings["by"]), title_fontsize=9,
+        )  # fmt: skip
+
+
+def _draw_scores(axes: Axes, comparison: TraceComparison, colours: Mapping[str, str]) -> None:
+    ((name, found),) = comparison.separations.items()
+    for place, of_set in enumerate((True, False)):
+        chosen = [image for image, inside in enumerate(comparison.inside) if inside == of_set]
+        # Spread evenly, whatever the order: by the golden ratio.
+        places = [place + 0.5 * ((i * 0.6180339887) % 1 - 0.5) for i in range(len(chosen))]
+        dots = [colours.get(comparison.values[image], _OTHER) for image in chosen]
+        axes.scatter(places, found.scores[chosen], c=dots, s=22, linewidth=0.4, edgecolor=TEXT)
+    axes.axhline(0, color=NOTE, linewidth=0.8)
+    called = name if len(name) <= _NAME_LENGTH else "the set"
+    axes.set_xticks((0, 1), (called, "the rest"), fontsize=9)
+    axes.set_xlim(-0.5, 1.5)
+    axes.set_title(f"Scores: AUC {_area(found.auc, found.interval)}", fontsize=11, color=TEXT)
+    axes.set_ylabel("mean overlap with the set, minus with the rest", fontsize=9, color=NOTE)
+    _plain(axes)
+
+
+def _draw_areas(axes: Axes, comparison: TraceComparison) -> None:
+    rows = list(comparison.separations.items())[:_MOST_NAMES]
+    for place, (_, found) in enumerate(rows):
+        axes.plot(found.random, (place, place), color=_OTHER, linewidth=7, solid_capstyle="butt")
+        axes.plot(found.interval, (place, place), color=COLOURS[0], linewidth=1.5)
+        axes.plot(found.auc, place, "o", color=COLOURS[0], markersize=5)
+    axes.axvline(0.5, color=NOTE, linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [_short(name or "(none)") for name, _ in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_title("Each value against all others", fontsize=11, color=TEXT)
+    axes.set_xlabel("AUC, with 95 % interval; grey: 95 % of random sets", fontsize=9, color=NOTE)
+    _plain(axes)
+
+
+def _draw_layers(axes: Axes, comparison: TraceComparison, *, labelled: bool) -> None:
+    rows = comparison.layer_rows()[1:]
+    names = {"inside": "within the set", "rest": "within the rest", "between": "between the two",
+             "same": "of one value", "different": "of two values", "all": "all pairs"}  # fmt: skip
+    for kind, colour, mark in zip(rows[0]["overlap"], (COLOURS[1], "#8a8a8a", COLOURS[0]), "osD", strict=False):
+        values = [math.nan if row["overlap"][kind] is None else row["overlap"][kind] for row in rows]
+        axes.plot(range(len(rows)), values, color=colour, marker=mark, markersize=3.5, linewidth=1, label=names[kind])
+    axes.set_title("Mean overlap, layer by layer", fontsize=11, color=TEXT, loc="left")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8.5)
+    _name_layers(axes, [row["layer"] for row in rows], labelled=labelled)
+
+
+def _draw_layer_areas(axes: Axes, comparison: TraceComparison) -> None:
+    found = list(comparison.layers.values())
+    lows, highs = zip(*(each.random for each in found), strict=True)
+    axes.bar(range(len(found)), np.subtract(highs, lows), bottom=lows, width=0.9, color=_GRID)
+    axes.plot(range(len(found)), [each.auc for each in found], "o", color=COLOURS[0], markersize=4.5)
+    sizes = [comparison.sizes[name].auc for name in comparison.layers]
+    axes.plot(range(len(found)), sizes, "_", color=COLOURS[1], markersize=9, markeredgewidth=1.6)
+    axes.axhline(0.5, color=NOTE, linewidth=0.8)
+    told = "AUC of the set: dots. By sizes of masks alone: dashes. 95 % of sets drawn at random: grey"
+    axes.set_title(told, fontsize=11, color=TEXT, loc="left")
+    _name_layers(axes, list(comparison.layers), labelled=True)
+
+
+def _name_layers(axes: Axes, names: Sequence[str], *, labelled: bool) -> None:
+    step = -(-len(names) // _MOST_LAYERS)
+    places = range(0, len(names), step)
+    axes.set_xticks(places, [names[place] for place in places] if labelled else ["" for _ in places], rotation=90)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_xlim(-0.7, len(names) - 0.3)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color=_GRID)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _area(auc: float, interval: tuple[float, float]) -> str:
+    return f"{auc:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"...{name[3 - _NAME_LENGTH :]}"
+
+
+def _rectangle(corner: tuple[float, float], width: float, height: float, **style: object) -> Rectangle:
+    found: Rectangle = require("matplotlib.patches", "interpret").Rectangle(corner, width, height, **style)
+    return found
 
 
 def _title(method: str) -> str:

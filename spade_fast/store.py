@@ -23,7 +23,7 @@ from spade_fast.errors import InvalidInputError, require
 from spade_fast.files import read_header, read_tensors, tensor_bytes, write_folder, write_whole
 from spade_fast.imagesets import ListedImage
 from spade_fast.readonly import ReadOnlyMappings
-from spade_fast.traces import Trace
+from spade_fast.traces import PackedMask, Trace
 
 MANIFEST, INDEX, IMAGES = "manifest.json", "index.parquet", "images"
 _KEY, _WHAT, _WRITER = "spade_fast_image", "an image of a store", "spade_fast.run"
@@ -102,11 +102,21 @@ class Store(Mapping[str, StoredImage]):
         return self.path / IMAGES / file_name(name)
 
     def __getitem__(self, name: str) -> StoredImage:
+        return read_image(self._traced(name))
+
+    def masks(self, name: str) -> tuple[dict[str, PackedMask], Mapping[str, str]]:
+        """The masks of an image's trace, and the layers left dense: all that comparing traces needs, and sooner."""
+        with read_tensors(self._traced(name), _KEY, _WHAT, _WRITER) as (header, tensors):
+            held = {key.removeprefix(_TRACE): tensor for key, tensor in tensors.items() if key.startswith(_TRACE)}
+            return Trace.masks_from_tensors(header["trace"], held), dict(header["trace"]["dense"])
+
+    def _traced(self, name: str) -> Path:
+        """The file of an image that has a trace."""
         if name not in self.records:
             raise KeyError(name)
         if name in self.refused:
             raise InvalidInputError(f"{name!r} has no trace: {self.refused[name]}")
-        return read_image(self.file_of(name))
+        return self.file_of(name)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.records if name not in self.refused)

@@ -11,10 +11,11 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spade_fast.errors import InvalidInputError
@@ -25,6 +26,13 @@ from spade_fast.solver import Fallback, Solution
 
 _METADATA_KEY = "spade_fast_trace"
 _REPORTED = ("requested_sparsity", "loss", "damping", "fallback")
+
+
+class PackedMask(NamedTuple):
+    """The mask of a layer: the shape of its weight, and uint8 [bytes], eight weights a byte in their order."""
+
+    shape: tuple[int, ...]
+    bits: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +193,13 @@ class Trace(ReadOnlyMappings):
             result[name] = (mine & theirs).count_nonzero().item() / union if union else 1.0
         return result
 
+    def masks(self) -> dict[str, PackedMask]:
+        """The masks of the pruned layers, by name, a bit for each weight."""
+        return {
+            name: PackedMask(tuple(layer.mask.shape), np.packbits(layer.mask.cpu().numpy()))
+            for name, layer in self.layers.items()
+        }
+
     def rows(self) -> list[dict[str, Any]]:
         """The report, a row for each pruned layer: plain JSON values."""
         return [
@@ -243,12 +258,11 @@ class Trace(ReadOnlyMappings):
 
         Of each layer the kept weights alone, in the order of the weights, and the mask, eight weights a byte.
         """
-        layers, tensors = {}, {}
+        layers, tensors, masks = {}, {}, self.masks()
         for name, layer in self.layers.items():
             layers[name] = {"shape": list(layer.weight.shape), **{key: getattr(layer, key) for key in _REPORTED}}
-            mask = layer.mask.cpu()
-            tensors[f"{name}.kept"] = layer.weight.detach().cpu()[mask]
-            tensors[f"{name}.mask"] = torch.from_numpy(np.packbits(mask.numpy()))
+            tensors[f"{name}.kept"] = layer.weight.detach().cpu()[layer.mask.cpu()]
+            tensors[f"{name}.mask"] = torch.from_numpy(masks[name].bits)
         return {"layers": layers, "dense": dict(self.dense), "settings": dict(self.settings)}, tensors
 
     @classmethod
@@ -271,6 +285,16 @@ class Trace(ReadOnlyMappings):
         if not all(isinstance(reason, str) for reason in dense.values()):
             raise ValueError("the layers left dense have no reasons")
         return cls(layers, dense, settings)
+
+    @staticmethod
+    def masks_from_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, PackedMask]:
+        """:meth:`masks` of the trace that :meth:`to_tensors` gave, without its weights; errors as of `from_tensors`."""
+        masks = {}
+        for name, report in header["layers"].items():
+            packed, shape = tensors[f"{name}.mask"], report["shape"]
+            unpacked_mask(packed, shape)
+            masks[name] = PackedMask(tuple(shape), packed.numpy())
+        return masks
 
     def _replacements(self, module: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
         """For each layer, the module that owns its weight and the sparse parameter to put there."""

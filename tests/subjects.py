@@ -1,16 +1,21 @@
-"""A small network that sees where an image is bright, and images to ask it about; what pruning a layer costs."""
+"""A small network that sees where an image is bright, and images to ask it about; what pruning a layer costs; masks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from spade_fast.imagesets import ListedImage
 from spade_fast.models import LoadedModel
 from spade_fast.preprocessing import Preprocess
+from spade_fast.store import Store, StoreWriter, image_bytes, question, refusal_bytes
+from spade_fast.traces import LayerTrace, Trace
 
 SIDE = 16
 
@@ -64,3 +69,37 @@ def objective(weight: Tensor, sparse: Tensor, hessian: Tensor) -> float:
     """tr((W - Q) H (W - Q)^T)."""
     change = (weight - sparse).double().reshape(hessian.shape[0], -1, hessian.shape[1])
     return torch.einsum("grd,gde,gre->", change, hessian.double(), change).item()
+
+
+def trace_with(masks: Mapping[str, Any], dense: Sequence[str] = ()) -> Trace:
+    """A trace that keeps what the masks, nested lists of 0 and 1, say; its weights are 1 and 0."""
+    layers = {}
+    for name, mask in masks.items():
+        kept = torch.as_tensor(np.asarray(mask), dtype=torch.bool)
+        layers[name] = LayerTrace(kept.float(), kept, 0.5, 0.0, 0.01)
+    return Trace(layers, dict.fromkeys(dense, "no sparsity is within the error budget"))
+
+
+def store_of(
+    folder: Path,
+    traces: Mapping[str, Trace | str],
+    labels: Mapping[str, Mapping[str, str]] | None = None,
+    answers: Mapping[str, tuple[int, str | None]] | None = None,
+) -> Store:
+    """A store of traces by name, or of reasons for refusing an image; the network's answers are what is explained."""
+    folder.mkdir()
+    writer = StoreWriter(folder, {"made": "by hand"}, {})
+    for name, trace in traces.items():
+        listed = ListedImage(name, folder / name, labels=(labels or {}).get(name, {}))
+        if isinstance(trace, str):
+            writer.put(listed, refusal_bytes(question(listed), trace))
+            continue
+        index, called = (answers or {}).get(name, (0, "a"))
+        record = {
+            **question(listed),
+            "target": index,
+            "target_name": called,
+            "answers": {"dense": [{"index": index, "name": called, "probability": 1.0}]},
+        }
+        writer.put(listed, image_bytes(record, trace, {}, {}))
+    return Store(folder)

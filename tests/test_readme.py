@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from subjects import store_of, trace_with
 
 from spade_fast.methods import METHODS, unregister_method
 
@@ -46,6 +47,21 @@ def test_blocks_about_attribution_run(tmp_path, monkeypatch, capsys):
     assert "LayerNorm normalises activations" in capsys.readouterr().out
     for made in ("out/explanation.png", "neuron/visualization.png", "smooth.png"):
         assert (tmp_path / made).stat().st_size > 10_000
+
+
+def test_block_about_comparing_runs(tmp_path, monkeypatch, capsys):
+    for module in ("sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "comparing.md").read_text(encoding="utf-8"), re.S)
+    traces = {f"{i}.png": trace_with({"fc": [[i < 3, i >= 3, i % 2]]}) for i in range(6)}
+    labels = {name: {"kind": "attacked" if name < "3" else "clean"} for name in traces}
+    store_of(tmp_path / "store", traces, labels)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "comparing.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "AUC 1.00, by sizes of masks alone 0." in printed
+    assert "fc input 0 1 of 1" in printed
+    assert (tmp_path / "comparison" / "overlap.png").stat().st_size > 10_000
 
 
 def test_blocks_about_faithfulness_run(tmp_path, monkeypatch, capsys):

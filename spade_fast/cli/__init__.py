@@ -1,4 +1,4 @@
-"""The command line: ``spade-fast explain | run | evaluate | tune | implant | demo | info``.
+"""The command line: ``spade-fast explain | run | compare | evaluate | tune | implant | demo | info``.
 
 Progress, warnings and refusals go to stderr, results to stdout. Exit codes: 0 done, 2 refused (wrong usage, or an
 input that cannot be used), 130 interrupted; an unexpected error shows its traceback and gives 1.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typer
 
+from spade_fast.cli.comparing import compare
 from spade_fast.cli.explaining import demo, explain
 from spade_fast.cli.implanting import implant
 from spade_fast.cli.information import info
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (explain, run, evaluate, tune, implant, demo, info):
+for command in (explain, run, compare, evaluate, tune, implant, demo, info):
     app.command()(command)
 
 
