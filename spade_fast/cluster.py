@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 # How often Ray gives an image to another actor when one has died, before it counts as failed.
 _RETRIES = 3
-# Seconds until it is said that there is no room.
+# Seconds until work begins with the workers that there are.
 _WAIT = 60.0
 # Seconds until a cluster must have answered.
 _PATIENCE_AT_DOOR = 20.0
@@ -84,6 +84,9 @@ class Actors:
             )
             actors = [remote.remote(self._on_gpu) for _ in range(min(self._count or room, room))]
             try:
+                ready = [actor.get_ready.remote(self._recipes) for actor in actors]
+                if not ray.wait(ready, num_returns=len(ready), timeout=_WAIT)[0]:
+                    warnings.warn("Ray has no room for a worker yet: waiting for it", stacklevel=2)
                 yield actors
             finally:
                 for actor in actors:
@@ -144,9 +147,7 @@ class Actors:
                 else:
                     yield found
             elif next_one is not None or any(task for _, task in running.values()):
-                answers, _ = ray.wait(list(running), timeout=_WAIT)
-                if not answers and not any(task for _, task in running.values()):
-                    warnings.warn("Ray has no room for a worker yet: waiting for it", stacklevel=2)
+                answers, _ = ray.wait(list(running))
                 for answer in answers:
                     actor, task = running.pop(answer)
                     idle.append(actor)
