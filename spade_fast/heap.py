@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 
 # Parameters of mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 # What glibc ends up with by itself where blocks of all sizes are freed; the number of blocks is its default.
 _AFTERWARDS = {_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26, _M_MMAP_MAX: 65536}
 _INSIDE = {_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0}
@@ -44,6 +44,17 @@ def kept_heap() -> Iterator[None]:
             _kept.discard(this)
             if not _kept:
                 _set_limits(_AFTERWARDS)
+
+
+def share_heap() -> None:
+    """From here on new threads take memory from the main thread's heap, which `kept_heap` keeps for them too.
+
+    Threads that work on images side by side otherwise page in every large block anew. For programs that are of this
+    package alone: glibc has no way back, and many threads that take small blocks would wait for each other. Where the
+    environment says how many heaps there are, nothing is done.
+    """
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _set_limits({_M_ARENA_MAX: 1})
 
 
 def _set_limits(limits: dict[int, int]) -> None:

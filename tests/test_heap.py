@@ -104,3 +104,25 @@ def test_limits_set_by_the_user_stay(name, value):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap is kept")
 def test_other_tunables_are_no_limits():
     assert run(DROPPED, GLIBC_TUNABLES="glibc.pthread.rseq=1")[3] > 0.9
+
+
+# The same in another thread, after `share_heap` if there is a second argument.
+IN_A_THREAD = """
+import sys, threading
+from spade_fast.heap import share_heap
+if len(sys.argv) > 2:
+    share_heap()
+thread = threading.Thread(target=lambda: exec(ROUNDS, globals()))
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap is shared")
+def test_threads_use_memory_again_where_they_share_the_heap():
+    program = f"ROUNDS = {ROUNDS!r}\n{IN_A_THREAD}"
+    (apart,), (shared,) = run(program, 192), run(program, 192, "share")
+    assert apart > 5  # all pages anew nearly each of ten times
+    assert shared < 1.5
+    (told,) = run(program, 192, "share", MALLOC_ARENA_MAX="8")  # the user's own choice counts
+    assert told > 5

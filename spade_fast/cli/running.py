@@ -88,6 +88,7 @@ def run(
 
     Started by torchrun (torchrun --nproc-per-node 2 -m spade_fast run ...), processes share the images.
     """
+    from spade_fast.heap import share_heap
     from spade_fast.imagesets import listed_images
     from spade_fast.running import run
 
@@ -102,6 +103,7 @@ def run(
     plan = read_sparsity(sparsity)
     require("pyarrow.parquet", "run")
     listed_images(images, root=root)  # is it a list of images?
+    share_heap()
     shared = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
     network = open_network(read_network(model, arch, checkpoint, num_classes), device)
     settings: dict[str, Any] = {
