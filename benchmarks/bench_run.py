@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 
 import spade_fast as sf
+from spade_fast.heap import share_heap
 from spade_fast.methods import DEFAULT_METHODS
 
 #: Photographs of a run, and methods.
 CASES = {"traces alone": (24, ()), "traces and maps by three methods": (8, DEFAULT_METHODS)}
 THREADS = torch.get_num_threads()
+share_heap()  # as `spade-fast run` does
 
 
 @pytest.fixture(scope="module")
