@@ -35,8 +35,8 @@ of 16, as the native variant does.
 RUN_HEADER = """# Many photographs
 
 Command: `make bench`. EfficientNet-Lite0, the default trace from 64 views. A run by each variant, from the files of the
-photographs to those of the store, after checking that all of one thread an image make the same bytes. Workers of Ray are
-started by each run, which takes as long for ten thousand photographs: the second column is without it, and so is the
+photographs to those of the store, after checking that all of one thread an image make the same bytes. Each run starts
+workers of Ray anew, which takes as long for ten thousand photographs: the second column is without it, and so is the
 third, the ratio to the first variant.
 """
 

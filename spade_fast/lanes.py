@@ -158,7 +158,7 @@ class Lanes:
         self._most = len(workers)
         self._stopped = False
         self._changed = threading.Condition()
-        self._running: dict[int, _Turn] = {}  # by thread
+        self._running: list[_Turn] = []
 
     def outcomes(self, images: Sequence[ListedImage]) -> Outcomes:
         """What becomes of the images, as they are done."""
@@ -188,7 +188,8 @@ class Lanes:
         while True:
             with self._turn() as turn:
                 try:
-                    return attempt(worker, task, halvings=halvings)
+                    with turn.open_to_interruption():
+                        return attempt(worker, task, halvings=halvings)
                 except torch.OutOfMemoryError:
                     alone = not self._let_fewer_run(turn)
             if alone:
@@ -199,20 +200,19 @@ class Lanes:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[_Turn]:
         """A turn, once fewer are running than may."""
-        thread = threading.get_ident()
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or len(self._running) < self._most)
             if self._stopped:
                 raise _Stopped
             turn = _Turn(self._most, shared=bool(self._running))
-            for other in self._running.values():
+            for other in self._running:
                 other.shared = True
-            self._running[thread] = turn
+            self._running.append(turn)
         try:
             yield turn
         finally:
             with self._changed:
-                del self._running[thread]
+                self._running.remove(turn)
                 self._changed.notify_all()
 
     def _let_fewer_run(self, turn: _Turn) -> bool:
@@ -228,16 +228,43 @@ class Lanes:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-            for thread in self._running:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_Stopped))
+            for turn in self._running:
+                turn.interrupt()
 
 
-@dataclass
 class _Turn:
-    """An image's turn to run."""
+    """An image's turn to run.
 
-    most: int  # how many might run when it began
-    shared: bool  # whether another ran meanwhile
+    Attributes
+    ----------
+    most
+        How many might run when it began.
+    shared
+        Whether another has run meanwhile.
+    """
+
+    def __init__(self, most: int, shared: bool) -> None:
+        self.most, self.shared = most, shared
+        self._thread = threading.get_ident()
+        self._is_open = False
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def open_to_interruption(self) -> Iterator[None]:
+        """The part of the turn that may be interrupted: outside, where locks are taken and given back, it may not."""
+        self._is_open = True
+        try:
+            yield
+        finally:
+            with self._lock:  # an interruption comes now, or no more
+                self._is_open = False
+
+    def interrupt(self) -> None:
+        """Raise :class:`_Stopped` in the turn's thread, at its next line of Python."""
+        with self._lock:
+            if self._is_open:
+                exception = ctypes.py_object(_Stopped)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), exception)
 
 
 class _Stopped(BaseException):

@@ -28,6 +28,7 @@ import spade_fast as sf
 from spade_fast import lanes, running, worker
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import held_folder
+from spade_fast.imagesets import ListedImage
 from spade_fast.methods import _METHODS, Method, Question
 from spade_fast.models import LoadedModel
 
@@ -693,3 +694,31 @@ def test_a_lane_that_is_stopped_starts_nothing_more() -> None:
     stopped._stop()
     with pytest.raises(lanes._Stopped), stopped._turn():
         pytest.fail("it has no turn")
+
+
+def test_lanes_come_to_an_end_whenever_they_are_stopped(images: Path) -> None:
+    class Busy:
+        """A worker that spends its time in Python, where it can be interrupted anywhere."""
+
+        largest_batch = 1
+
+        def make(self, *_: Any, **__: Any) -> bytes:
+            return b"".join(bytes([i % 256]) for i in range(300))
+
+    class Writer:
+        settings_sha256 = ""
+
+        def has(self, *_: Any) -> bool:
+            return False
+
+        def put(self, *_: Any) -> None:
+            pass
+
+    listed = [ListedImage(str(i), images / "00.png") for i in range(400)]
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        outcomes = lanes.Lanes(Writer(), [Busy() for _ in range(4)]).outcomes(listed)  # type: ignore[arg-type]
+        for _ in range(int(random.integers(1, 200))):
+            assert next(outcomes).made
+        outcomes.close()
+        assert not any(thread.name.startswith("image") for thread in threading.enumerate())
