@@ -5,7 +5,7 @@ values that are not finite, numbers out of any range, no tensor at all. A loader
 bytes flipped, cut out, cut off, repeated or added, and lengths or a header that lie; or one whose checksum is right and
 whose contents are not what they say.
 
-Some 4,000 cases, the same ones each time, are tried by default. The environment variable SPADE_FAST_FUZZ_CASES sets how
+Some 2,000 cases, the same ones each time, are tried by default. The environment variable SPADE_FAST_FUZZ_CASES sets how
 many, shared out over the targets; `make fuzz` tries 10,000, operators under the address and undefined behaviour
 sanitizers.
 """
@@ -36,7 +36,7 @@ from spade_fast import files, ops, store
 from spade_fast.checkpoints import load_checkpoint
 from spade_fast.images import load_image
 
-CASES = int(os.environ.get("SPADE_FAST_FUZZ_CASES", "4000"))
+CASES = int(os.environ.get("SPADE_FAST_FUZZ_CASES", "2000"))
 REFUSALS = (RuntimeError, ValueError, TypeError)  # InvalidInputError is a ValueError
 
 
