@@ -33,7 +33,7 @@ KILLS, KILLED_IMAGES, IMAGES, SETTLED = 20, 24, 500, 20
 
 
 def command(images: Path, root: Path, out: Path) -> list[str]:
-    options = ["--root", str(root), "--out", str(out), "--num-augmentations", "16"]
+    options = ["--root", str(root), "--out", str(out), "--num-augmentations", "16", "--methods", "saliency,lrp"]
     return [sys.executable, "-m", "spade_fast", "run", str(images), *options]
 
 
@@ -125,7 +125,7 @@ def main() -> None:
         found = {"kills": kills, "memory": memory}[arguments.what](arguments.photographs.resolve(), Path(at))
     result = {
         "command": f"python benchmarks/robustness.py {arguments.what} PHOTOGRAPHS",
-        "network": "efficientnet_lite0, 16 views, three methods, an image in flight for each thread",
+        "network": "efficientnet_lite0, 16 views, saliency and LRP, an image in flight for each thread",
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "torch": torch.__version__,
