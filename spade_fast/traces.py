@@ -276,8 +276,7 @@ class Trace(ReadOnlyMappings):
             mask = unpacked_mask(packed, shape)
             if kept.dim() != 1 or not kept.is_floating_point() or len(kept) != int(mask.count_nonzero()):
                 raise ValueError(f"mask and weights of layer {name!r} contradict each other")
-            weight = torch.zeros(shape, dtype=kept.dtype)
-            weight[mask] = kept
+            weight = torch.zeros(shape, dtype=kept.dtype).masked_scatter_(mask, kept)
             layers[name] = LayerTrace(weight.to(device), mask.to(device), **{key: report[key] for key in _REPORTED})
             if not _is_sound(layers[name]):
                 raise ValueError(f"the report of layer {name!r} holds other values than a trace's")
