@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import threading
 import warnings
@@ -18,6 +17,7 @@ import torch
 from spade_fast.errors import InvalidInputError, first_line
 from spade_fast.images import read_image_file
 from spade_fast.imagesets import ListedImage
+from spade_fast.interruption import Interrupted, interruptible
 from spade_fast.memory import is_out_of_memory
 from spade_fast.store import StoreWriter, question, refusal_bytes
 from spade_fast.worker import Worker
@@ -156,7 +156,7 @@ class Lanes:
         for worker in workers:
             self._idle.put(worker)
         self._most = len(workers)
-        self._stopped = False
+        self._stop = threading.Event()
         self._changed = threading.Condition()
         self._running: list[_Turn] = []
 
@@ -171,7 +171,9 @@ class Lanes:
                     yield done.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                self._stop()
+                with self._changed:
+                    self._stop.set()
+                    self._changed.notify_all()
 
     def _outcome(self, listed: ListedImage) -> Outcome:
         task = task_or_outcome(self._writer, listed)
@@ -188,7 +190,7 @@ class Lanes:
         while True:
             with self._turn() as turn:
                 try:
-                    with turn.open_to_interruption():
+                    with interruptible(self._stop):
                         return attempt(worker, task, halvings=halvings)
                 except torch.OutOfMemoryError:
                     alone = not self._let_fewer_run(turn)
@@ -201,9 +203,9 @@ class Lanes:
     def _turn(self) -> Iterator[_Turn]:
         """A turn, once fewer are running than may."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or len(self._running) < self._most)
-            if self._stopped:
-                raise _Stopped
+            self._changed.wait_for(lambda: self._stop.is_set() or len(self._running) < self._most)
+            if self._stop.is_set():
+                raise Interrupted
             turn = _Turn(self._most, shared=bool(self._running))
             for other in self._running:
                 other.shared = True
@@ -223,15 +225,8 @@ class Lanes:
                 warnings.warn(f"no memory for {turn.most} images in flight: going on with {self._most}", stacklevel=2)
             return turn.shared
 
-    def _stop(self) -> None:
-        """End what is running, at its next line of Python."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-            for turn in self._running:
-                turn.interrupt()
 
-
+@dataclass(eq=False)
 class _Turn:
     """An image's turn to run.
 
@@ -243,29 +238,5 @@ class _Turn:
         Whether another has run meanwhile.
     """
 
-    def __init__(self, most: int, shared: bool) -> None:
-        self.most, self.shared = most, shared
-        self._thread = threading.get_ident()
-        self._is_open = False
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def open_to_interruption(self) -> Iterator[None]:
-        """The part of the turn that may be interrupted: outside, where locks are taken and given back, it may not."""
-        self._is_open = True
-        try:
-            yield
-        finally:
-            with self._lock:  # an interruption comes now, or no more
-                self._is_open = False
-
-    def interrupt(self) -> None:
-        """Raise :class:`_Stopped` in the turn's thread, at its next line of Python."""
-        with self._lock:
-            if self._is_open:
-                exception = ctypes.py_object(_Stopped)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), exception)
-
-
-class _Stopped(BaseException):
-    """Ends the work on an image when a run ends early."""
+    most: int
+    shared: bool

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spade_fast.checkpoints import load_checkpoint, load_strictly, read_state
 from spade_fast.errors import InvalidInputError, first_line, require
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
+from spade_fast.interruption import checkpoint
 from spade_fast.memory import is_out_of_memory
 from spade_fast.preprocessing import Preprocess
 
@@ -225,6 +226,7 @@ class Runner:
 
     def __call__(self, batch: Tensor) -> Any:
         """The network's outputs."""
+        checkpoint()
         if self._is_last and batch.device.type == "cpu" and batch.dim() == 4:
             try:
                 return self._run(batch, torch.channels_last)

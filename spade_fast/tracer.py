@@ -22,6 +22,7 @@ from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.folding import FoldedBatchNorms, FoldingMismatch, learn_folds
 from spade_fast.heap import kept_heap
 from spade_fast.images import image_tensor
+from spade_fast.interruption import checkpoint
 from spade_fast.layers import (
     GramSum,
     HessianDtype,
@@ -420,6 +421,7 @@ def _solved(
     progress_bar = tqdm(None, "pruning", len(sums), disable=not tracing.progress, leave=False)
     with kept_heap(), memory_errors(tracing.device), progress_bar:
         for keys in _solved_together(sums, room):
+            checkpoint()
             problems = []
             for i, name in keys:
                 weight = selection.weights[name]
@@ -532,6 +534,7 @@ def _dense_pass(
     # Not inference mode: what a module caches in it could never again take part in a gradient.
     with evaluation_mode(module), torch.no_grad():
         for position, batch in enumerate(batches):
+            checkpoint()
             check(batch, "augment")
             inputs = tracing.preprocess(batch)
             check(inputs, "preprocess")

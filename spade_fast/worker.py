@@ -22,6 +22,7 @@ from spade_fast.explanation import class_name, most_probable
 from spade_fast.files import digest
 from spade_fast.images import decoded_image
 from spade_fast.imagesets import ListedImage
+from spade_fast.interruption import checkpoint
 from spade_fast.memory import memory_errors
 from spade_fast.models import LoadedModel, resolve_model
 from spade_fast.operations import INSIDE_METHODS, twin
@@ -232,7 +233,11 @@ class Worker:
                 prepared=prepared,
             ) as question,
         ):
-            return {name: answer(question, name, method) for name, method in self._recipe.methods.items()}
+            maps = {}
+            for name, method in self._recipe.methods.items():
+                checkpoint()
+                maps[name] = answer(question, name, method)
+            return maps
 
     def _metrics(
         self, case: Case, dense: Mapping[str, Tensor], spade: Mapping[str, Tensor], halvings: int

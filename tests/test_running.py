@@ -29,8 +29,10 @@ from spade_fast import lanes, running, worker
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import held_folder
 from spade_fast.imagesets import ListedImage
+from spade_fast.interruption import Interrupted, checkpoint
 from spade_fast.methods import _METHODS, Method, Question
 from spade_fast.models import LoadedModel
+from spade_fast.randomness import seeded
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("captum")
@@ -384,6 +386,7 @@ def test_ctrl_c_ends_the_run_at_once_and_the_next_one_goes_on(
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(6000):
                 time.sleep(0.01)
+                checkpoint()
         return saliency(question)
 
     method("waits", waits)
@@ -691,19 +694,22 @@ def test_as_many_images_are_in_flight_as_memory_holds(monkeypatch: pytest.Monkey
 
 def test_a_lane_that_is_stopped_starts_nothing_more() -> None:
     stopped = lanes.Lanes(None, [])  # type: ignore[arg-type]
-    stopped._stop()
-    with pytest.raises(lanes._Stopped), stopped._turn():
+    stopped._stop.set()
+    with pytest.raises(Interrupted), stopped._turn():
         pytest.fail("it has no turn")
 
 
 def test_lanes_come_to_an_end_whenever_they_are_stopped(images: Path) -> None:
     class Busy:
-        """A worker that spends its time in Python, where it can be interrupted anywhere."""
+        """A worker that takes turns with others at a lock, as methods that draw at random do."""
 
         largest_batch = 1
 
         def make(self, *_: Any, **__: Any) -> bytes:
-            return b"".join(bytes([i % 256]) for i in range(300))
+            for _ in range(30):
+                with seeded(0, torch.device("cpu")):
+                    checkpoint()
+            return b""
 
     class Writer:
         settings_sha256 = ""
