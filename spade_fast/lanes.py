@@ -92,7 +92,7 @@ def task_or_outcome(writer: StoreWriter, listed: ListedImage) -> Task | Outcome:
     try:
         content = read_image_file(listed.path)
     except InvalidInputError as error:
-        writer.put(listed, refusal_bytes(known, str(error)))
+        writer.refuse(listed, refusal_bytes(known, str(error)))
         return Outcome(listed.name, made=False, refused=str(error))
     known["image_sha256"] = hashlib.sha256(content).hexdigest()
     try:
@@ -139,7 +139,8 @@ def warn_of_halving(task: Task) -> None:
 
 def written(writer: StoreWriter, task: Task, done: Attempt) -> Outcome:
     """Write what was made of a task; InvalidInputError if that fails, as it then would for any other."""
-    writer.put(task.listed, done.content)
+    write = writer.put if done.refused is None else writer.refuse
+    write(task.listed, done.content)
     return Outcome(task.listed.name, done.refused is None, done.refused, task.remade, done.unexpected)
 
 

@@ -20,23 +20,23 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     One thread at a time, since all share the generators. For libraries that draw from any of them: torch-lucent and
     captum from numpy's, others from torch's.
     """
-    _turn.acquire()
-    # Legacy by numpy's standards, yet the generator that `np.random.choice` draws from.
-    python, legacy, torchs = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
-    # Not torch.manual_seed, which would seed all other GPUs too.
-    gpu = torch.cuda.default_generators[device.index] if device.type == "cuda" else None
-    gpus = gpu.get_state() if gpu is not None else None
-    try:
-        random.seed(seed)
-        np.random.seed([seed % 2**32, seed >> 32])  # noqa: NPY002
-        torch.default_generator.manual_seed(seed)
-        if gpu is not None:
-            gpu.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
-        torch.default_generator.set_state(torchs)
-        if gpu is not None and gpus is not None:
-            gpu.set_state(gpus)
-        _turn.release()
+    with _turn:
+        python, torchs = random.getstate(), torch.default_generator.get_state()
+        # Legacy by numpy's standards, yet the generator that `np.random.choice` draws from.
+        legacy = np.random.get_state()  # noqa: NPY002
+        # Not torch.manual_seed, which would seed all other GPUs too.
+        gpu = torch.cuda.default_generators[device.index] if device.type == "cuda" else None
+        gpus = gpu.get_state() if gpu is not None else None
+        try:
+            random.seed(seed)
+            np.random.seed([seed % 2**32, seed >> 32])  # noqa: NPY002
+            torch.default_generator.manual_seed(seed)
+            if gpu is not None:
+                gpu.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+            torch.default_generator.set_state(torchs)
+            if gpu is not None and gpus is not None:
+                gpu.set_state(gpus)

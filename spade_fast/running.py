@@ -217,11 +217,14 @@ def _first(ranks: Ranks | None, do: Callable[[], object]) -> None:
 
 
 def _checked_for_hooks(module: nn.Module, in_flight: int | None) -> int | None:
-    hooked = [name or "the network" for name, each in module.named_modules() if each._forward_hooks]
+    hooked = [
+        name or "the network"
+        for name, each in module.named_modules()
+        if each._forward_hooks or each._backward_hooks or each._backward_pre_hooks  # which `twin` leaves out
+    ]
     if hooked and in_flight not in (None, 1):
         raise InvalidInputError(
-            f"{hooked[0]} has forward hooks, which the modules of images in flight would lack: remove them, or pass "
-            "in_flight=1"
+            f"{hooked[0]} has hooks, which the modules of images in flight would lack: remove them, or pass in_flight=1"
         )
     return 1 if hooked else in_flight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -30,6 +31,8 @@ _KEY, _WHAT, _WRITER = "spade_fast_image", "an image of a store", "spade_fast.ru
 _FORMAT = 1
 _SUFFIX = ".safetensors"
 _MOST_CHARACTERS = 60
+# What `tempfile` ends the names of folders in.
+_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}")
 # Parts of the names of tensors in a file, before a layer's or a method's.
 _TRACE, _DENSE, _SPADE = "trace:", "dense:", "spade:"
 
@@ -92,7 +95,7 @@ class Store(Mapping[str, StoredImage]):
             found[record["name"]] = record
         return {name: found[name] for name in sorted(found)}
 
-    @property
+    @cached_property
     def refused(self) -> Mapping[str, str]:
         """The images that could not be used, by name: why."""
         return {name: each["refused"] for name, each in self.records.items() if "refused" in each}
@@ -213,7 +216,8 @@ class StoreWriter:
         """
         leftovers = (f".{MANIFEST}.*", f".{INDEX}.*", f"{IMAGES}/.*{_SUFFIX}.*")  # of `write_whole`
         for leftover in chain.from_iterable(map(self._path.glob, leftovers)):
-            shutil.rmtree(leftover)
+            if leftover.is_dir() and _TEMPORARY.fullmatch(leftover.suffix):
+                shutil.rmtree(leftover)
         to_come = {file_name(name) for name in names}
         for file in (self._path / IMAGES).glob(f"*{_SUFFIX}"):
             if file.name not in to_come:
@@ -238,6 +242,14 @@ class StoreWriter:
         if different := next((key for key, value in asked.items() if header.get(key) != value), None):
             raise InvalidInputError(f"it had another {different} when {os.fspath(file)!r} was written")
         return True
+
+    def refuse(self, listed: ListedImage, content: bytes) -> None:
+        """Write the file of an image that cannot be used now, unless there is one with a trace, of then."""
+        file = self._path / IMAGES / file_name(listed.name)
+        with contextlib.suppress(InvalidInputError), read_tensors(file, _KEY, _WHAT, _WRITER) as (header, _):
+            if "refused" not in header:
+                return
+        self.put(listed, content)
 
     def put(self, listed: ListedImage, content: bytes) -> None:
         """Write an image's file, whole or not at all."""

@@ -209,6 +209,21 @@ def test_an_image_that_has_changed_is_traced_anew_and_one_that_is_mended_is_trie
         assert torch.equal(store["broken.png"].trace.layers[layer].weight, own.weight)
 
 
+def test_what_was_made_is_not_lost_where_an_image_can_no_more_be_read(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(images, out, methods=("saliency",))
+    before = contents(out)
+    images.rename(tmp_path / "elsewhere")
+    listed = {f"0{i}.png": images / f"0{i}.png" for i in range(3)}
+    summary = run(listed, out, methods=("saliency",))
+    assert list(summary.refused) == list(listed)
+    assert contents(out) == before
+    (images.parent / "elsewhere").rename(images)
+    (images / "00.png").write_bytes(b"damaged now")
+    assert "00.png" in run(images, out, methods=("saliency",)).refused
+    assert contents(out) == before
+
+
 def test_a_store_grows_with_other_lists(images: Path, tmp_path: Path) -> None:
     run({"one": images / "00.png"}, tmp_path / "out")
     summary = run({"two": images / "01.png"}, tmp_path / "out")
@@ -674,8 +689,11 @@ def test_hooks_of_a_network_count_and_forbid_copies(images: Path, tmp_path: Path
     model.module.stem.register_forward_hook(lambda *_: calls.append(1))
     run(images, tmp_path / "out", model=model, methods=("saliency",))
     assert calls
-    with pytest.raises(InvalidInputError, match="stem has forward hooks.*in_flight=1"):
-        run(images, tmp_path / "other", model=model, methods=("saliency",), in_flight=2)
+    other = quarters()
+    other.module.classifier.register_full_backward_hook(lambda *_: None)
+    for hooked, where in ((model, "stem"), (other, "classifier")):
+        with pytest.raises(InvalidInputError, match=f"{where} has hooks.*in_flight=1"):
+            run(images, tmp_path / "other", model=hooked, methods=("saliency",), in_flight=2)
 
 
 def test_as_many_images_are_in_flight_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,14 +247,19 @@ def test_a_store_goes_on_with_its_own_settings_only(store: sf.Store) -> None:
 
 
 def test_what_killed_writers_left_is_cleared_away_and_nothing_else(store: sf.Store) -> None:
-    leftover = store.path / "images" / f".{file_name('b/cat.jpg')}.x7d_"
-    for folder in (leftover, store.path / ".manifest.json.abc", store.path / ".git", store.path / "images" / ".mine"):
+    leftover = store.path / "images" / f".{file_name('b/cat.jpg')}.x7d_0abc"
+    manifests = store.path / ".manifest.json.abcd_123"
+    for folder in (leftover, manifests, store.path / ".git", store.path / "images" / ".mine"):
         folder.mkdir()
         (folder / "half").write_bytes(b"half")
+    others = [store.path / ".manifest.json.swp", leftover.with_name(f"{leftover.name[:-9]}.Ab12Cd")]
+    for other in others:
+        other.touch()
     writer = StoreWriter(store.path, SETTINGS, ENVIRONMENT)
     writer.clear(["b/cat.jpg"])
     assert not leftover.exists()
-    assert not (store.path / ".manifest.json.abc").exists()
+    assert not manifests.exists()
+    assert all(other.exists() for other in others)
     assert (store.path / ".git" / "half").exists()
     assert (store.path / "images" / ".mine" / "half").exists()
     assert list(sf.Store(store.path)) == list(store)
