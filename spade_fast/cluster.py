@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import distributed as dist
 
 from spade_fast.errors import InvalidInputError, check_whole, first_line, require
 from spade_fast.imagesets import ListedImage
@@ -97,6 +97,12 @@ class Actors:
     def _connected(self) -> Iterator[None]:
         ray = self._ray
         if ray.is_initialized():
+            connected = ray.get_runtime_context().gcs_address
+            if self._address not in ("auto", connected):
+                raise InvalidInputError(
+                    f"this process is connected to the Ray cluster at {connected}, not {self._address!r}: pass 'auto', "
+                    "or end that connection (ray.shutdown())"
+                )
             yield
             return
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -208,19 +214,37 @@ def _on_cpu(recipe: Recipe) -> Recipe:
 
 
 class Ranks:
-    """The processes that torchrun started, of which each takes its share of the images.
+    """The processes that torchrun started, of which each takes its share of the images; or this one alone.
 
     The first one holds the store and writes the index. If one of them fails, torchrun ends them all.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is to be `distributed`, and torchrun did not start this process.
     """
 
-    def __init__(self) -> None:
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=_PATIENCE)
-        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+    def __init__(self, *, distributed: bool) -> None:
+        self.rank, self.count = 0, 1
+        self._is_ours = distributed and not dist.is_initialized()
+        if self._is_ours and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+            raise InvalidInputError(
+                "distributed= is for processes that torchrun started: leave it out, or start them so"
+            )
+        if self._is_ours:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+        if distributed:
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    def close(self) -> None:
+        """End the group of processes, if it was begun here."""
+        if self._is_ours:
+            dist.destroy_process_group()
 
     def device(self, device: torch.device | str | None) -> torch.device | str | None:
         """The GPU of this process, where any will do."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if str(device) == "cuda" else device
+        is_any = self.count > 1 and str(device) == "cuda"
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if is_any else device
 
     def share(self, images: Sequence[ListedImage]) -> Sequence[ListedImage]:
         """This process's images."""
@@ -228,6 +252,8 @@ class Ranks:
 
     def first(self, do: Callable[[], _Result]) -> _Result | None:
         """Have the first process do something before the others go on; if it is refused, it is to all of them."""
+        if self.count == 1:
+            return do()
         result: _Result | None = None
         told: list[str | None] = [None]
         if self.rank == 0:
@@ -235,13 +261,15 @@ class Ranks:
                 result = do()
             except InvalidInputError as error:
                 told = [str(error)]
-        distributed.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0)
         if told[0] is not None:
             raise InvalidInputError(told[0])
         return result
 
     def gathered(self, mine: _Result) -> list[_Result]:
         """What each process has, to all of them."""
+        if self.count == 1:
+            return [mine]
         found: list[Any] = [None] * self.count
-        distributed.all_gather_object(found, mine)
+        dist.all_gather_object(found, mine)
         return found

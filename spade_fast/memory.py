@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-# A native operator's failed allocation comes as a failed call, without the reason.
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "API call failed")
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+# A native operator's failed allocation comes as a failed call of what allocates, without the reason.
+_FAILED_CALL = re.compile(
+    r'"aten::(new_empty|new_zeros|empty|empty_like|clone|contiguous|to)".*API call failed', re.DOTALL
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -19,7 +23,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     while found is not None:
         if isinstance(found, (MemoryError, torch.OutOfMemoryError)):
             return True
-        if isinstance(found, RuntimeError) and any(sign in str(found) for sign in _SIGNS):
+        text = str(found) if isinstance(found, RuntimeError) else ""
+        if any(sign in text for sign in _SIGNS) or _FAILED_CALL.search(text):
             return True
         found = found.__cause__ or found.__context__
     return False
@@ -58,9 +63,11 @@ def _available() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    """What the container's limit leaves (Linux control groups, version 2)."""
+    """What the container's limit leaves (Linux control groups, version 2): files that are kept in memory can go."""
     try:
         group = Path("/sys/fs/cgroup")
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(held.get("inactive_file", 0))
+        return int((group / "memory.max").read_text()) - used
     except (OSError, ValueError):  # none, or "max"
         return None

@@ -175,45 +175,43 @@ def run(
         raise InvalidInputError("ray= has processes of its own: leave in_flight and distributed out")
     if workers is not None and ray is None:
         raise InvalidInputError("workers= is for ray=: pass the address of a cluster as well, or in_flight instead")
-    in_flight = _checked_for_hooks(bare_module(model), in_flight)
-    actors = None if ray is None else Actors(recipe, ray, workers)
-    ranks = Ranks() if distributed else None
-    device = device if ranks is None else ranks.device(device)
     module = bare_module(model)
-    place = next(module.parameters()).device if device is None else usable_device(device)
-    told = Path(out), recipe.settings(), recipe.environment(place)
+    in_flight = _checked_for_hooks(module, in_flight)
+    actors = None if ray is None else Actors(recipe, ray, workers)
+    if actors is None and threads > (cores := os.cpu_count() or 1):
+        raise InvalidInputError(f"threads={threads}, but there are {cores} cores: pass at most as many")
+    ranks = Ranks(distributed=distributed)
     with ExitStack() as stack:
+        stack.callback(ranks.close)
+        device = ranks.device(device)
+        there = next(module.parameters()).device if device is None else usable_device(device)
+        store = Path(out), recipe.settings(), recipe.environment(there)
 
-        def hold() -> None:
+        def held() -> StoreWriter:
             stack.enter_context(held_folder(out))
-            StoreWriter(*told).clear([each.name for each in listed])
+            writer = StoreWriter(*store)
+            writer.clear([each.name for each in listed])
+            return writer
 
-        _first(ranks, hold)
-        writer = StoreWriter(*told)
+        writer = ranks.first(held) or StoreWriter(*store)
         worker = Worker(recipe, device=device, own_modules=in_flight != 1)
-        mine = listed if ranks is None else ranks.share(listed)
+        mine = ranks.share(listed)
         if actors is not None:
             outcomes = actors.outcomes(stack.enter_context(actors.started()), writer, mine)
         else:
-            count = in_flight or _images_in_flight(module, place, threads)
+            count = in_flight or _images_in_flight(module, there, threads)
             others = (Worker(recipe, device=device, own_modules=True) for _ in range(min(count, len(mine)) - 1))
             outcomes = Lanes(writer, [worker, *others]).outcomes(mine)
         try:
-            summary = _collected(outcomes, len(mine), progress=progress and (ranks is None or not ranks.rank))
+            summary = _collected(outcomes, len(mine), progress=progress and not ranks.rank)
         except BaseException:
-            with contextlib.suppress(InvalidInputError):
-                writer.write_index()
+            if not ranks.rank:
+                with contextlib.suppress(InvalidInputError):
+                    writer.write_index()
             raise
-        summary = summary if ranks is None else _merged(ranks.gathered(summary))
-        _first(ranks, writer.write_index)
+        summary = _merged(ranks.gathered(summary))
+        ranks.first(writer.write_index)
         return summary
-
-
-def _first(ranks: Ranks | None, do: Callable[[], object]) -> None:
-    if ranks is None:
-        do()
-    else:
-        ranks.first(do)
 
 
 def _checked_for_hooks(module: nn.Module, in_flight: int | None) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -101,6 +103,7 @@ class Recipe:
             "model": loaded.name if loaded else type(module).__name__,
             "weights": loaded.source if loaded else None,
             "weights_sha256": digest(module.state_dict()),
+            "modules_sha256": _modules_digest(module),
             "preprocess": preprocess.to_dict(),
             "sparsity": plain_sparsity(self.model, self.sparsity),
             "methods": list(self.methods),
@@ -108,6 +111,16 @@ class Recipe:
             "seed": self.seed,
             "trace": plain_settings(self.trace_settings),
         }
+
+
+def _modules_digest(module: nn.Module) -> str:
+    """Of the kinds of all modules, what they say of themselves, and how many hooks they have."""
+    told = [
+        f"{name} {type(each).__qualname__} {each.extra_repr()} {len(each._forward_pre_hooks) + len(each._forward_hooks)}"
+        for name, each in module.named_modules()
+    ]
+    lasting = re.sub(" at 0x[0-9a-f]+", "", "\n".join(told))
+    return hashlib.sha256(lasting.encode()).hexdigest()
 
 
 class Worker:

@@ -109,6 +109,8 @@ def test_what_ray_cannot_give(ray: Any, images: Path, tmp_path: Path) -> None:
     assert ray.is_initialized()
     with pytest.raises(InvalidInputError, match="no node of the Ray cluster has 3 CPUs, as each worker is to have"):
         run(images, tmp_path / "out", ray="auto", threads=3)
+    with pytest.raises(InvalidInputError, match="is connected to the Ray cluster at .*, not '127.0.0.1:1'"):
+        run(images, tmp_path / "third", ray="127.0.0.1:1")
     with pytest.raises(InvalidInputError, match="workers must be a whole number of at least 1, got 0"):
         run(images, tmp_path / "other", ray="auto", workers=0)
     assert not (tmp_path / "other").exists()
@@ -182,7 +184,9 @@ def test_two_ranks_make_the_same_store_as_one_process(images: Path, tmp_path: Pa
 
 
 def test_a_rank_takes_its_share_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = object.__new__(cluster.Ranks)
+    ranks = cluster.Ranks(distributed=False)
+    assert [ranks.device(each) for each in ("cuda", "cpu", None)] == ["cuda", "cpu", None]
+    assert ranks.share([1, 2]) == [1, 2]  # type: ignore[list-item]
     ranks.rank, ranks.count = 1, 3
     assert ranks.share(list(range(8))) == [1, 4, 7]  # type: ignore[arg-type]
     monkeypatch.setenv("LOCAL_RANK", "2")

@@ -34,6 +34,9 @@ def test_what_an_error_came_of_counts_too() -> None:
     assert is_out_of_memory(RuntimeError(ALLOCATOR))
     assert is_out_of_memory(RuntimeError("std::bad_alloc"))
     assert is_out_of_memory(raised(refusing))
+    failed = 'torch_call_dispatcher( "aten::{}", "", stack.data(), TORCH_ABI_VERSION) API call failed at file.h'
+    assert is_out_of_memory(RuntimeError(failed.format("new_empty")))
+    assert not is_out_of_memory(RuntimeError(failed.format("linalg_cholesky")))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError(ALLOCATOR))
 

@@ -234,7 +234,8 @@ def test_a_store_grows_with_other_lists(images: Path, tmp_path: Path) -> None:
 def test_other_settings_or_weights_are_refused(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path / "out")
     before = contents(tmp_path / "out")
-    other = quarters()
+    other, hooked = quarters(), quarters()
+    hooked.module.stem.register_forward_hook(lambda _module, _inputs, outputs: 2 * outputs)
     with torch.no_grad():
         other.module.classifier.bias.add_(1)
     for more, what in (
@@ -243,6 +244,8 @@ def test_other_settings_or_weights_are_refused(images: Path, tmp_path: Path) -> 
         ({"num_augmentations": 5}, "trace.num_augmentations 4, not 5"),
         ({"damping": 0.1}, "trace.damping None, not 0.1"),
         ({"model": other}, "weights_sha256"),
+        ({"model": hooked}, "modules_sha256"),
+        ({"model": replace(other, module=nn.Sequential(other.module))}, "weights_sha256|modules_sha256"),
         ({"model": replace(quarters(), name="another")}, "model 'quarters', not 'another'"),
     ):
         with pytest.raises(InvalidInputError, match=f"is a store of {what}.*choose another folder"):
@@ -655,6 +658,8 @@ def test_memory_does_not_grow_over_five_hundred_images(tmp_path: Path, record_pr
         ({"ray": "auto", "distributed": True}, "ray= has processes of its own"),
         ({"workers": 2}, "workers= is for ray="),
         ({"device": "cuda:99"}, "cuda"),
+        ({"threads": 100_000}, "threads=100000, but there are .* cores: pass at most as many"),
+        ({"distributed": True}, "distributed= is for processes that torchrun started"),
         ({"root": "."}, "root is for a manifest"),
     ],
 )
