@@ -115,10 +115,10 @@ class Recipe:
 
 def _modules_digest(module: nn.Module) -> str:
     """Of the kinds of all modules, what they say of themselves, and how many hooks they have."""
-    told = [
-        f"{name} {type(each).__qualname__} {each.extra_repr()} {len(each._forward_pre_hooks) + len(each._forward_hooks)}"
-        for name, each in module.named_modules()
-    ]
+    told = []
+    for name, each in module.named_modules():
+        hooks = len(each._forward_pre_hooks) + len(each._forward_hooks)
+        told.append(f"{name} {type(each).__qualname__} {each.extra_repr()} {hooks}")
     lasting = re.sub(" at 0x[0-9a-f]+", "", "\n".join(told))
     return hashlib.sha256(lasting.encode()).hexdigest()
 
