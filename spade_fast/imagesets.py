@@ -14,6 +14,8 @@ from spade_fast.errors import InvalidInputError, first_line, require
 
 # No longer than that: names of phones' photographs begin with a date.
 _INDEX = re.compile(r"(\d{1,5})_")
+#: By what a store's folder is known: a file and a folder.
+MANIFEST, IMAGES = "manifest.json", "images"
 _MANIFESTS = (".csv", ".parquet")
 _EXTENSIONS = frozenset(
     (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -27,6 +29,8 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
     the subfolder among those in order, as torchvision's ``ImageFolder`` has it; if `classes` are given, only where
     there are as many subfolders. Otherwise it is None.
 
+    Hidden files are left out, and so are stores (:class:`spade_fast.Store`), with whatever is in them.
+
     Raises
     ------
     InvalidInputError
@@ -35,11 +39,13 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
     root = Path(folder)
     if not root.is_dir():
         raise InvalidInputError(f"{os.fspath(folder)!r} is no folder: pass one with photographs")
+    stores = {each.parent for each in root.rglob(MANIFEST) if (each.parent / IMAGES).is_dir()}
     found = sorted(
         each
         for each in root.rglob("*")
         if each.suffix.lower() in _EXTENSIONS
         and not any(part.startswith(".") for part in each.relative_to(root).parts)
+        and stores.isdisjoint(each.parents)
         and (each.is_file() or (each.is_symlink() and not each.exists()))  # which is told to be unreadable
     )
     if not found:

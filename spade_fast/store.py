@@ -22,11 +22,11 @@ from torch import Tensor
 
 from spade_fast.errors import InvalidInputError, require
 from spade_fast.files import read_header, read_tensors, tensor_bytes, write_folder, write_whole
-from spade_fast.imagesets import ListedImage
+from spade_fast.imagesets import IMAGES, MANIFEST, ListedImage
 from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.traces import PackedMask, Trace
 
-MANIFEST, INDEX, IMAGES = "manifest.json", "index.parquet", "images"
+INDEX = "index.parquet"
 _KEY, _WHAT, _WRITER = "spade_fast_image", "an image of a store", "spade_fast.run"
 _FORMAT = 1
 _SUFFIX = ".safetensors"

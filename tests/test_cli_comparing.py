@@ -100,6 +100,7 @@ def test_refusals(store: Path, tmp_path: Path) -> None:
         (("--limit", 1), "--limit must be a whole number of at least 2, got 1"),
         (("--clusters", 0), "--clusters must be a whole number of at least 1, got 0"),
         (("--layers", "cnov"), "no trace has a pruned layer or block 'cnov'; nearest: 'conv'"),
+        (("--out", store / "images"), "is in the store, which holds images only: choose another folder"),
         (("--least", 2), "least must lie within 0 .* and 1"),
     ):
         result = compare(store, *more)

@@ -90,6 +90,11 @@ def test_a_folder_lists_its_images_by_their_paths_in_it(tmp_path: Path) -> None:
     ]
 
 
+def test_what_lies_in_a_store_is_no_photograph(tmp_path: Path) -> None:
+    made(tmp_path, "a.jpg", "store/images/b.png", "store/manifest.json", "store/comparison/overlap.png", "images/c.jpg")
+    assert [each.name for each in listed_images(tmp_path)] == ["a.jpg", "images/c.jpg"]
+
+
 def test_paths_and_paths_by_name(tmp_path: Path) -> None:
     assert listed_images(["x/1.jpg", Path("2.jpg")]) == [
         ListedImage("x/1.jpg", Path("x/1.jpg")),

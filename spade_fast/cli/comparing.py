@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spade_fast.cli.shared import AsJson, make_folder, print_json, say
-from spade_fast.errors import check_whole, require
+from spade_fast.errors import InvalidInputError, check_whole, require
 
 if TYPE_CHECKING:
     from spade_fast.trace_comparison import TraceComparison
@@ -66,6 +66,8 @@ def compare(
         check_whole("--clusters", clusters, 1)
     if limit is not None:
         check_whole("--limit", limit, 2)
+    if out.resolve().is_relative_to(store.resolve()):
+        raise InvalidInputError(f"--out {str(out)!r} is in the store, which holds images only: choose another folder")
     make_folder(out)
     found = compare(
         store,
