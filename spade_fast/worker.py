@@ -99,6 +99,9 @@ class Recipe:
         module, preprocess = resolve_model(self.model, self.preprocess)
         assert isinstance(preprocess, Preprocess)
         loaded = self.model if isinstance(self.model, LoadedModel) else None
+        # Defaults too, which another version may have others of; but not what stands elsewhere.
+        elsewhere = ("preprocess", "seed", "device", "progress")
+        defaults = {name: value for name, value in (tracer.trace.__kwdefaults__ or {}).items() if name not in elsewhere}
         return {
             "model": loaded.name if loaded else type(module).__name__,
             "weights": loaded.source if loaded else None,
@@ -106,10 +109,10 @@ class Recipe:
             "modules_sha256": _modules_digest(module),
             "preprocess": preprocess.to_dict(),
             "sparsity": plain_sparsity(self.model, self.sparsity),
-            "methods": list(self.methods),
+            "methods": sorted(self.methods),
             "metrics": {each: {"steps": self.steps} for each in self.metrics},
             "seed": self.seed,
-            "trace": plain_settings(self.trace_settings),
+            "trace": plain_settings({**defaults, **self.trace_settings}),
         }
 
 

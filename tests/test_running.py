@@ -242,7 +242,7 @@ def test_other_settings_or_weights_are_refused(images: Path, tmp_path: Path) -> 
         ({"seed": 1}, "seed 0, not 1"),
         ({"methods": ("saliency",)}, "methods"),
         ({"num_augmentations": 5}, "trace.num_augmentations 4, not 5"),
-        ({"damping": 0.1}, "trace.damping None, not 0.1"),
+        ({"damping": 0.1}, "trace.damping 0.01, not 0.1"),
         ({"model": other}, "weights_sha256"),
         ({"model": hooked}, "modules_sha256"),
         ({"model": replace(other, module=nn.Sequential(other.module))}, "weights_sha256|modules_sha256"),
@@ -250,6 +250,9 @@ def test_other_settings_or_weights_are_refused(images: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(InvalidInputError, match=f"is a store of {what}.*choose another folder"):
             run(images, tmp_path / "out", **more)
+    assert contents(tmp_path / "out") == before
+    same = run(images, tmp_path / "out", damping=0.01, refit=False, methods=METHODS[::-1])  # as by default
+    assert (same.made, same.kept) == (0, 8)
     assert contents(tmp_path / "out") == before
 
 
