@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from spade_fast.errors import InvalidInputError, first_line
-from spade_fast.images import read_image_file
+from spade_fast.images import decoded_image, read_image_file
 from spade_fast.imagesets import ListedImage
 from spade_fast.interruption import Interrupted, interruptible
 from spade_fast.memory import is_out_of_memory
@@ -111,12 +111,17 @@ def attempt(worker: Worker, task: Task, *, halvings: int = 0) -> Attempt:
         reason = "there is no memory for this image alone, even in batches of 1: prune fewer layers"
         return Attempt(refusal_bytes(task.known, reason), reason)
     try:
-        return Attempt(worker.make(task.listed, task.content, task.known, halvings=halvings))
+        image = decoded_image(task.content, task.listed.path)
+    except InvalidInputError as error:
+        return Attempt(refusal_bytes(task.known, str(error)), str(error))
+    try:
+        return Attempt(worker.make(task.listed, image, task.known, halvings=halvings))
     except Exception as error:
         if is_out_of_memory(error):
             raise torch.OutOfMemoryError(str(error)) from error
-        is_ours = isinstance(error, InvalidInputError)
-        reason = str(error) if is_ours else first_line(error)
+        reason = str(error) if isinstance(error, InvalidInputError) else first_line(error)
+        # Also a refusal that came of an error which is none, as those of methods that fail do.
+        is_ours = isinstance(error, InvalidInputError) and isinstance(error.__cause__, (InvalidInputError, type(None)))
         return Attempt(refusal_bytes(task.known, reason), reason, unexpected=not is_ours)
 
 

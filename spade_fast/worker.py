@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from spade_fast import metrics, ops, tracer
@@ -22,7 +23,6 @@ from spade_fast.cases import Case, class_scores, make_case
 from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.explanation import class_name, most_probable
 from spade_fast.files import digest
-from spade_fast.images import decoded_image
 from spade_fast.imagesets import ListedImage
 from spade_fast.interruption import checkpoint
 from spade_fast.memory import memory_errors
@@ -171,13 +171,13 @@ class Worker:
                 pass
 
     @without_autocast
-    def make(self, listed: ListedImage, content: bytes, known: Mapping[str, Any], *, halvings: int = 0) -> bytes:
+    def make(self, listed: ListedImage, image: Image.Image, known: Mapping[str, Any], *, halvings: int = 0) -> bytes:
         """The content of an image's file.
 
         Parameters
         ----------
-        listed, content
-            The image, and the bytes of its own file.
+        listed, image
+            What the image is called, and the image.
         known
             What is to stand in its record as well.
         halvings
@@ -195,7 +195,6 @@ class Worker:
         settings = recipe.of_traces()
         if halvings:
             settings["batch_size"] = max(1, self._batch_size >> halvings)
-        image = decoded_image(content, listed.path)
         with (
             _threads(recipe.threads),
             torch.inference_mode(False),

@@ -480,6 +480,8 @@ def test_what_fails_for_no_reason_we_know_is_recorded_unless_all_do(images: Path
         photographs(images, 12)
         with pytest.raises(InvalidInputError, match=r"8 images in a row failed, .*: KeyError: 'a fault'"):
             run(images, tmp_path / "out", methods=["fails"], in_flight=1)
+    with pytest.raises(InvalidInputError, match=r"8 images in a row failed, .*: method 'fails' fails"):
+        run(images, tmp_path / "out", methods=["fails"], in_flight=1)
     failing[0] = False
     assert run(three, tmp_path / "out", methods=["fails"]).made == 3
 
