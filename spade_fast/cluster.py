@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from spade_fast.errors import InvalidInputError, check_whole, first_line, require
 from spade_fast.imagesets import ListedImage
-from spade_fast.lanes import Attempt, Outcomes, Task, attempt_alone, task_or_outcome, written
+from spade_fast.lanes import Attempt, Outcomes, Room, Task, task_or_outcome, written
 from spade_fast.models import LoadedModel, bare_module
 from spade_fast.store import StoreWriter, refusal_bytes
 from spade_fast.worker import Recipe, Worker
@@ -201,7 +201,7 @@ class _Actor:
         """What the worker makes of a task."""
         self.get_ready(recipes)
         assert self._worker is not None
-        return attempt_alone(self._worker, task)
+        return Room(1).attempt(self._worker, task)
 
 
 def _on_cpu(recipe: Recipe) -> Recipe:

@@ -125,23 +125,6 @@ def attempt(worker: Worker, task: Task, *, halvings: int = 0) -> Attempt:
         return Attempt(refusal_bytes(task.known, reason), reason, unexpected=not is_ours)
 
 
-def attempt_alone(worker: Worker, task: Task) -> Attempt:
-    """The same where nothing else runs in the process: where memory runs out, in batches half as large."""
-    halvings = 0
-    while True:
-        try:
-            return attempt(worker, task, halvings=halvings)
-        except torch.OutOfMemoryError:
-            halvings += 1
-        warn_of_halving(task)
-        torch.cuda.empty_cache()  # here, where the error no longer holds on to tensors
-
-
-def warn_of_halving(task: Task) -> None:
-    """Say that an image goes through the network in smaller batches."""
-    warnings.warn(f"no memory for {task.listed.name} alone: halving its batches", stacklevel=2)
-
-
 def written(writer: StoreWriter, task: Task, done: Attempt) -> Outcome:
     """Write what was made of a task; InvalidInputError if that fails, as it then would for any other."""
     write = writer.put if done.refused is None else writer.refuse
@@ -149,52 +132,26 @@ def written(writer: StoreWriter, task: Task, done: Attempt) -> Outcome:
     return Outcome(task.listed.name, done.refused is None, done.refused, task.remade, done.unexpected)
 
 
-class Lanes:
-    """Works on several images of this process at a time, from decoding to writing, by a thread and a worker each.
+class Room:
+    """Says how many images may be worked on at a time in this process: fewer, once memory has run out.
 
-    So one image is read while the views of another go through the network and the layers of a third are pruned. Where
-    memory runs out, fewer go on.
+    Parameters
+    ----------
+    most
+        How many, to begin with.
     """
 
-    def __init__(self, writer: StoreWriter, workers: Sequence[Worker]) -> None:
-        self._writer = writer
-        self._idle: SimpleQueue[Worker] = SimpleQueue()
-        for worker in workers:
-            self._idle.put(worker)
-        self._most = len(workers)
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._stop = threading.Event()
         self._changed = threading.Condition()
         self._running: list[_Turn] = []
 
-    def outcomes(self, images: Sequence[ListedImage]) -> Outcomes:
-        """What becomes of the images, as they are done."""
-        if self._most == 1:
-            yield from map(self._outcome, images)
-            return
-        with ThreadPoolExecutor(self._most, thread_name_prefix="image") as pool:
-            try:
-                for done in as_completed([pool.submit(self._outcome, listed) for listed in images]):
-                    yield done.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                with self._changed:
-                    self._stop.set()
-                    self._changed.notify_all()
-
-    def _outcome(self, listed: ListedImage) -> Outcome:
-        task = task_or_outcome(self._writer, listed)
-        if isinstance(task, Outcome):
-            return task
-        worker = self._idle.get()
-        try:
-            return written(self._writer, task, self._attempt(worker, task))
-        finally:
-            self._idle.put(worker)
-
-    def _attempt(self, worker: Worker, task: Task) -> Attempt:
+    def attempt(self, worker: Worker, task: Task) -> Attempt:
+        """:func:`attempt` once there is room: with less company where memory runs out, then in smaller batches."""
         halvings = 0
         while True:
-            with self._turn() as turn:
+            with self.turn() as turn:
                 try:
                     with interruptible(self._stop):
                         return attempt(worker, task, halvings=halvings)
@@ -202,11 +159,11 @@ class Lanes:
                     alone = not self._let_fewer_run(turn)
             if alone:
                 halvings += 1
-                warn_of_halving(task)
+                warnings.warn(f"no memory for {task.listed.name} alone: halving its batches", stacklevel=2)
             torch.cuda.empty_cache()  # here, where the error no longer holds on to tensors
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[_Turn]:
+    def turn(self) -> Iterator[_Turn]:
         """A turn, once fewer are running than may."""
         with self._changed:
             self._changed.wait_for(lambda: self._stop.is_set() or len(self._running) < self._most)
@@ -222,6 +179,12 @@ class Lanes:
             with self._changed:
                 self._running.remove(turn)
                 self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nothing begin any more, and end what is running at its next checkpoint."""
+        with self._changed:
+            self._stop.set()
+            self._changed.notify_all()
 
     def _let_fewer_run(self, turn: _Turn) -> bool:
         """Let fewer images run at a time from now on, if this one had company."""
@@ -246,3 +209,41 @@ class _Turn:
 
     most: int
     shared: bool
+
+
+class Lanes:
+    """Works on several images of this process at a time, from decoding to writing, by a thread and a worker each.
+
+    So one image is read while the views of another go through the network and the layers of a third are pruned.
+    """
+
+    def __init__(self, writer: StoreWriter, workers: Sequence[Worker]) -> None:
+        self._writer = writer
+        self._idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            self._idle.put(worker)
+        self._count = len(workers)
+        self._room = Room(len(workers))
+
+    def outcomes(self, images: Sequence[ListedImage]) -> Outcomes:
+        """What becomes of the images, as they are done."""
+        if self._count == 1:
+            yield from map(self._outcome, images)
+            return
+        with ThreadPoolExecutor(self._count, thread_name_prefix="image") as pool:
+            try:
+                for done in as_completed([pool.submit(self._outcome, listed) for listed in images]):
+                    yield done.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._room.close()
+
+    def _outcome(self, listed: ListedImage) -> Outcome:
+        task = task_or_outcome(self._writer, listed)
+        if isinstance(task, Outcome):
+            return task
+        worker = self._idle.get()
+        try:
+            return written(self._writer, task, self._room.attempt(worker, task))
+        finally:
+            self._idle.put(worker)

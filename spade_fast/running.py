@@ -20,7 +20,7 @@ from spade_fast.attribution import check_methods, find_method
 from spade_fast.cluster import Actors, Ranks
 from spade_fast.errors import InvalidInputError, check_whole, require
 from spade_fast.files import held_folder
-from spade_fast.imagesets import ListedImage, listed_images
+from spade_fast.imagesets import listed_images
 from spade_fast.lanes import Lanes, Outcomes
 from spade_fast.layers import prunable_layers
 from spade_fast.memory import free_memory
@@ -34,8 +34,6 @@ from spade_fast.worker import Measure, Recipe, Worker
 
 #: A folder of images, a manifest, paths, or paths by name.
 Images: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]
-#: Makes the content of an image's file: image, bytes of its own file, what is known of it.
-Make: TypeAlias = Callable[[ListedImage, bytes, Mapping[str, Any]], bytes]
 
 # So many images in a row that fail for no reason we know mean that all will.
 _MOST_FAILURES = 8
