@@ -64,6 +64,8 @@ class Actors:
         self._recipes: list[Any] = []  # one, in Ray's keeping
         self._address = address
         self._count = None if count is None else check_whole("workers", count, 1)
+        with self._refused():
+            self._knock()
 
     @contextlib.contextmanager
     def started(self) -> Iterator[list[Any]]:
@@ -106,28 +108,36 @@ class Actors:
             yield
             return
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        try:
-            self._knock()
+        with self._refused():
             try:
                 ray.init(address=self._address, **options)
             except ConnectionError:
                 if self._address != "auto":
                     raise
                 ray.init(address="local", include_dashboard=False, **options)
-        except Exception as error:
-            raise InvalidInputError(
-                f"no Ray cluster can be reached at {self._address!r} ({error}): pass the address that `ray start` gave"
-            ) from error
         try:
             yield
         finally:
             ray.shutdown()
 
+    @contextlib.contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise InvalidInputError(
+                f"no Ray cluster can be reached at {self._address!r} ({error}): pass the address that `ray start` gave"
+            ) from error
+
     def _knock(self) -> None:
-        """Raise OSError where nobody answers at the address, as Ray would try it again for many minutes."""
-        host, _, port = self._address.rpartition("://")[2].rpartition(":")
-        if host and port.isdecimal():
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_AT_DOOR).close()
+        """OSError or ValueError where nobody answers at the address, as Ray would try it again for many minutes."""
+        scheme, _, place = self._address.rpartition("://")
+        if place in ("auto", "local") or scheme not in ("", "ray"):
+            return
+        host, _, port = place.rpartition(":")
+        if not (host and port.isdecimal()):
+            raise ValueError("it is no HOST:PORT")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE_AT_DOOR).close()
 
     def outcomes(self, actors: Sequence[Any], writer: StoreWriter, images: Sequence[ListedImage]) -> Outcomes:
         """What becomes of the images, as they are done. This process reads, verifies and writes all files."""

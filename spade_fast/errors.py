@@ -83,5 +83,13 @@ def first_line(error: Exception) -> str:
     text = str(error).strip()
     if not text:
         return type(error).__name__
-    line = text.splitlines()[0]
-    return f"{type(error).__name__}: {line if len(line) <= _QUOTED else line[:_QUOTED].rstrip() + ' ...'}"
+    return f"{type(error).__name__}: {_shortened(text.splitlines()[0])}"
+
+
+def quoted(text: str) -> str:
+    """Text from elsewhere in quotation marks, cut short where it is long."""
+    return repr(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _QUOTED else text[:_QUOTED].rstrip() + " ..."

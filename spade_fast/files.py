@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +27,8 @@ from torch import Tensor
 from spade_fast.errors import InvalidInputError
 
 _FORMAT = 2
+#: What is locked in a folder that a run holds.
+LOCK = ".lock"
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
@@ -154,17 +157,18 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 def held_folder(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder, which is made where it is missing, for one run: another that asks for it is refused.
 
-    The system lets go of it when the process ends, however that comes. Where it knows no such locks (Windows, some
-    network file systems), nothing is held.
+    What is held is the file ``.lock`` in it, which stays there; the system lets go of it when the process ends, however
+    that comes. Where it knows no such locks (Windows, some network file systems), nothing is held, and a warning says
+    so.
 
     Raises
     ------
     InvalidInputError
-        If another run holds it, or it cannot be made.
+        If another run holds it, or it cannot be made or written to.
     """
     with _named(path):
         Path(path).mkdir(parents=True, exist_ok=True)
-    with _held(path, os.O_RDONLY):
+    with _held(Path(path) / LOCK, path):
         yield
 
 
@@ -173,27 +177,30 @@ def held_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a file, which is made empty where it is missing, for one run: see :func:`held_folder`."""
     with _named(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).touch()
-    with _held(path, os.O_RDWR):
+    with _held(path, path):
         yield
 
 
 @contextlib.contextmanager
-def _held(path: str | os.PathLike[str], flags: int) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    with _named(path):
-        held = os.open(path, flags)
+def _held(file: str | os.PathLike[str], called: str | os.PathLike[str]) -> Iterator[None]:
+    with _named(called):
+        # For writing, as network file systems lock no others.
+        held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
+            if fcntl is None:
+                raise OSError("this system has no locks")
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InvalidInputError(
-                f"another run writes to {os.fspath(path)!r}: wait until it is done, or choose another name"
+                f"another run writes to {os.fspath(called)!r}: wait until it is done, or choose another name"
             ) from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            warnings.warn(
+                f"{os.fspath(called)!r} cannot be held for this run alone ({error.strerror or error}): see to it that "
+                "no other run writes to it",
+                stacklevel=4,
+            )
         yield
     finally:
         os.close(held)
@@ -216,7 +223,7 @@ def write_tensors(
 
 
 def tensor_bytes(key: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors and a header as one safetensors file, with a checksum of both.
+    """Tensors and a header as one safetensors file, with checksums of both.
 
     Parameters
     ----------
@@ -227,15 +234,23 @@ def tensor_bytes(key: str, header: Mapping[str, Any], tensors: Mapping[str, Tens
     tensors
         Contiguous, on the CPU, no two in the same memory.
     """
-    whole = {"format": _FORMAT, **header}
-    whole["sha256"] = digest(tensors, whole)
-    return save(dict(tensors), metadata={key: json.dumps(whole)})
+    return save(dict(tensors), metadata={key: json.dumps(sealed(header, tensors))})
 
 
-def read_header(path: str | os.PathLike[str], key: str, what: str, writer: str) -> dict[str, Any]:
-    """The header that :func:`write_tensors` wrote, without a look at the tensors; arguments as of `read_tensors`."""
-    with _refused_as(path, what, writer), safe_open(path, framework="pt") as file:
-        return _header(file, key)
+def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The header with a checksum of the tensors, and one of itself, which is verified without them."""
+    whole = {"format": _FORMAT, **header, "tensors_sha256": digest(tensors)}
+    return {**whole, "sha256": digest({}, whole)}
+
+
+@contextlib.contextmanager
+def read_header(path: str | os.PathLike[str], key: str, what: str, writer: str) -> Iterator[dict[str, Any]]:
+    """Read the header that :func:`write_tensors` wrote, without the tensors, for a block: as `read_tensors`."""
+    with _refused_as(path, what, writer):
+        with safe_open(path, framework="pt") as file:
+            header = _header(file, key)
+        del header["tensors_sha256"]
+        yield header
 
 
 @contextlib.contextmanager
@@ -254,7 +269,7 @@ def read_tensors(
     Raises
     ------
     InvalidInputError
-        If the file cannot be read or is something else, or the block finds that it contradicts itself (KeyError,
+        If the file cannot be read or is something else, or the block finds that it contradicts itself (LookupError,
         TypeError, ValueError or AttributeError); the message names the file.
     """
     with _refused_as(path, what, writer):
@@ -262,7 +277,7 @@ def read_tensors(
             header = _header(file, key)
             # Clones: the tensors would otherwise be views of the file, and change or crash with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        if header.pop("sha256") != digest(tensors, {"format": _FORMAT, **header}):
+        if header.pop("tensors_sha256") != digest(tensors):
             raise ValueError("its checksum does not fit its contents")
         yield header, tensors
 
@@ -271,6 +286,8 @@ def _header(file: Any, key: str) -> dict[str, Any]:
     header: dict[str, Any] = json.loads((file.metadata() or {})[key])
     if header["format"] != _FORMAT:
         raise ValueError(f"format {header['format']!r}, this version reads {_FORMAT}")
+    if header.pop("sha256") != digest({}, header):
+        raise ValueError("the checksum of its header does not fit it")
     del header["format"]
     return header
 
@@ -279,7 +296,7 @@ def _header(file: Any, key: str) -> dict[str, Any]:
 def _refused_as(path: str | os.PathLike[str], what: str, writer: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidInputError(
             f"cannot read {os.fspath(path)!r} as {what} ({type(error).__name__}: {error}): it is missing, damaged, or "
             f"was not written by {writer}"

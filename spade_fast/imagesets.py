@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spade_fast.errors import InvalidInputError, first_line, require
+from spade_fast.errors import InvalidInputError, first_line, quoted, require
 
 # No longer than that: names of phones' photographs begin with a date.
 _INDEX = re.compile(r"(\d{1,5})_")
@@ -110,17 +110,23 @@ def listed_images(
         outside of `root`; the message says in which row.
     """
     if isinstance(images, Mapping):
-        found = [ListedImage(_text(str(name)), Path(path)) for name, path in images.items()]
+        found = [ListedImage(_text(name), _path(path, f"images[{name!r}]")) for name, path in images.items()]
     elif isinstance(images, (str, os.PathLike)):
         path = Path(images)
         if path.suffix.lower() in _MANIFESTS and not path.is_dir():
             return _read_manifest(path, path.parent if root is None else Path(root))
+        if path.is_file():
+            raise InvalidInputError(
+                f"{os.fspath(path)!r} is neither a folder of images nor a manifest: pass a .csv or .parquet file with "
+                "a column 'image'"
+            )
         found = [
             ListedImage(name, file, labels={"folder": folder} if (folder := name.rpartition("/")[0]) else {})
             for name, file in ((_text(name), file) for name, file in named_files(path).items())
         ]
     elif isinstance(images, Sequence):
-        found = [ListedImage(_text(os.fspath(path)), Path(path)) for path in images]
+        paths = [_path(path, f"images[{place}]") for place, path in enumerate(images)]
+        found = [ListedImage(_text(os.fspath(path)), path) for path in paths]
     else:
         raise InvalidInputError(f"images is a {type(images).__name__}: pass a folder, a manifest, or paths")
     if root is not None:
@@ -133,9 +139,20 @@ def listed_images(
     return found
 
 
-def _text(name: str) -> str:
-    """A file's name as text that can be written: bytes that are none are shown as such."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def _text(name: object) -> str:
+    """An image's name as text that can be written: what is none in it is shown as such."""
+    if not isinstance(name, str) or not name:
+        raise InvalidInputError(f"{name!r} is no name of an image: pass text")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _path(path: object, where: str) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise InvalidInputError(f"{where} is a {type(path).__name__}: pass the path of an image file")
+    return Path(path)
 
 
 def _read_manifest(path: Path, root: Path) -> list[ListedImage]:
@@ -163,11 +180,11 @@ def _read_manifest(path: Path, root: Path) -> list[ListedImage]:
 def _listed(row: Mapping[str, str], root: Path, inside: Path) -> ListedImage:
     path, target = row["image"], row.get("target", "")
     if not path or "\0" in path:
-        raise InvalidInputError(f"{path!r} is no path of an image")
+        raise InvalidInputError(f"{quoted(path)} is no path of an image")
     # As written, and as links lead: a list from elsewhere may not name just any file.
     if not (root / path).resolve().is_relative_to(inside) or ".." in Path(path).parts or Path(path).is_absolute():
         raise InvalidInputError(
-            f"{path!r} is outside of {os.fspath(root)!r}: name it relative to that folder, or pass another as root"
+            f"{quoted(path)} is outside of {os.fspath(root)!r}: name it relative to that folder, or pass another root"
         )
     labels = {key: value for key, value in row.items() if key not in ("image", "name", "target")}
     return ListedImage(row.get("name") or path, root / path, _index(target) if target else None, labels)
@@ -179,7 +196,7 @@ def _index(text: str) -> int:
     except ValueError:
         value = -1.0
     if not (value.is_integer() and 0 <= value < 2**31):
-        raise InvalidInputError(f"target {text!r} is no index of a class")
+        raise InvalidInputError(f"target {quoted(text)} is no index of a class")
     return int(value)
 
 
@@ -187,8 +204,8 @@ def _csv_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows with their numbers, where a row is a line or, with line breaks in it, several."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True, restval=None, restkey=None)
-            columns = _checked_columns(rows.fieldnames or (), where)
+            rows = csv.DictReader(file, strict=True, restval=None, restkey=None, skipinitialspace=True)
+            rows.fieldnames = columns = _checked_columns([name.strip() for name in rows.fieldnames or ()], where)
             for number, row in enumerate(rows, start=1):
                 if None in row or None in row.values():
                     raise InvalidInputError(
@@ -205,16 +222,25 @@ def _parquet_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, str]]
     parquet = require("pyarrow.parquet", "run")
     try:
         table = parquet.read_table(path)
+        columns, rows = table.column_names, table.to_pylist()
     except (OSError, ValueError) as error:  # the package's own errors are ValueErrors
         raise InvalidInputError(f"cannot read {where} as Parquet ({first_line(error)})") from error
-    _checked_columns(table.column_names, where)
-    for number, row in enumerate(table.to_pylist(), start=1):
+    _checked_columns(columns, where)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row["image"], (str, type(None))):
+            raise InvalidInputError(
+                f"row {number} of {where}: 'image' is a {type(row['image']).__name__}: name the path of an image file"
+            )
         yield number, {name: "" if value is None else str(value) for name, value in row.items()}
 
 
-def _checked_columns(columns: Sequence[str], where: str) -> Sequence[str]:
+def _checked_columns(columns: list[str], where: str) -> list[str]:
     if "image" not in columns:
-        raise InvalidInputError(f"{where} has no column 'image', but {', '.join(map(repr, columns)) or 'none at all'}")
+        known = ", ".join(map(quoted, columns)) or "none at all"
+        told = "; separate columns by commas" if len(columns) == 1 and re.search("[;\t]", columns[0]) else ""
+        raise InvalidInputError(f"{where} has no column 'image', but {known}{told}")
+    if "" in columns:
+        raise InvalidInputError(f"column {columns.index('') + 1} of {where} has no name: give it one")
     if len(set(columns)) < len(columns):
         raise InvalidInputError(f"two columns of {where} have one name: rename one")
     return columns

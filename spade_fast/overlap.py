@@ -107,10 +107,10 @@ def known_images(store: Store, names: Sequence[str] | None) -> list[str]:
     if names is None:
         return list(store)
     for name in names:
-        if name in store.refused:
-            raise InvalidInputError(f"{name!r} has no trace: {store.refused[name]}")
-        if name not in store:
-            raise InvalidInputError(f"the store has no image {name!r}; nearest: {nearest(name, store)}")
+        try:
+            store.traced_file(name)
+        except KeyError as error:
+            raise InvalidInputError(f"the store has no image {name!r}; nearest: {nearest(name, store)}") from error
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise InvalidInputError(f"image {twice!r} is named twice: leave one out")
     return list(names)
@@ -345,7 +345,8 @@ def clusters(matrix: Matrix, count: int | None = None) -> Clusters:
     if count is not None and check_whole("clusters", count, 1) > images:
         raise InvalidInputError(f"{count} clusters of {images} images: ask for at most {images}")
     hierarchy = require("scipy.cluster.hierarchy", "interpret")
-    distances = np.clip(1 - matrix, 0.0, 1.0)
+    distances = 1 - matrix
+    np.fill_diagonal(distances, 0.0)  # whatever the matrix has there
     pairs = distances[np.triu_indices(images, 1)]
     tree = hierarchy.linkage(pairs, "average", optimal_ordering=True)
     order = [int(place) for place in hierarchy.leaves_list(tree)]
@@ -433,6 +434,7 @@ def separation(
         If scikit-learn, which brings scipy, is not installed.
     """
     _check_overlaps(matrix)
+    check_whole("seed", seed, 0)
     labels = np.asarray(inside, dtype=bool)
     photographs = list(range(len(matrix))) if apart is None else list(apart)
     if not len(labels) == len(photographs) == len(matrix):

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,6 +61,8 @@ class RunSummary(ReadOnlyMappings):
         Those that were there, but damaged or about another image or question, and so were made anew, by name: why.
     seconds
         How long it took, without the loading of libraries and networks.
+    others
+        How many images of other lists the store holds, those that were refused too.
     """
 
     images: int
@@ -69,6 +71,7 @@ class RunSummary(ReadOnlyMappings):
     refused: Mapping[str, str]
     remade: Mapping[str, str]
     seconds: float
+    others: int = 0
 
 
 def run(
@@ -188,7 +191,7 @@ def run(
         def held() -> StoreWriter:
             stack.enter_context(held_folder(out))
             writer = StoreWriter(*store)
-            writer.clear([each.name for each in listed])
+            writer.clear()
             return writer
 
         writer = ranks.first(held) or StoreWriter(*store)
@@ -208,8 +211,9 @@ def run(
                     writer.write_index()
             raise
         summary = _merged(ranks.gathered(summary))
-        ranks.first(writer.write_index)
-        return summary
+        index = ranks.first(writer.write_index)
+        others = 0 if index is None else len(index.records.keys() - {each.name for each in listed})
+        return replace(summary, others=sum(ranks.gathered(others)))  # of the first process, which alone has the index
 
 
 def _checked_for_hooks(module: nn.Module, in_flight: int | None) -> int | None:

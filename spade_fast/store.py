@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -62,7 +62,8 @@ class StoredImage(ReadOnlyMappings):
 class Store(Mapping[str, StoredImage]):
     """The images of a store by name, read as they are asked for.
 
-    A view of the folder as it was when it was opened, finished or not; reading takes no lock.
+    A view of the folder as it was when it was first looked at, finished or not; reading takes no lock. Files whose
+    record is damaged are left out, with a warning: see :attr:`damaged`.
 
     Parameters
     ----------
@@ -72,8 +73,8 @@ class Store(Mapping[str, StoredImage]):
     Raises
     ------
     InvalidInputError
-        If it is no store, or a file in it is damaged; the message names the file. Also from reading an image that was
-        refused, with the reason, and KeyError for one that is not there.
+        If it is no store. Also from reading an image that was refused, with the reason, or whose file is damaged; the
+        message names the file. KeyError for one that is not there.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -89,11 +90,33 @@ class Store(Mapping[str, StoredImage]):
     @cached_property
     def records(self) -> Mapping[str, Mapping[str, Any]]:
         """Of all images, those that were refused too, by name in order: see :class:`StoredImage`."""
-        found = {}
+        return self._scanned[0]
+
+    @property
+    def damaged(self) -> Mapping[str, str]:
+        """The files whose record cannot be read, or that are another image's, by their own names: why.
+
+        A run makes those of the images in its list anew.
+        """
+        return self._scanned[1]
+
+    @cached_property
+    def _scanned(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        found: dict[str, dict[str, Any]] = {}
+        damaged: dict[str, str] = {}
         for file in sorted((self.path / IMAGES).glob(f"*{_SUFFIX}")):
-            record = _read_record(file)
-            found[record["name"]] = record
-        return {name: found[name] for name in sorted(found)}
+            try:
+                record = _read_record(file)
+            except InvalidInputError as error:
+                damaged[file.name] = str(error)
+            else:
+                found[record["name"]] = record
+        if damaged:
+            count = "" if len(damaged) == 1 else f" (one of {len(damaged)} such files)"
+            warnings.warn(
+                f"{next(iter(damaged.values()))}: left out{count}; run again on its image, or delete it", stacklevel=2
+            )
+        return {name: found[name] for name in sorted(found)}, damaged
 
     @cached_property
     def refused(self) -> Mapping[str, str]:
@@ -105,21 +128,24 @@ class Store(Mapping[str, StoredImage]):
         return self.path / IMAGES / file_name(name)
 
     def __getitem__(self, name: str) -> StoredImage:
-        return read_image(self._traced(name))
+        return read_image(self.traced_file(name))
 
     def masks(self, name: str) -> tuple[dict[str, PackedMask], Mapping[str, str]]:
         """The masks of an image's trace, and the layers left dense: all that comparing traces needs, and sooner."""
-        with read_tensors(self._traced(name), _KEY, _WHAT, _WRITER) as (header, tensors):
+        with read_tensors(self.traced_file(name), _KEY, _WHAT, _WRITER) as (header, tensors):
             held = {key.removeprefix(_TRACE): tensor for key, tensor in tensors.items() if key.startswith(_TRACE)}
             return Trace.masks_from_tensors(header["trace"], held), dict(header["trace"]["dense"])
 
-    def _traced(self, name: str) -> Path:
-        """The file of an image that has a trace."""
-        if name not in self.records:
-            raise KeyError(name)
+    def traced_file(self, name: str) -> Path:
+        """The file of an image that has a trace; refusals as of reading it."""
+        file = self.file_of(name)
         if name in self.refused:
             raise InvalidInputError(f"{name!r} has no trace: {self.refused[name]}")
-        return self.file_of(name)
+        if file.name in self.damaged:
+            raise InvalidInputError(self.damaged[file.name])
+        if name not in self.records:
+            raise KeyError(name)
+        return file
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.records if name not in self.refused)
@@ -136,13 +162,33 @@ class Store(Mapping[str, StoredImage]):
 
 
 def _read_record(file: Path) -> dict[str, Any]:
-    try:
-        header = read_header(file, _KEY, _WHAT, _WRITER)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"{error}; delete it, and run again on its image") from error
-    if not isinstance(header.get("name"), str) or file_name(header["name"]) != file.name:
-        raise InvalidInputError(f"{os.fspath(file)!r} is another image's file, renamed: delete it")
-    return {key: value for key, value in header.items() if key not in ("trace", "sha256")}
+    with read_header(file, _KEY, _WHAT, _WRITER) as record:
+        _check_record(record)
+    if file_name(record["name"]) != file.name:
+        raise InvalidInputError(f"{os.fspath(file)!r} is another image's file, renamed")
+    return {key: value for key, value in record.items() if key != "trace"}
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """KeyError, TypeError or ValueError where a record lacks what readers of stores rest on."""
+    kinds: dict[str, type] = {"name": str, "labels": dict}
+    if "refused" in record:
+        kinds["refused"] = str
+    else:
+        kinds |= {
+            "target": int,
+            "sparsity": float,
+            "answers": dict,
+            "probability": dict,
+            "metrics": dict,
+            "trace": dict,
+        }
+    for key, kind in kinds.items():
+        if not isinstance(record[key], kind):
+            raise TypeError(f"its {key} is {record[key]!r}")
+    if not all(isinstance(value, str) for value in record["labels"].values()):
+        raise TypeError(f"its labels are {record['labels']!r}")
+    _row(record["name"], record)
 
 
 def read_image(file: Path) -> StoredImage:
@@ -175,7 +221,7 @@ def refusal_bytes(record: Mapping[str, Any], reason: str) -> bytes:
 def file_name(name: str) -> str:
     """The name of an image's file: to be recognised by, and no two the same, whatever characters the image's has."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[-_MOST_CHARACTERS:].lstrip(".")
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:16]}{_SUFFIX}"
+    return f"{readable}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}{_SUFFIX}"
 
 
 class StoreWriter:
@@ -209,19 +255,12 @@ class StoreWriter:
             write_folder(path, {MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode()})
         self.settings_sha256 = hashlib.sha256(json.dumps(manifest["settings"], sort_keys=True).encode()).hexdigest()
 
-    def clear(self, names: Collection[str]) -> None:
-        """Remove what writers that were killed left behind; InvalidInputError for damage that no run would mend.
-
-        That is a file that is damaged and of none of the images to come, by their names.
-        """
+    def clear(self) -> None:
+        """Remove what writers that were killed left behind."""
         leftovers = (f".{MANIFEST}.*", f".{INDEX}.*", f"{IMAGES}/.*{_SUFFIX}.*")  # of `write_whole`
         for leftover in chain.from_iterable(map(self._path.glob, leftovers)):
             if leftover.is_dir() and _TEMPORARY.fullmatch(leftover.suffix):
                 shutil.rmtree(leftover)
-        to_come = {file_name(name) for name in names}
-        for file in (self._path / IMAGES).glob(f"*{_SUFFIX}"):
-            if file.name not in to_come:
-                _read_record(file)
 
     def has(self, listed: ListedImage, image_sha256: str) -> bool:
         """Whether an image's file is there, is whole, and is about this image and question.
@@ -309,10 +348,10 @@ def _row(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "file": f"{IMAGES}/{file_name(name)}"}
     row |= {key: record.get(key) for key in ("refused", "image_sha256", "target", "target_name", "sparsity")}
     for network in ("dense", "spade"):
-        answers = record.get("answers", {}).get(network)
+        first = {"index": None, "name": None} if "refused" in record else record["answers"][network][0]
         row |= {
-            f"{network}_answer": answers[0]["index"] if answers else None,
-            f"{network}_answer_name": answers[0]["name"] if answers else None,
+            f"{network}_answer": first["index"],
+            f"{network}_answer_name": first["name"],
             f"{network}_probability": record.get("probability", {}).get(network),
         }
     for metric, by_network in record.get("metrics", {}).items():

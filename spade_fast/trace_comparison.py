@@ -289,6 +289,7 @@ def compare(
     """
     require("sklearn.metrics", "interpret")
     check_thresholds(least, most)
+    check_whole("seed", seed, 0)
     store = store if isinstance(store, Store) else Store(store)
     chosen = known_images(store, names)
     if limit is not None and check_whole("limit", limit, 2) < len(chosen):

@@ -99,7 +99,10 @@ def store_of(
             **question(listed),
             "target": index,
             "target_name": called,
-            "answers": {"dense": [{"index": index, "name": called, "probability": 1.0}]},
+            "sparsity": trace.sparsity,
+            "probability": {"dense": 1.0, "spade": 1.0},
+            "answers": {key: [{"index": index, "name": called, "probability": 1.0}] for key in ("dense", "spade")},
+            "metrics": {},
         }
         writer.put(listed, image_bytes(record, trace, {}, {}))
     return Store(folder)

@@ -102,6 +102,8 @@ def test_refusals(store: Path, tmp_path: Path) -> None:
         (("--layers", "cnov"), "no trace has a pruned layer or block 'cnov'; nearest: 'conv'"),
         (("--out", store / "images"), "is in the store, which holds images only: choose another folder"),
         (("--least", 2), "least must lie within 0 .* and 1"),
+        (("--least", "nan"), "least must lie within 0 .* and 1"),
+        (("--seed", -1), "seed must be a whole number of at least 0, got -1"),
     ):
         result = compare(store, *more)
         assert result.exit_code == 2, more

@@ -71,6 +71,11 @@ def test_a_run_and_the_next(folder: Path, tmp_path: Path) -> None:
     assert list(found["refused"]) == ["broken.png"]
     assert list(found["remade"]) == ["01.png"]
     assert found["store"] == str(out)
+    (folder / "00.png").unlink()
+    last = run(folder, "--out", out, *QUICK)
+    assert "3 images: 0 made, 2 kept, 1 refused; " in last.stdout
+    assert "a second" not in last.stdout
+    assert f"written: {out}, with 1 image of other lists in it" in last.stdout
 
 
 def test_every_option_reaches_the_run(
@@ -97,8 +102,6 @@ def test_every_option_reaches_the_run(
         "root": (folder, folder),
         "in_flight": (3, 3),
         "threads": (2, 2),
-        "ray": ("auto", "auto"),
-        "workers": (5, 5),
         "seed": (9, 9),
         "sparsity": (0.25, 0.25),
     }
@@ -113,7 +116,9 @@ def test_every_option_reaches_the_run(
     assert given["distributed"] is False
     assert (given["images"], given["out"]) == (manifest, tmp_path / "out")
     assert loads == [{"name": "timm:resnet18", "checkpoint": None, "num_classes": None, "device": "cpu"}]
-    elsewhere = {"images", "out", "model", "arch", "checkpoint", "num_classes", "device", "as_json"}
+    assert run(folder, "--out", tmp_path / "out", "--ray", "auto", "--workers", 5).exit_code == 0
+    assert (given["ray"], given["workers"], given["in_flight"]) == ("auto", 5, None)
+    elsewhere = {"images", "out", "model", "arch", "checkpoint", "num_classes", "device", "as_json", "ray", "workers"}
     assert set(inspect.signature(command.run).parameters) == set(options) | elsewhere
 
 
@@ -130,7 +135,9 @@ def test_traces_alone(folder: Path, tmp_path: Path) -> None:
         (("--methods", "none", "--metrics", "insertion"), "metrics are of maps"),
         (("--in-flight", 0), "--in-flight must be a whole number of at least 1, got 0"),
         (("--threads", 0), "--threads must be a whole number"),
-        (("--workers", 2), "workers= is for ray="),
+        (("--workers", 2), "--workers is for --ray"),
+        (("--ray", "auto", "--in-flight", 2), "--in-flight is not for --ray"),
+        (("--ray", "here"), "no Ray cluster can be reached at 'here' (it is no HOST:PORT)"),
         (("--root", "."), "root is for a manifest"),
         (("--solver", "exat"), "solver"),
         (("--checkpoint", "x.pt"), "--checkpoint needs --arch"),
@@ -160,7 +167,7 @@ def test_where_no_image_can_be_used_the_run_has_failed(tmp_path: Path) -> None:
     (only / "broken.png").write_bytes(b"none")
     result = run(only, "--out", tmp_path / "out", *QUICK)
     assert result.exit_code == 2
-    assert "none of 1 images can be used (broken.png: image file" in result.stderr
+    assert "none of 1 image can be used (broken.png: image file" in result.stderr
     assert list(sf.Store(tmp_path / "out").refused) == ["broken.png"]
 
 

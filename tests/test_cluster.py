@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,8 +110,15 @@ def test_what_ray_cannot_give(ray: Any, images: Path, tmp_path: Path) -> None:
     assert ray.is_initialized()
     with pytest.raises(InvalidInputError, match="no node of the Ray cluster has 3 CPUs, as each worker is to have"):
         run(images, tmp_path / "out", ray="auto", threads=3)
-    with pytest.raises(InvalidInputError, match="is connected to the Ray cluster at .*, not '127.0.0.1:1'"):
-        run(images, tmp_path / "third", ray="127.0.0.1:1")
+    with socket.create_server(("127.0.0.1", 0)) as other:  # somebody answers there
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(InvalidInputError, match=f"is connected to the Ray cluster at .*, not '{address}'"):
+            run(images, tmp_path / "third", ray=address)
+    for address, why in (("127.0.0.1:1", "refused"), ("here", "it is no HOST:PORT"), ("ray://host:x", "HOST:PORT")):
+        with pytest.raises(
+            InvalidInputError, match=f"no Ray cluster can be reached at '{address}' .*{why}.*`ray start`"
+        ):
+            run(images, tmp_path / "other", ray=address)
     with pytest.raises(InvalidInputError, match="workers must be a whole number of at least 1, got 0"):
         run(images, tmp_path / "other", ray="auto", workers=0)
     assert not (tmp_path / "other").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from spade_fast.errors import InvalidInputError
-from spade_fast.files import held_file, held_folder
+from spade_fast.files import LOCK, held_file, held_folder, write_whole
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -66,9 +68,42 @@ def test_a_file_system_without_locks(tmp_path: Path, hold: Hold, monkeypatch: py
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     ran = False
-    with hold(tmp_path / "held"):
+    message = r"held' cannot be held for this run alone \(No locks available\): see to it"
+    with pytest.warns(UserWarning, match=message), hold(tmp_path / "held"):
         ran = True
     assert ran
+
+
+def test_a_folder_is_held_where_only_files_open_for_writing_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on network file systems."""
+    lock, locked = fcntl.flock, []
+
+    def picky(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        locked.append(descriptor)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", picky)
+    with held_folder(tmp_path / "held"):
+        pass
+    assert len(locked) == 1
+    assert [each.name for each in (tmp_path / "held").iterdir()] == [LOCK]
+
+
+def test_a_file_and_then_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, synced = os.fsync, []
+
+    def noting(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(("folder", (tmp_path / "new").exists()) if is_folder else ("file", (tmp_path / "new").exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    write_whole(tmp_path / "new", b"content")
+    assert synced == [("file", False), ("folder", True)]
 
 
 def test_what_goes_wrong_inside_is_told_as_it_is(tmp_path: Path) -> None:

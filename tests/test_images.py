@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import warnings
 import zlib
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from spade_fast.errors import InvalidInputError
-from spade_fast.images import image_tensor, load_image, rgb_image
+from spade_fast.images import image_tensor, load_image, read_image_file, rgb_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -239,6 +240,16 @@ def test_truncated_header(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:20])
     with pytest.raises(InvalidInputError, match=r"cut\.png'"):
         load_image(tmp_path / "cut.png")
+
+
+def test_a_file_that_is_larger_than_any_image_is_not_read(tmp_path):
+    path = tmp_path / "vast.png"
+    path.touch()
+    os.truncate(path, 2**30 + 1)  # which takes no space
+    with pytest.raises(InvalidInputError, match=r"vast\.png' has 1073741825 bytes, more than 1073741824"):
+        read_image_file(path)
+    os.truncate(path, 1000)
+    assert read_image_file(path) == bytes(1000)
 
 
 def test_name_no_file_can_have():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,6 +145,54 @@ def test_a_manifest_of_parquet(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*list\.parquet' as Parquet"):
         listed_images(path)
+    parquet.write_table(arrow.table({"image": [b"1.jpg"]}), path)
+    with pytest.raises(InvalidInputError, match=r"row 1 of .*: 'image' is a bytes: name the path of an image file"):
+        listed_images(path)
+    invalid = arrow.Array.from_buffers(
+        arrow.string(), 1, [None, *map(arrow.py_buffer, (bytes(4) + b"\1\0\0\0", b"\xff"))]
+    )
+    parquet.write_table(arrow.table({"image": invalid}), path)
+    with pytest.raises(
+        InvalidInputError, match=r"cannot read manifest '.*list\.parquet' as Parquet \(UnicodeDecodeError"
+    ):
+        listed_images(path)
+
+
+def test_spaces_behind_commas_belong_to_nothing(tmp_path: Path) -> None:
+    path = manifest(tmp_path, 'image , target, note\n1.jpg, 7, "a, b"\n')
+    assert listed_images(path) == [ListedImage("1.jpg", tmp_path / "1.jpg", 7, {"note": "a, b"})]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([5], r"images\[0\] is a int: pass the path of an image file"),
+        (["a.jpg", b"b.jpg"], r"images\[1\] is a bytes: pass the path"),
+        ({"x": 5}, r"images\['x'\] is a int: pass the path"),
+        ({5: "a.jpg"}, "5 is no name of an image: pass text"),
+        ({"": "a.jpg"}, "'' is no name of an image"),
+        (5, "images is a int: pass a folder, a manifest, or paths"),
+        ([], "no image is named"),
+        (["a.jpg", "a.jpg"], "'a.jpg' is named twice"),
+    ],
+)
+def test_lists_that_are_none(images: Any, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        listed_images(images)
+
+
+def test_names_that_are_no_text_are_shown_as_such() -> None:
+    names = ["\udcff.jpg", "\ud800.jpg", "ä.jpg"]  # a byte that is no UTF-8, half of a character, and text
+    assert [each.name for each in listed_images(names)] == [r"\xff.jpg", r"\ud800.jpg", "ä.jpg"]
+    assert [os.fspath(each.path) for each in listed_images(names)] == names
+
+
+def test_a_file_that_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    with pytest.raises(
+        InvalidInputError, match=r"list\.txt' is neither a folder of images nor a manifest: pass a \.csv"
+    ):
+        listed_images(tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +214,11 @@ def test_a_manifest_of_parquet(tmp_path: Path) -> None:
         ("image,set\na.jpg,1,2\n", "row 1 of .* has not 2 values"),
         ("path\na.jpg\n", "has no column 'image', but 'path'"),
         ("image,set,set\na.jpg,1,2\n", "two columns of .* have one name"),
+        ("image,\na.jpg,1\n", "column 2 of .* has no name: give it one"),
+        ("image;target\na.jpg;1\n", "no column 'image', but 'image;target'; separate columns by commas"),
+        ("image\ttarget\na.jpg\t1\n", "separate columns by commas"),
+        ("image,target\na.jpg," + 5000 * "9" + "\n", "target '9{200} ...' is no index of a class$"),
+        ("image\nLIST/a.jpg\n", "is outside of"),  # its own folder, yet absolute
         ("image\n", "names no image"),
         ("", "has no column 'image', but none at all"),
         ('image\n"a.jpg\n', "cannot read manifest"),
@@ -177,7 +231,7 @@ def test_manifests_that_cannot_be_used(tmp_path: Path, text: str, message: str) 
     (tmp_path / "secret.jpg").touch()
     (folder / "link").symlink_to(tmp_path)
     with pytest.raises(InvalidInputError, match=message):
-        listed_images(manifest(folder, text))
+        listed_images(manifest(folder, text.replace("LIST", str(folder))))
 
 
 def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:

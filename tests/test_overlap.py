@@ -329,6 +329,13 @@ def test_what_random_sets_give() -> None:
     assert once.by_chance == separation(matrix, sets[0], seed=1).by_chance != separation(matrix, sets[0]).by_chance
 
 
+def test_the_set_itself_counts_among_the_random_ones() -> None:
+    inside = np.arange(24) < 12
+    matrix = np.where(inside[:, None] == inside, 0.9, 0.1)
+    np.fill_diagonal(matrix, 1)
+    assert separation(matrix, inside).by_chance == 1 / 1000  # or else it would be as unlikely as can be: 0
+
+
 def test_random_sets_have_as_many_images_of_as_many_photographs() -> None:
     photographs = np.array([0, 1, 2, 0, 1, 2, 3, 4, 5, 6])  # three pairs, four alone
     labels = np.array([1, 1, 1, 0, 0, 0, 1, 0, 0, 0], dtype=bool)
@@ -368,6 +375,8 @@ def test_sets_that_cannot_be_told_apart() -> None:
         separation(matrix, [True, True, False, False], apart=["p", "q"])
     with pytest.raises(InvalidInputError, match="symmetric"):
         separation(np.triu(matrix), [True, True, False, False])
+    with pytest.raises(InvalidInputError, match="seed must be a whole number of at least 0, got -1"):
+        separation(matrix, [True, True, False, False], seed=-1)
 
 
 def test_distinctive_connections_by_hand() -> None:

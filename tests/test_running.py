@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import multiprocessing
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 import spade_fast as sf
 from spade_fast import lanes, running, worker
 from spade_fast.errors import InvalidInputError
-from spade_fast.files import held_folder
+from spade_fast.files import LOCK, held_folder
 from spade_fast.imagesets import ListedImage
 from spade_fast.interruption import Interrupted, checkpoint
 from spade_fast.methods import _METHODS, Method, Question
@@ -76,6 +77,14 @@ def method() -> Iterator[Any]:
         del _METHODS[name]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def saliency(question: Question) -> Tensor:
     with torch.enable_grad():
         score = question.forward(question.inputs)[0, question.target]
@@ -95,7 +104,8 @@ def test_an_image_is_traced_and_explained_as_by_hand(images: Path, tmp_path: Pat
     for name in ("00.png", "05.png"):
         found = store[name]
         photo = sf.load_image(images / name)
-        by_hand = sf.explain(model, photo, methods=METHODS, sparsity=0.5, seed=3, **QUICK)
+        with one_thread():  # as each image of a run has
+            by_hand = sf.explain(model, photo, methods=METHODS, sparsity=0.5, seed=3, **QUICK)
         for maps, expected in ((found.dense, by_hand.dense), (found.spade, by_hand.spade)):
             assert list(maps) == sorted(METHODS)
             for each in METHODS:
@@ -138,7 +148,7 @@ def test_the_store_is_the_same_however_many_images_are_in_flight(images: Path, t
     for count in (1, 2, 3):
         run(images, tmp_path / f"out{count}", metrics=("insertion",), steps=4, in_flight=count)
     expected = contents(tmp_path / "out1")
-    assert len(expected) == 9 + 2
+    assert len(expected) == 9 + 3  # manifest, index and lock
     assert contents(tmp_path / "out2") == contents(tmp_path / "out3") == expected
 
 
@@ -226,8 +236,9 @@ def test_what_was_made_is_not_lost_where_an_image_can_no_more_be_read(images: Pa
 
 def test_a_store_grows_with_other_lists(images: Path, tmp_path: Path) -> None:
     run({"one": images / "00.png"}, tmp_path / "out")
-    summary = run({"two": images / "01.png"}, tmp_path / "out")
-    assert (summary.images, summary.made) == (1, 1)
+    summary = run({"two": images / "01.png", "none": images / "none.png"}, tmp_path / "out")
+    assert (summary.images, summary.made, summary.others) == (2, 1, 1)
+    assert run({"one": images / "00.png"}, tmp_path / "out").others == 2
     assert list(sf.Store(tmp_path / "out")) == ["one", "two"]
 
 
@@ -254,6 +265,16 @@ def test_other_settings_or_weights_are_refused(images: Path, tmp_path: Path) -> 
     same = run(images, tmp_path / "out", damping=0.01, refit=False, methods=METHODS[::-1])  # as by default
     assert (same.made, same.kept) == (0, 8)
     assert contents(tmp_path / "out") == before
+
+
+def test_a_stray_file_in_a_store_stops_no_run(images: Path, tmp_path: Path) -> None:
+    run({"one": images / "00.png"}, tmp_path / "out", methods=("saliency",))
+    stray = tmp_path / "out" / "images" / "stray.safetensors"
+    stray.write_bytes(b"none of ours")
+    with pytest.warns(UserWarning, match=r"stray\.safetensors' .*: left out; run again"):
+        summary = run({"two": images / "01.png"}, tmp_path / "out", methods=("saliency",))
+    assert (summary.made, summary.others) == (1, 1)
+    assert stray.read_bytes() == b"none of ours"
 
 
 def test_one_run_at_a_time(images: Path, tmp_path: Path) -> None:
@@ -370,7 +391,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
             run(images, out, in_flight=count)
     done = list(sf.Store(out))
     assert 0 < len(done) < 8
-    assert not list(out.rglob(".*"))
+    assert [each.name for each in out.rglob(".*")] == [LOCK]
     summary = run(images, out)
     assert summary.kept == len(done)
     run(images, tmp_path / "whole")
@@ -485,6 +506,21 @@ def test_what_fails_for_no_reason_we_know_is_recorded_unless_all_do(images: Path
     assert run(three, tmp_path / "out", methods=["fails"]).made == 3
 
 
+def test_images_that_fail_now_and_then_end_no_run(images: Path, tmp_path: Path) -> None:
+    photographs(images, 15)
+    make = worker.Worker.make
+
+    def fails(self: worker.Worker, listed: ListedImage, *arguments: Any, **named: Any) -> bytes:
+        if listed.path.name == "07.png":
+            return make(self, listed, *arguments, **named)
+        raise KeyError("a fault")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker.Worker, "make", fails)
+        summary = run([images / f"{i:02}.png" for i in range(15)], tmp_path / "out", methods=(), in_flight=1)
+    assert (summary.made, len(summary.refused)) == (1, 14)  # seven before, and seven after
+
+
 # Memory
 
 
@@ -542,6 +578,43 @@ def test_an_image_that_does_not_fit_alone_goes_through_in_smaller_batches(
     with pytest.warns(UserWarning, match="halving"):
         summary = run([images / "01.png"], tmp_path / "out1", **more)
     assert "no memory for this image alone, even in batches of 1" in next(iter(summary.refused.values()))
+
+
+def test_metrics_that_do_not_fit_go_through_in_smaller_batches(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insertion, sizes = worker._MEASURES["insertion"], []
+
+    def needy(*arguments: Any, batch_size: int, **named: Any) -> Any:
+        sizes.append(batch_size)
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return insertion(*arguments, batch_size=batch_size, **named)
+
+    monkeypatch.setitem(worker._MEASURES, "insertion", needy)
+    with pytest.warns(UserWarning, match="halving its batches"):
+        assert run([images / "00.png"], tmp_path / "out", metrics=("insertion",), in_flight=1).made == 1
+    assert sizes == [16, 8, 4]
+
+
+def test_the_seed_is_that_of_metrics_too(images: Path, tmp_path: Path, method: Any) -> None:
+    method("flat", lambda question: torch.ones_like(question.inputs))  # whose pixels come in an order by chance
+    run([images / "00.png"], tmp_path / "out", methods=["flat"], metrics=("deletion",), steps=6, seed=3)
+    (found,) = sf.Store(tmp_path / "out").values()
+    model, photo = quarters(), sf.load_image(images / "00.png")
+    inputs = model.preprocess(model.preprocess.view(photo)[None])
+    three, none = (
+        sf.metrics.deletion(model, inputs, found.dense["flat"][None], found.record["target"], steps=6, seed=seed).auc
+        for seed in (3, 0)
+    )
+    assert found.record["metrics"]["deletion"]["dense"]["flat"] == pytest.approx(three.item(), abs=1e-6)
+    assert abs(three - none) > 1e-3
+
+
+def test_summaries_of_several_ranks_are_one() -> None:
+    one = running.RunSummary(3, 1, 1, {"c": "empty"}, {}, 2.0)
+    other = running.RunSummary(2, 0, 2, {}, {"d": "damaged"}, 1.0)
+    assert running._merged([one, other]) == running.RunSummary(5, 1, 3, {"c": "empty"}, {"d": "damaged"}, 2.0)
 
 
 def in_double() -> LoadedModel:
@@ -712,6 +785,7 @@ def test_as_many_images_are_in_flight_as_memory_holds(monkeypatch: pytest.Monkey
         (None, 1, 8),
         (2**40, 2, 4),
         (10 * 768 * 2**20 // 4, 1, 2),
+        (2 * 768 * 2**20, 1, 1),  # a fifth is left free
         (1, 1, 1),
         (2**40, 9, 1),
     ):
@@ -750,7 +824,7 @@ def test_lanes_come_to_an_end_whenever_they_are_stopped(images: Path) -> None:
 
     listed = [ListedImage(str(i), images / "00.png") for i in range(400)]
     random = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(15):
         outcomes = lanes.Lanes(Writer(), [Busy() for _ in range(4)]).outcomes(listed)  # type: ignore[arg-type]
         for _ in range(int(random.integers(1, 200))):
             assert next(outcomes).made

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spade_fast as sf
-from spade_fast import reference, solver
+from spade_fast import reference, refit, solver
 from spade_fast.layers import mask_block_size
 from spade_fast.reference import count_to_prune
 from spade_fast.refit import refit_kept
@@ -358,6 +358,21 @@ def test_refitting_reads_off_by_hand():
     # The lost 1 comes back through H_12 / H_22 = 1 / 2, and costs (2 - 1 * 1 / 2) / 2 in each of two rows.
     assert sparse[0].tolist() == [[0.0, 4.5], [4.5, 0.0], [3.0, 3.0]]
     assert loss.item() == 1.5
+
+
+def test_refitting_solves_no_row_a_second_time_for_nothing(monkeypatch):
+    weight, hessian, _ = layer_and_hessian("linear", torch.float64)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.9
+    mask[:, 0] = False  # so that every row loses a weight
+    solved, plain = [], refit._solve_subsets
+
+    def noting(matrix, subsets, right_sides):
+        solved.append(int(subsets.any(2).sum()))
+        return plain(matrix, subsets, right_sides)
+
+    monkeypatch.setattr(refit, "_solve_subsets", noting)
+    refit_kept(weight[None], hessian, mask[None], native=False)
+    assert solved == [len(weight), 0]  # by the few pruned weights, and none by the many kept ones
 
 
 def test_refitting_in_small_pieces_changes_nothing(monkeypatch):

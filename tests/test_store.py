@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import spade_fast as sf
 from spade_fast.errors import InvalidInputError
+from spade_fast.files import read_tensors, tensor_bytes
 from spade_fast.imagesets import ListedImage
 from spade_fast.store import StoreWriter, file_name, image_bytes, question, refusal_bytes
 from spade_fast.traces import LayerTrace, Trace
@@ -134,6 +136,7 @@ def test_files_of_images_are_told_apart_whatever_those_are_called() -> None:
         "Katze für alle.jpg",
         "x" * 5000,
         "猫",
+        "\ud800",
     ]
     files = [file_name(name) for name in names]
     assert len({file.lower() for file in files}) == len(names)
@@ -196,7 +199,11 @@ def test_damage_is_refused_by_the_files_name(store: sf.Store, kind: str) -> None
     before = file.read_bytes()
     damages(file)[kind]()
     assert file.read_bytes() != before
-    with pytest.raises(InvalidInputError, match=r"b_cat\.jpg-[0-9a-f]{16}\.safetensors"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(InvalidInputError, match=r"b_cat\.jpg-[0-9a-f]{16}\.safetensors"),
+    ):
+        warnings.simplefilter("ignore")  # that it is left out
         sf.Store(store.path)["b/cat.jpg"]
     with pytest.raises(InvalidInputError, match=r"b_cat\.jpg-[0-9a-f]{16}\.safetensors"):
         StoreWriter(store.path, SETTINGS, ENVIRONMENT).has(listed("b/cat.jpg", labels={"set": "attacked"}), "abc")
@@ -204,8 +211,73 @@ def test_damage_is_refused_by_the_files_name(store: sf.Store, kind: str) -> None
 
 def test_a_file_of_another_image_is_not_taken_for_this_one(store: sf.Store) -> None:
     store.file_of("a dog.jpg").rename(store.file_of("b/cat.jpg"))
-    with pytest.raises(InvalidInputError, match="is another image's file, renamed: delete it"):
-        list(sf.Store(store.path))
+    found = sf.Store(store.path)
+    with pytest.warns(
+        UserWarning, match="b_cat.* is another image's file, renamed: left out; run again on its image, or delete it"
+    ):
+        assert list(found) == []
+    with pytest.raises(InvalidInputError, match="is another image's file, renamed"):
+        found["b/cat.jpg"]
+    with pytest.raises(KeyError):
+        found["a dog.jpg"]
+
+
+def test_one_damaged_file_leaves_the_others_readable(store: sf.Store) -> None:
+    damaged = store.file_of("b/cat.jpg")
+    damaged.write_bytes(b"damaged")
+    damaged.with_name("stray.safetensors").write_bytes(b"")
+    found = sf.Store(store.path)
+    with pytest.warns(UserWarning, match=r"b_cat.*: left out \(one of 2 such files\); run again") as caught:
+        assert list(found) == ["a dog.jpg"]
+    assert list(found.damaged) == [damaged.name, "stray.safetensors"]
+    assert torch.equal(found["a dog.jpg"].trace.layers["fc"].weight, trace(1).layers["fc"].weight)
+    assert "b/cat.jpg" not in found
+    assert len(caught) == 1
+    with pytest.raises(InvalidInputError, match=r"cannot read '.*b_cat\.jpg.* as an image of a store"):
+        found.masks("b/cat.jpg")
+    with pytest.warns(UserWarning, match="left out"):
+        index = StoreWriter(store.path, SETTINGS, ENVIRONMENT).write_index()
+    assert [row["name"] for row in index.rows()] == ["a dog.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": None},
+        {"name": "\ud800"},
+        {"labels": []},
+        {"labels": {"set": 5}},
+        {"target": "281"},
+        {"sparsity": None},
+        {"answers": {}},
+        {"answers": {"dense": [], "spade": []}},
+        {"answers": {"dense": [{"index": 1}], "spade": [{"index": 1}]}},
+        {"answers": 5},
+        {"probability": [0.5, 0.5]},
+        {"metrics": {"insertion": 5}},
+        {"metrics": {"insertion": {"dense": [5]}}},
+        {"trace": None},
+        {"refused": 5},
+    ],
+)
+def test_records_that_lack_what_readers_rest_on(store: sf.Store, change: dict[str, Any]) -> None:
+    """Whole by their checksums, as somebody else may have written them."""
+    file = store.file_of("b/cat.jpg")
+    with read_tensors(file, "spade_fast_image", "an image", "run") as (header, tensors):
+        pass
+    file.write_bytes(tensor_bytes("spade_fast_image", {**header, **change}, tensors))
+    found = sf.Store(store.path)
+    with pytest.warns(UserWarning, match="left out"):
+        assert list(found) == ["a dog.jpg"]
+    assert list(found.damaged) == [file.name]
+
+
+def test_what_changed_in_a_record_shows_without_a_look_at_the_tensors(store: sf.Store) -> None:
+    file = store.file_of("b/cat.jpg")
+    damages(file)["a figure changed"]()
+    found = sf.Store(store.path)
+    with pytest.warns(UserWarning, match="the checksum of its header does not fit it"):
+        assert list(found.records) == ["a dog.jpg", "c.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -249,25 +321,17 @@ def test_a_store_goes_on_with_its_own_settings_only(store: sf.Store) -> None:
 def test_what_killed_writers_left_is_cleared_away_and_nothing_else(store: sf.Store) -> None:
     leftover = store.path / "images" / f".{file_name('b/cat.jpg')}.x7d_0abc"
     manifests = store.path / ".manifest.json.abcd_123"
-    for folder in (leftover, manifests, store.path / ".git", store.path / "images" / ".mine"):
+    indices = store.path / ".index.parquet.ab0_3xyz"
+    for folder in (leftover, manifests, indices, store.path / ".git", store.path / "images" / ".mine"):
         folder.mkdir()
         (folder / "half").write_bytes(b"half")
     others = [store.path / ".manifest.json.swp", leftover.with_name(f"{leftover.name[:-9]}.Ab12Cd")]
     for other in others:
         other.touch()
     writer = StoreWriter(store.path, SETTINGS, ENVIRONMENT)
-    writer.clear(["b/cat.jpg"])
-    assert not leftover.exists()
-    assert not manifests.exists()
+    writer.clear()
+    assert not any(each.exists() for each in (leftover, manifests, indices))
     assert all(other.exists() for other in others)
     assert (store.path / ".git" / "half").exists()
     assert (store.path / "images" / ".mine" / "half").exists()
     assert list(sf.Store(store.path)) == list(store)
-
-
-def test_damage_that_a_run_would_not_mend_is_told_before_it_begins(store: sf.Store) -> None:
-    store.file_of("b/cat.jpg").write_bytes(b"damaged")
-    writer = StoreWriter(store.path, SETTINGS, ENVIRONMENT)
-    writer.clear(["b/cat.jpg"])
-    with pytest.raises(InvalidInputError, match="b_cat.*; delete it, and run again on its image"):
-        writer.clear(["a dog.jpg"])

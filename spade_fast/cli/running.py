@@ -99,6 +99,12 @@ def run(
         ("--in-flight", 1 if in_flight is None else in_flight),
     ):
         check_whole(option, value, 1)
+    if workers is not None and ray is None:
+        raise InvalidInputError("--workers is for --ray: name a cluster as well, or pass --in-flight instead")
+    if in_flight is not None and ray is not None:
+        raise InvalidInputError(
+            "--in-flight is not for --ray, whose workers have an image each: pass --workers instead"
+        )
     names = () if methods == "none" else read_methods(methods)
     plan = read_sparsity(sparsity)
     require("pyarrow.parquet", "run")
@@ -135,23 +141,25 @@ def run(
         return  # as the first process tells it all
     if len(summary.refused) == summary.images:
         reasons = by_reason(summary.refused)
-        raise InvalidInputError(f"none of {summary.images} images can be used ({reasons[0]})")
+        raise InvalidInputError(f"none of {_images(summary.images)} can be used ({reasons[0]})")
     _print(summary, out, as_json)
 
 
 def _print(summary: RunSummary, out: Path, as_json: bool) -> None:
-    rate = summary.made / summary.seconds if summary.seconds else 0.0
     if as_json:
-        counts = {"images": summary.images, "made": summary.made, "kept": summary.kept, "seconds": summary.seconds}
+        counts = {name: getattr(summary, name) for name in ("images", "made", "kept", "seconds", "others")}
         reasons = {"refused": dict(summary.refused), "remade": dict(summary.remade)}
         print_json({**counts, **reasons, "store": str(out)})
         return
-    images = f"{summary.images} image{'s' if summary.images > 1 else ''}"
-    told = f"{summary.made} made, {summary.kept} kept, {len(summary.refused)} refused"
     say_each("refused", summary.refused, "index.parquet")
     say_each("made anew", summary.remade, "index.parquet")
+    told = f"{summary.made} made, {summary.kept} kept, {len(summary.refused)} refused; {summary.seconds:.1f} s"
+    told += f", {summary.made / summary.seconds:.2f} images a second" if summary.made else ""
+    others = f", with {_images(summary.others)} of other lists in it" if summary.others else ""
     Console().print(
-        f"{images}: {told}; {summary.seconds:.1f} s, {rate:.2f} images a second\nwritten: {escape(str(out))}",
-        soft_wrap=True,
-        highlight=False,
+        f"{_images(summary.images)}: {told}\nwritten: {escape(str(out))}{others}", soft_wrap=True, highlight=False
     )
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
