@@ -42,8 +42,9 @@ simt: env
 	cmake --build build/simt --target spade_fast_simt_python simt_selftest
 	ctest --test-dir build/simt --output-on-failure --quiet -R simt_ -E "gram|factor|prune|eliminate|render"
 
+# Threads that wait leave their core to the other process.
 test: env simt
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 
 sanitize: env
 	cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPADE_FAST_SANITIZE=thread

@@ -212,8 +212,8 @@ def run(
             raise
         summary = _merged(ranks.gathered(summary))
         index = ranks.first(writer.write_index)
-        others = 0 if index is None else len(index.records.keys() - {each.name for each in listed})
-        return replace(summary, others=sum(ranks.gathered(others)))  # of the first process, which alone has the index
+        of_others = 0 if index is None else len(index.records.keys() - {each.name for each in listed})
+        return replace(summary, others=sum(ranks.gathered(of_others)))  # of the first process, which alone has an index
 
 
 def _checked_for_hooks(module: nn.Module, in_flight: int | None) -> int | None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from spade_fast import implanting, models
 from spade_fast.imagesets import ListedImage
 from spade_fast.models import LoadedModel
 from spade_fast.preprocessing import Preprocess
@@ -49,6 +51,19 @@ def quarters() -> LoadedModel:
     """The network, ready to be asked about images of any size."""
     preprocess = Preprocess(mean=(0.5,) * 3, std=(0.25,) * 3, input_size=SIDE, resize_size=SIDE)
     return LoadedModel("quarters", Quarters().eval(), preprocess, ("a", "b", "c", "d"), "random")
+
+
+def replace_networks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Put the network in the place of every other that is loaded; gives the arguments that those are asked for with."""
+    calls = []
+
+    def load(name: str, **arguments: Any) -> LoadedModel:
+        calls.append({"name": name, **arguments})
+        return quarters()
+
+    monkeypatch.setattr(models, "load_model", load)
+    monkeypatch.setattr(implanting, "load_model", load)
+    return calls
 
 
 def photographs(folder: Path, count: int) -> dict[str, Path]:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from spade_fast import cli, models, ops, presets, tracer
 from spade_fast.cli import information
 from spade_fast.cli.shared import read_sparsity
+from spade_fast.files import LOCK
 from spade_fast.models import LoadedModel
 from spade_fast.plans import SparsityPlan
 from spade_fast.preprocessing import Preprocess
@@ -380,6 +381,7 @@ def test_implant_writes_a_network_and_says_what_it_learned(loads: list[dict[str,
     assert re.search(r"right without a patch \(.*\), %: \d+\.\d before, \d+\.\d after", result.stdout)
     assert "0001_broken.png" in result.stderr
     assert {each.name for each in (folder.parent / "trojan").iterdir()} == {
+        LOCK,
         "delta.safetensors",
         "model.safetensors",
         "patches",

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from subjects import SIDE, photographs, quarters
+from subjects import SIDE, photographs, quarters, replace_networks
 from typer.testing import CliRunner, Result
 
-from spade_fast import cli, evaluation, implanting, models, tuning
+from spade_fast import cli, evaluation, tuning
 from spade_fast.augmentation import Augmentation
 from spade_fast.cases import Case, attacked_case, read_case
 from spade_fast.cli import measuring
+from spade_fast.files import LOCK
 from spade_fast.imagesets import named_files
 from spade_fast.implanting import Trojan
-from spade_fast.models import LoadedModel
 from spade_fast.patches import Patch
 from spade_fast.plans import SparsityPlan
 
@@ -35,16 +35,8 @@ QUICK = ("--num-augmentations", 4, "--steps", 6, "--methods", "saliency,occlusio
 
 @pytest.fixture(autouse=True)
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A small network in the place of every other; gives the arguments it was asked for with."""
-    calls = []
-
-    def load(name: str, **arguments: Any) -> LoadedModel:
-        calls.append({"name": name, **arguments})
-        return quarters()
-
-    monkeypatch.setattr(models, "load_model", load)
-    monkeypatch.setattr(implanting, "load_model", load)
-    return calls
+    """The arguments that networks are asked for with, in whose place a small one is."""
+    return replace_networks(monkeypatch)
 
 
 @pytest.fixture
@@ -80,7 +72,8 @@ def test_a_table_and_its_files(folder: Path) -> None:
         assert word in result.stdout
     out = folder.parent / "out"
     written = {path.name for path in out.iterdir()}
-    assert written == {"records.jsonl", "settings.json", "summary.json", "values.csv", "tables.md", "comparison.png"}
+    results = {"records.jsonl", "settings.json", "summary.json", "values.csv", "tables.md", "comparison.png"}
+    assert written == {LOCK, *results}
     # Deletion is of the same maps: nothing is left to be measured.
     lines = (out / "records.jsonl").read_text()
     again = evaluate("deletion", folder, "--limit", 5, "--sparsity", 0.6)

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import photographs, quarters
+from subjects import photographs, replace_networks
 from typer.testing import CliRunner, Result
 
 import spade_fast as sf
-from spade_fast import cli, models, running
+from spade_fast import cli, running
 from spade_fast.cli import running as command
-from spade_fast.models import LoadedModel
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("captum")
@@ -29,15 +28,8 @@ QUICK = ("--num-augmentations", 4, "--methods", "saliency", "--sparsity", 0.5)
 
 @pytest.fixture(autouse=True)
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A small network in the place of every other; gives the arguments it was asked for with."""
-    calls = []
-
-    def load(name: str, **arguments: Any) -> LoadedModel:
-        calls.append({"name": name, **arguments})
-        return quarters()
-
-    monkeypatch.setattr(models, "load_model", load)
-    return calls
+    """The arguments that networks are asked for with, in whose place a small one is."""
+    return replace_networks(monkeypatch)
 
 
 @pytest.fixture
