@@ -164,6 +164,7 @@ def overlap_figure(comparison: TraceComparison) -> Figure:
     """
     columns, rows = ("HS" if comparison.separations else "HH"), ["LL", *(["AA"] if comparison.layers else [])]
     figure = new_figure(12, 7.4 + 2.4 * len(rows))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)  # inches, so that nothing ends at the very edge
     panels = figure.subplot_mosaic(
         "\n".join([columns, *rows]), width_ratios=(2.4, 1), height_ratios=(6.6, *(2.0 for _ in rows))
     )
@@ -253,7 +254,7 @@ def _draw_scores(axes: Axes, comparison: TraceComparison, colours: Mapping[str, 
     called = name if len(name) <= _NAME_LENGTH else "the set"
     axes.set_xticks((0, 1), (called, "the rest"), fontsize=9)
     axes.set_xlim(-0.5, 1.5)
-    axes.set_title(f"Scores: AUC {_area(found.auc, found.interval)}", fontsize=11, color=TEXT)
+    axes.set_title(f"Scores\nAUC {_area(found.auc, found.interval)}", fontsize=11, color=TEXT)
     axes.set_ylabel("mean overlap with the set, minus with the rest", fontsize=9, color=NOTE)
     _plain(axes)
 
@@ -268,7 +269,7 @@ def _draw_areas(axes: Axes, comparison: TraceComparison) -> None:
     axes.set_yticks(range(len(rows)), [_short(name or "(none)") for name, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_title("Each value against all others", fontsize=11, color=TEXT)
-    axes.set_xlabel("AUC, with 95 % interval; grey: 95 % of random sets", fontsize=9, color=NOTE)
+    axes.set_xlabel("AUC, with 95 % interval\ngrey: 95 % of random sets", fontsize=9, color=NOTE)
     _plain(axes)
 
 
