@@ -132,6 +132,15 @@ def runs(results: dict[str, Any]) -> list[str]:
             whole = result["stats"]["median"] / images
             cells = [result["extra_info"]["backend"], f"{whole:.2f}", f"{working / images:.2f}"]
             lines.append(f"| {' | '.join([*cells, f'**{times[0] / working:.2f}**'])} |")
+        taken = {result["extra_info"]["backend"]: working for result, working in zip(of_case, times, strict=True)}
+        in_flight = taken["one by one, one thread"] / taken["one in flight for each thread"]
+        by_ray = taken["Ray, one worker of one thread"] / taken["Ray, a worker for each thread"]
+        threads = of_case[0]["extra_info"]["threads"]
+        lines += [
+            "",
+            f"At one thread each: {threads} in flight do {in_flight:.2f} times the work of one, {threads} workers of ",
+        ]
+        lines[-1] += f"Ray {by_ray:.2f} times that of one."
         lines.append("")
     return lines
 
