@@ -33,6 +33,8 @@ _SUFFIX = ".safetensors"
 _MOST_CHARACTERS = 60
 # What `tempfile` ends the names of folders in.
 _TEMPORARY = re.compile(r"\.[a-z0-9_]{8}")
+# Columns of the index that are text, beside labels.
+_TEXTS = ("name", "file", "refused", "image_sha256", "target_name", "dense_answer_name", "spade_answer_name")
 # Parts of the names of tensors in a file, before a layer's or a method's.
 _TRACE, _DENSE, _SPADE = "trace:", "dense:", "spade:"
 
@@ -170,25 +172,20 @@ def _read_record(file: Path) -> dict[str, Any]:
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
-    """KeyError, TypeError or ValueError where a record lacks what readers of stores rest on."""
-    kinds: dict[str, type] = {"name": str, "labels": dict}
-    if "refused" in record:
-        kinds["refused"] = str
-    else:
-        kinds |= {
-            "target": int,
-            "sparsity": float,
-            "answers": dict,
-            "probability": dict,
-            "metrics": dict,
-            "trace": dict,
-        }
-    for key, kind in kinds.items():
-        if not isinstance(record[key], kind):
-            raise TypeError(f"its {key} is {record[key]!r}")
-    if not all(isinstance(value, str) for value in record["labels"].values()):
-        raise TypeError(f"its labels are {record['labels']!r}")
-    _row(record["name"], record)
+    """LookupError, TypeError, AttributeError or ValueError where a record is not what readers of stores rest on."""
+    needed = ("name", "refused") if "refused" in record else ("name", "target", "sparsity", "dense_answer")
+    for column, value in _row(record["name"], record).items():
+        if value is None and column not in needed:
+            continue
+        kind = _kind(column)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"its {column} is {value!r}")
+        if isinstance(value, int) and not 0 <= value < 2**63:
+            raise ValueError(f"its {column} is {value}")
+        if isinstance(value, str):
+            value.encode()
+    if "refused" not in record and (not isinstance(record["trace"], dict) or "target_name" not in record):
+        raise TypeError("it has no trace, or no target_name")
 
 
 def read_image(file: Path) -> StoredImage:
@@ -360,15 +357,18 @@ def _row(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     return row | {f"label_{key}": value for key, value in record["labels"].items()}
 
 
+def _kind(column: str) -> type:
+    """Of the values of a column of the index, beside None."""
+    if column in ("target", "dense_answer", "spade_answer"):
+        return int
+    return str if column.startswith("label_") or column in _TEXTS else float
+
+
 def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
     arrow, parquet = require("pyarrow", "run"), require("pyarrow.parquet", "run")
+    kinds = {int: arrow.int64(), float: arrow.float64(), str: arrow.string()}
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        kinds = {type(value) for value in values if value is not None}
-        kind = {int: arrow.int64(), float: arrow.float64()}.get(*kinds) if len(kinds) == 1 else None
-        columns[name] = arrow.array(values, type=kind or arrow.string())
+    columns = {name: arrow.array([row.get(name) for row in rows], type=kinds[_kind(name)]) for name in names}
     stream = io.BytesIO()
     parquet.write_table(arrow.table(columns), stream)
     return stream.getvalue()

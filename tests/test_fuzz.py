@@ -12,6 +12,7 @@ sanitizers.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -29,12 +30,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
+from subjects import store_of
 from torch import Tensor, nn
 
 import spade_fast as sf
-from spade_fast import files, ops, store
+from spade_fast import files, ops, store, trace_comparison
 from spade_fast.checkpoints import load_checkpoint
 from spade_fast.images import load_image
+from spade_fast.imagesets import listed_images
 
 CASES = int(os.environ.get("SPADE_FAST_FUZZ_CASES", "2000"))
 REFUSALS = (RuntimeError, ValueError, TypeError)  # InvalidInputError is a ValueError
@@ -527,6 +530,40 @@ def test_damaged_images_of_a_store(tmp_path, record_property):
     fuzz(case, record_property)
 
 
+def test_records_of_a_store_that_contradict_themselves(tmp_path, record_property):
+    pytest.importorskip("pyarrow")
+    path = store_of(tmp_path / "store", {"cat.jpg": some_trace()}, {"cat.jpg": {"set": "odd"}}).path
+    (file,) = (path / "images").iterdir()
+    with files.read_tensors(file, "spade_fast_image", "an image", "run") as (header, tensors):
+        header["metrics"] = {"insertion": {"dense": {"lrp": 0.5}, "spade": {"lrp": 0.75}}}
+
+    def case(data: st.DataObject) -> None:
+        file.write_bytes(files.tensor_bytes("spade_fast_image", lying(data.draw, header), tensors))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is left out
+            index = store.StoreWriter(path, {"made": "by hand"}, {}).write_index()
+            assert len(index.records) + len(index.damaged) == 1
+        for by in ("set", "target", "answer"):
+            with contextlib.suppress(sf.InvalidInputError):  # for a label that is gone
+                trace_comparison._values(index, list(index), by)
+
+    fuzz(case, record_property)
+
+
+def test_damaged_lists(tmp_path, record_property):
+    text = 'image,name,target,note\nphotos/1.jpg,cat,281,"two, with\na break"\n2.jpg,,7,\xc3\xa4\n'
+    whole = text.encode("latin-1")
+
+    def case(data: st.DataObject) -> None:
+        found = read(listed_images, tmp_path / "list.csv", damaged(data.draw, whole))
+        for each in found or ():
+            assert each.name
+            assert each.path.is_relative_to(tmp_path)
+            assert each.target is None or each.target >= 0
+
+    fuzz(case, record_property)
+
+
 def test_damaged_tensors(tmp_path, record_property):
     tensors = {"values": torch.arange(12.0).view(3, 4), "mask": torch.ones(5, dtype=torch.bool), "none": torch.zeros(0)}
     files.write_tensors(tmp_path / "whole", "some_key", {"rows": [1, 2], "name": "\u00e4"}, tensors)
@@ -652,4 +689,4 @@ def test_damaged_plans(tmp_path, record_property):
     fuzz(case, record_property)
 
 
-SHARES = 3 * len(OPERATORS) + 5 + len(PICTURES) + len(CHECKPOINTS)
+SHARES = 3 * len(OPERATORS) + 7 + len(PICTURES) + len(CHECKPOINTS)
