@@ -24,7 +24,7 @@ import spade_fast as sf
 from spade_fast.imagesets import ListedImage
 from spade_fast.layers import prunable_layers
 from spade_fast.overlap import Masks, clusters, distinctive, overlaps, read_masks, separation
-from spade_fast.store import StoreWriter, image_bytes, question
+from spade_fast.store import StoreWriter, image_bytes
 from spade_fast.traces import LayerTrace, Trace
 
 READ = 20
@@ -49,7 +49,10 @@ def random_store(shapes: dict[str, tuple[int, ...]], folder: Path) -> sf.Store:
             mask = torch.rand(shape, generator=generator) < 0.5
             layers[name] = LayerTrace(torch.randn(shape, generator=generator) * mask, mask, 0.5, 0.0, 0.01)
         listed = ListedImage(f"{i:04}.png", folder)
-        writer.put(listed, image_bytes(question(listed), Trace(layers), {}, {}))
+        trace = Trace(layers)
+        told = {"target": 0, "target_name": None, "sparsity": trace.sparsity, "probability": {}, "metrics": {}}
+        answers = {network: [{"index": 0, "name": None}] for network in ("dense", "spade")}
+        writer.put(listed, image_bytes({**writer.known(listed), **told, "answers": answers}, trace, {}, {}))
     return sf.Store(folder)
 
 

@@ -228,7 +228,8 @@ def _draw_overlaps(figure: Figure, axes: Axes, comparison: TraceComparison, colo
     for side in strip.spines.values():
         side.set_visible(False)
     if count <= _MOST_NAMES:
-        strip.set_yticks(range(count), [_short(comparison.overlaps.images[image]) for image in order], fontsize=6.5)
+        names = [_short(comparison.overlaps.images[image]) for image in order]
+        strip.set_yticks(range(count), names, fontsize=6.5, parse_math=False)
         strip.tick_params(axis="y", length=0)
     if comparison.values:
         handles = [_rectangle((0, 0), 1, 1, facecolor=colour) for colour in colours.values()]
@@ -236,10 +237,12 @@ def _draw_overlaps(figure: Figure, axes: Axes, comparison: TraceComparison, colo
         if len(set(comparison.values)) > len(colours):
             handles.append(_rectangle((0, 0), 1, 1, facecolor=_OTHER))
             labels.append("the rest")
-        axes.legend(
+        legend = axes.legend(
             handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=4, frameon=False, fontsize=9,
             title=str(comparison.settings["by"]), title_fontsize=9,
         )  # fmt: skip
+        for text in (legend.get_title(), *legend.get_texts()):
+            text.set_parse_math(False)
 
 
 def _draw_scores(axes: Axes, comparison: TraceComparison, colours: Mapping[str, str]) -> None:
@@ -252,7 +255,7 @@ def _draw_scores(axes: Axes, comparison: TraceComparison, colours: Mapping[str, 
         axes.scatter(places, found.scores[chosen], c=dots, s=22, linewidth=0.4, edgecolor=TEXT)
     axes.axhline(0, color=NOTE, linewidth=0.8)
     called = name if len(name) <= _NAME_LENGTH else "the set"
-    axes.set_xticks((0, 1), (called, "the rest"), fontsize=9)
+    axes.set_xticks((0, 1), (called, "the rest"), fontsize=9, parse_math=False)
     axes.set_xlim(-0.5, 1.5)
     axes.set_title(f"Scores\nAUC {_area(found.auc, found.interval)}", fontsize=11, color=TEXT)
     axes.set_ylabel("mean overlap with the set, minus with the rest", fontsize=9, color=NOTE)
@@ -266,7 +269,7 @@ def _draw_areas(axes: Axes, comparison: TraceComparison) -> None:
         axes.plot(found.interval, (place, place), color=COLOURS[0], linewidth=1.5)
         axes.plot(found.auc, place, "o", color=COLOURS[0], markersize=5)
     axes.axvline(0.5, color=NOTE, linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [_short(name or "(none)") for name, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_short(name or "(none)") for name, _ in rows], fontsize=8, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_title("Each value against all others", fontsize=11, color=TEXT)
     axes.set_xlabel("AUC, with 95 % interval\ngrey: 95 % of random sets", fontsize=9, color=NOTE)
@@ -293,6 +296,7 @@ def _draw_layer_areas(axes: Axes, comparison: TraceComparison) -> None:
     sizes = [comparison.sizes[name].auc for name in comparison.layers]
     axes.plot(range(len(found)), sizes, "_", color=COLOURS[1], markersize=9, markeredgewidth=1.6)
     axes.axhline(0.5, color=NOTE, linewidth=0.8)
+    axes.set_ylim(-0.03, 1.03)
     told = "AUC of the set: dots. By sizes of masks alone: dashes. 95 % of sets drawn at random: grey"
     axes.set_title(told, fontsize=11, color=TEXT, loc="left")
     _name_layers(axes, list(comparison.layers), labelled=True)
@@ -301,7 +305,8 @@ def _draw_layer_areas(axes: Axes, comparison: TraceComparison) -> None:
 def _name_layers(axes: Axes, names: Sequence[str], *, labelled: bool) -> None:
     step = -(-len(names) // _MOST_LAYERS)
     places = range(0, len(names), step)
-    axes.set_xticks(places, [names[place] for place in places] if labelled else ["" for _ in places], rotation=90)
+    labels = [names[place] for place in places] if labelled else ["" for _ in places]
+    axes.set_xticks(places, labels, rotation=90, parse_math=False)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_xlim(-0.7, len(names) - 0.3)
     _plain(axes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import itertools
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from spade_fast.errors import InvalidInputError, check_whole, first_line, require
 from spade_fast.imagesets import ListedImage
@@ -32,6 +34,8 @@ _RETRIES = 3
 _WAIT = 60.0
 # Seconds until a cluster must have answered.
 _PATIENCE_AT_DOOR = 20.0
+# Numbers of the runs that this process shared with others.
+_runs = itertools.count()
 # The slowest rank may take that much longer than the first.
 _PATIENCE = datetime.timedelta(days=30)
 
@@ -42,11 +46,13 @@ class Actors:
     Parameters
     ----------
     recipe
-        What they do. Every actor has its own copy of the network, on a GPU of its own if it is on one here.
+        What they do. Every actor has its own copy of the network.
     address
         Of a cluster that runs; "auto" for the one that runs here, and for one on this machine where none does.
     count
         How many. Default: as many as the cluster has GPUs, or groups of `threads` cores.
+    on_gpu
+        Whether each has a GPU.
 
     Raises
     ------
@@ -56,10 +62,9 @@ class Actors:
         If Ray is not installed.
     """
 
-    def __init__(self, recipe: Recipe, address: str, count: int | None = None) -> None:
+    def __init__(self, recipe: Recipe, address: str, count: int | None = None, *, on_gpu: bool = False) -> None:
         self._ray = require("ray", "scale")
-        module = bare_module(recipe.model)
-        self._on_gpu = next(module.parameters()).device.type == "cuda"
+        self._on_gpu = on_gpu
         self._recipe = _on_cpu(recipe)
         self._recipes: list[Any] = []  # one, in Ray's keeping
         self._address = address
@@ -170,7 +175,11 @@ class Actors:
                     if task is None:
                         self._check_ready(answer)
                     else:
-                        done.append((task, self._result(answer, task)))
+                        result = self._result(answer, task)
+                        done.append((task, result))
+                        if result.halvings:
+                            times = f"halved {result.halvings} times"
+                            warnings.warn(f"no memory for {task.listed.name} alone: its batches {times}", stacklevel=2)
             else:
                 return
 
@@ -223,6 +232,11 @@ def _on_cpu(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(model, module=module) if isinstance(model, LoadedModel) else module)
 
 
+def gpu_of_rank() -> str:
+    """The GPU of a process that torchrun started, among those that it sees."""
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
+
+
 class Ranks:
     """The processes that torchrun started, of which each takes its share of the images; or this one alone.
 
@@ -235,26 +249,32 @@ class Ranks:
     """
 
     def __init__(self, *, distributed: bool) -> None:
-        self.rank, self.count = 0, 1
+        self.rank, self.count, self.count_here = 0, 1, 1
         self._is_ours = distributed and not dist.is_initialized()
-        if self._is_ours and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        if self._is_ours and not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise InvalidInputError(
                 "distributed= is for processes that torchrun started: leave it out, or start them so"
             )
         if self._is_ours:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            store, rank, count = next(dist.rendezvous("env://"))
+            # Names of its own for each run: a second group would look for the first one's sockets.
+            own = dist.PrefixStore(f"spade_fast {next(_runs)}", store)
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=count, timeout=_PATIENCE)
         if distributed:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
+            self.count_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def close(self) -> None:
         """End the group of processes, if it was begun here."""
         if self._is_ours:
             dist.destroy_process_group()
 
-    def device(self, device: torch.device | str | None) -> torch.device | str | None:
-        """The GPU of this process, where any will do."""
-        is_any = self.count > 1 and str(device) == "cuda"
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if is_any else device
+    def device(self, device: torch.device | str | None, module: nn.Module) -> torch.device | str | None:
+        """The GPU of this process, where any will do: for "cuda", and where the network is on one and none is named."""
+        is_on_gpu = next(module.parameters()).device.type == "cuda"
+        if self.count > 1 and (str(device) == "cuda" or (device is None and is_on_gpu)):
+            return gpu_of_rank()
+        return device
 
     def share(self, images: Sequence[ListedImage]) -> Sequence[ListedImage]:
         """This process's images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 # Characters of another library's message that are quoted.
@@ -34,6 +34,22 @@ def check_whole(what: str, value: object, least: int) -> int:
         limit = ", below 2**63" if isinstance(value, int) and value >= 2**63 else ""
         raise InvalidInputError(f"{what} must be a whole number of at least {least}{limit}, got {value!r}")
     return value
+
+
+def check_names(what: str, values: object) -> tuple[str, ...]:
+    """The names in a sequence.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is none, or a single string, or holds something else than text, with `what` it is.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise InvalidInputError(f"{what} must be a sequence of names, got {values!r}: pass a list")
+    for each in values:
+        if not isinstance(each, str):
+            raise InvalidInputError(f"{what} must be names, got {each!r} among them")
+    return tuple(values)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,8 +26,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from spade_fast.errors import InvalidInputError
+from spade_fast.memory import is_out_of_memory
 
 _FORMAT = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 #: What is locked in a folder that a run holds.
 LOCK = ".lock"
 
@@ -45,7 +48,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         path = Path(path).resolve()
         mode = path.stat().st_mode if path.exists() else None
         if mode is not None and not stat.S_ISREG(mode):
-            raise InvalidInputError(f"{os.fspath(path)!r} is not a regular file: choose another name")
+            raise InvalidInputError(f"{os.fspath(path)!r} is no regular file: remove it, or choose another name")
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             with temporary.open("wb") as file:
@@ -60,19 +63,28 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         raise
     except (OSError, TypeError, ValueError, RuntimeError) as error:  # the latter three from names that are none
         reason = getattr(error, "strerror", None) or error
-        raise InvalidInputError(f"cannot write {str(path)!r} ({reason}): choose another folder") from error
+        remedy = "free some space, or " if getattr(error, "errno", None) in _FULL else ""
+        raise InvalidInputError(f"cannot write {str(path)!r} ({reason}): {remedy}choose another folder") from error
 
 
 def _sync_folder(folder: Path) -> None:
     """See that a name given in the folder outlasts a loss of power, where the system can."""
     if os.name != "posix":
         return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems do not sync folders
+    with contextlib.suppress(OSError):  # some network file systems do not sync folders, and some folders cannot be read
+        opened = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(opened)
-    finally:
-        os.close(opened)
+        finally:
+            os.close(opened)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder where it is missing, and those above it, so that they outlast a loss of power."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> dict[str, Path]:
@@ -99,7 +111,7 @@ def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) 
     for name, content in contents.items():
         written[name] = Path(folder) / name
         try:
-            written[name].parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(written[name].parent)
         except OSError as error:
             reason = error.strerror or error
             raise InvalidInputError(
@@ -107,6 +119,14 @@ def write_folder(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) 
             ) from error
         write_whole(written[name], content)
     return written
+
+
+def remove_file(path: str | os.PathLike[str]) -> None:
+    """Remove a file, where there is one; InvalidInputError if it cannot be."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"cannot remove {os.fspath(path)!r} ({error.strerror or error})") from error
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:
@@ -118,7 +138,8 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
         If it cannot be written.
     """
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(Path(path).parent)
+        is_new = not Path(path).exists()
         with Path(path).open("ab+") as file:
             file.seek(max(0, file.tell() - 1))
             if file.read(1) not in (b"", b"\n"):  # a line was cut short
@@ -126,6 +147,8 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            _sync_folder(Path(path).parent)
     except OSError as error:
         raise InvalidInputError(f"cannot write {os.fspath(path)!r} ({error.strerror or error})") from error
 
@@ -167,7 +190,7 @@ def held_folder(path: str | os.PathLike[str]) -> Iterator[None]:
         If another run holds it, or it cannot be made or written to.
     """
     with _named(path):
-        Path(path).mkdir(parents=True, exist_ok=True)
+        _make_folder(Path(path))
     with _held(Path(path) / LOCK, path):
         yield
 
@@ -176,14 +199,14 @@ def held_folder(path: str | os.PathLike[str]) -> Iterator[None]:
 def held_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a file, which is made empty where it is missing, for one run: see :func:`held_folder`."""
     with _named(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(Path(path).parent)
     with _held(path, path):
         yield
 
 
 @contextlib.contextmanager
 def _held(file: str | os.PathLike[str], called: str | os.PathLike[str]) -> Iterator[None]:
-    with _named(called):
+    with _named(file):
         # For writing, as network file systems lock no others.
         held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -210,8 +233,8 @@ def _held(file: str | os.PathLike[str], called: str | os.PathLike[str]) -> Itera
 def _named(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError) as error:  # the latter from names that are none
+        reason = getattr(error, "strerror", None) or error
         raise InvalidInputError(f"cannot write to {os.fspath(path)!r} ({reason}): choose another name") from error
 
 
@@ -247,7 +270,7 @@ def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
 def read_header(path: str | os.PathLike[str], key: str, what: str, writer: str) -> Iterator[dict[str, Any]]:
     """Read the header that :func:`write_tensors` wrote, without the tensors, for a block: as `read_tensors`."""
     with _refused_as(path, what, writer):
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             header = _header(file, key)
         del header["tensors_sha256"]
         yield header
@@ -273,13 +296,19 @@ def read_tensors(
         TypeError, ValueError or AttributeError); the message names the file.
     """
     with _refused_as(path, what, writer):
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             header = _header(file, key)
             # Clones: the tensors would otherwise be views of the file, and change or crash with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if header.pop("tensors_sha256") != digest(tensors):
             raise ValueError("its checksum does not fit its contents")
         yield header, tensors
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is no regular file")  # and might never end
+    return safe_open(path, framework="pt")
 
 
 def _header(file: Any, key: str) -> dict[str, Any]:
@@ -296,17 +325,27 @@ def _header(file: Any, key: str) -> dict[str, Any]:
 def _refused_as(path: str | os.PathLike[str], what: str, writer: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except MemoryError:
+        raise
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         raise InvalidInputError(
             f"cannot read {os.fspath(path)!r} as {what} ({type(error).__name__}: {error}): it is missing, damaged, or "
             f"was not written by {writer}"
         ) from error
 
 
-def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """SHA-256 of tensors, in the order of their names, and of plain JSON values before them."""
+def digest(tensors: Mapping[str, Any], header: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """SHA-256 of tensors, in the order of their names, and of plain JSON values before them.
+
+    Other things among the tensors, as a module's own state, count by their names.
+    """
     found = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
+        if not isinstance(tensor, Tensor):
+            found.update(name.encode())
+            continue
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

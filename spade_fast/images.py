@@ -60,8 +60,7 @@ def read_image_file(path: str | os.PathLike[str]) -> bytes:
     Raises
     ------
     InvalidInputError
-        If it is missing, no regular file, empty, or of more than a gibibyte, which no image within Pillow's limit of
-        pixels is.
+        If it is missing, no regular file, empty, or of more than a gibibyte.
     """
     where = _where(path)
     _check_file(path, where)

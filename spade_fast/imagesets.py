@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from spade_fast.errors import InvalidInputError, first_line, quoted, require
 
 # No longer than that: names of phones' photographs begin with a date.
 _INDEX = re.compile(r"(\d{1,5})_")
-#: By what a store's folder is known: a file and a folder.
+#: In a store: the file by which it is known, and the folder of its images' files.
 MANIFEST, IMAGES = "manifest.json", "images"
 _MANIFESTS = (".csv", ".parquet")
 _EXTENSIONS = frozenset(
@@ -37,9 +39,9 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
         If there is no such folder, or no file in it that by its extension is an image.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # which no name makes fail
         raise InvalidInputError(f"{os.fspath(folder)!r} is no folder: pass one with photographs")
-    stores = {each.parent for each in root.rglob(MANIFEST) if (each.parent / IMAGES).is_dir()}
+    stores = {each.parent for each in root.rglob(MANIFEST) if _is_of_a_store(each)}
     found = sorted(
         each
         for each in root.rglob("*")
@@ -57,6 +59,14 @@ def image_files(folder: str | os.PathLike[str], *, classes: int | None = None) -
     if classes in (None, len(names_of_classes)) and all(len(each.relative_to(root).parts) > 1 for each in found):
         return [(each, names_of_classes.index(each.relative_to(root).parts[0])) for each in found]
     return [(each, None) for each in found]
+
+
+def _is_of_a_store(manifest: Path) -> bool:
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"format", "settings", "environment"} <= found.keys()
 
 
 def named_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
@@ -113,9 +123,11 @@ def listed_images(
         found = [ListedImage(_text(name), _path(path, f"images[{name!r}]")) for name, path in images.items()]
     elif isinstance(images, (str, os.PathLike)):
         path = Path(images)
-        if path.suffix.lower() in _MANIFESTS and not path.is_dir():
+        if not os.fspath(images):
+            raise InvalidInputError("images is empty: pass a folder, a manifest, or paths")
+        if path.suffix.lower() in _MANIFESTS and not os.path.isdir(path):
             return _read_manifest(path, path.parent if root is None else Path(root))
-        if path.is_file():
+        if os.path.isfile(path):
             raise InvalidInputError(
                 f"{os.fspath(path)!r} is neither a folder of images nor a manifest: pass a .csv or .parquet file with "
                 "a column 'image'"
@@ -124,7 +136,7 @@ def listed_images(
             ListedImage(name, file, labels={"folder": folder} if (folder := name.rpartition("/")[0]) else {})
             for name, file in ((_text(name), file) for name, file in named_files(path).items())
         ]
-    elif isinstance(images, Sequence):
+    elif isinstance(images, Sequence) and not isinstance(images, bytes):
         paths = [_path(path, f"images[{place}]") for place, path in enumerate(images)]
         found = [ListedImage(_text(os.fspath(path)), path) for path in paths]
     else:
@@ -156,7 +168,7 @@ def _path(path: object, where: str) -> Path:
 
 
 def _read_manifest(path: Path, root: Path) -> list[ListedImage]:
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InvalidInputError(f"{os.fspath(root)!r} is no folder: pass as root the one that the images are in")
     where = f"manifest {os.fspath(path)!r}"
     rows = _csv_rows(path, where) if path.suffix.lower() == ".csv" else _parquet_rows(path, where)
@@ -182,7 +194,8 @@ def _listed(row: Mapping[str, str], root: Path, inside: Path) -> ListedImage:
     if not path or "\0" in path:
         raise InvalidInputError(f"{quoted(path)} is no path of an image")
     # As written, and as links lead: a list from elsewhere may not name just any file.
-    if not (root / path).resolve().is_relative_to(inside) or ".." in Path(path).parts or Path(path).is_absolute():
+    leads_out = not Path(os.path.realpath(root / path)).is_relative_to(inside)  # `resolve` fails at links in a circle
+    if leads_out or ".." in Path(path).parts or Path(path).is_absolute():
         raise InvalidInputError(
             f"{quoted(path)} is outside of {os.fspath(root)!r}: name it relative to that folder, or pass another root"
         )
@@ -191,13 +204,10 @@ def _listed(row: Mapping[str, str], root: Path, inside: Path) -> ListedImage:
 
 
 def _index(text: str) -> int:
-    try:
-        value = float(text)  # columns with gaps are often written as 281.0
-    except ValueError:
-        value = -1.0
-    if not (value.is_integer() and 0 <= value < 2**31):
-        raise InvalidInputError(f"target {quoted(text)} is no index of a class")
-    return int(value)
+    found = re.fullmatch(r"([0-9]{1,9})(\.0*)?", text)  # columns with gaps are often written as 281.0
+    if not found:
+        raise InvalidInputError(f"target {quoted(text)} is no index of a class: leave it empty where there is none")
+    return int(found[1])
 
 
 def _csv_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -211,33 +221,52 @@ def _csv_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, str]]]:
                     raise InvalidInputError(
                         f"row {number} of {where} has not {len(columns)} values, as many as there are columns"
                     )
-                yield number, row
-    except (OSError, ValueError, csv.Error) as error:
-        if isinstance(error, InvalidInputError):
-            raise
-        raise InvalidInputError(f"cannot read {where} ({error}): pass CSV in UTF-8, with the columns' names") from error
+                yield number, {name: value.strip() for name, value in row.items()}
+    except InvalidInputError:
+        raise
+    except OSError as error:
+        raise InvalidInputError(f"cannot read {where} ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"cannot read {where} ({error}): save it in UTF-8") from error
+    except (ValueError, csv.Error) as error:
+        raise InvalidInputError(f"cannot read {where}, at line {rows.line_num} ({error}): mend it there") from error
 
 
 def _parquet_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, str]]]:
-    parquet = require("pyarrow.parquet", "run")
+    arrow, parquet = require("pyarrow", "run"), require("pyarrow.parquet", "run")
     try:
-        table = parquet.read_table(path)
-        columns, rows = table.column_names, table.to_pylist()
+        with parquet.ParquetFile(path) as file:
+            _checked_columns(list(file.schema_arrow.names), where)
+            table = file.read()
+    except InvalidInputError:
+        raise
     except (OSError, ValueError) as error:  # the package's own errors are ValueErrors
         raise InvalidInputError(f"cannot read {where} as Parquet ({first_line(error)})") from error
-    _checked_columns(columns, where)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row["image"], (str, type(None))):
-            raise InvalidInputError(
-                f"row {number} of {where}: 'image' is a {type(row['image']).__name__}: name the path of an image file"
-            )
-        yield number, {name: "" if value is None else str(value) for name, value in row.items()}
+    columns = {name: _as_text(arrow, name, table[name], where) for name in table.column_names}
+    for number, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        yield number, {name: value or "" for name, value in zip(columns, values, strict=True)}
+
+
+def _as_text(arrow: Any, name: str, column: Any, where: str) -> list[str | None]:
+    """A column of text, numbers or dates as text."""
+    kind = column.type.value_type if arrow.types.is_dictionary(column.type) else column.type
+    is_text = arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_null(kind)
+    if not is_text and (name in ("image", "name") or "binary" in str(kind)):
+        raise InvalidInputError(f"column {name!r} of {where} is of type {kind}: make it text")
+    try:
+        found: list[str | None] = column.cast(arrow.string()).to_pylist()
+    except (ValueError, NotImplementedError, ArithmeticError) as error:
+        raise InvalidInputError(
+            f"column {name!r} of {where}, of type {kind}, cannot be read as text ({first_line(error)}): make it text"
+        ) from error
+    return [None if each == "nan" else each for each in found] if name == "target" else found
 
 
 def _checked_columns(columns: list[str], where: str) -> list[str]:
     if "image" not in columns:
         known = ", ".join(map(quoted, columns)) or "none at all"
         told = "; separate columns by commas" if len(columns) == 1 and re.search("[;\t]", columns[0]) else ""
+        told = "; write it in small letters" if "image" in (name.lower() for name in columns) else told
         raise InvalidInputError(f"{where} has no column 'image', but {known}{told}")
     if "" in columns:
         raise InvalidInputError(f"column {columns.index('') + 1} of {where} has no name: give it one")

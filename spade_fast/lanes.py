@@ -19,7 +19,7 @@ from spade_fast.images import decoded_image, read_image_file
 from spade_fast.imagesets import ListedImage
 from spade_fast.interruption import Interrupted, interruptible
 from spade_fast.memory import is_out_of_memory
-from spade_fast.store import StoreWriter, question, refusal_bytes
+from spade_fast.store import StoreWriter, refusal_bytes
 from spade_fast.worker import Worker
 
 
@@ -73,11 +73,15 @@ class Task:
 
 
 class Attempt(NamedTuple):
-    """What a worker makes of a task: the content of the image's file; and, if that is a refusal, what it says."""
+    """What a worker makes of a task: the content of the image's file, and in how often halved batches.
+
+    If that is a refusal, what it says, and whether for a reason that is none of ours.
+    """
 
     content: bytes
     refused: str | None = None
     unexpected: bool = False
+    halvings: int = 0
 
 
 def task_or_outcome(writer: StoreWriter, listed: ListedImage) -> Task | Outcome:
@@ -88,12 +92,16 @@ def task_or_outcome(writer: StoreWriter, listed: ListedImage) -> Task | Outcome:
     InvalidInputError
         If its refusal cannot be written.
     """
-    known = {**question(listed), "settings_sha256": writer.settings_sha256}
+    known, content = writer.known(listed), None
     try:
         content = read_image_file(listed.path)
     except InvalidInputError as error:
-        writer.refuse(listed, refusal_bytes(known, str(error)))
-        return Outcome(listed.name, made=False, refused=str(error))
+        reason = str(error)
+    except MemoryError:
+        reason = "there is no memory to read it"
+    if content is None:
+        writer.refuse(listed, refusal_bytes(known, reason))
+        return Outcome(listed.name, made=False, refused=reason)
     known["image_sha256"] = hashlib.sha256(content).hexdigest()
     try:
         return (
@@ -112,10 +120,7 @@ def attempt(worker: Worker, task: Task, *, halvings: int = 0) -> Attempt:
         return Attempt(refusal_bytes(task.known, reason), reason)
     try:
         image = decoded_image(task.content, task.listed.path)
-    except InvalidInputError as error:
-        return Attempt(refusal_bytes(task.known, str(error)), str(error))
-    try:
-        return Attempt(worker.make(task.listed, image, task.known, halvings=halvings))
+        return Attempt(worker.make(task.listed, image, task.known, halvings=halvings), halvings=halvings)
     except Exception as error:
         if is_out_of_memory(error):
             raise torch.OutOfMemoryError(str(error)) from error
@@ -127,9 +132,11 @@ def attempt(worker: Worker, task: Task, *, halvings: int = 0) -> Attempt:
 
 def written(writer: StoreWriter, task: Task, done: Attempt) -> Outcome:
     """Write what was made of a task; InvalidInputError if that fails, as it then would for any other."""
-    write = writer.put if done.refused is None else writer.refuse
-    write(task.listed, done.content)
-    return Outcome(task.listed.name, done.refused is None, done.refused, task.remade, done.unexpected)
+    if done.refused is not None:
+        writer.refuse(task.listed, done.content, task.known["image_sha256"])
+        return Outcome(task.listed.name, made=False, refused=done.refused, unexpected=done.unexpected)
+    writer.put(task.listed, done.content)
+    return Outcome(task.listed.name, made=True, remade=task.remade)
 
 
 class Room:

@@ -8,15 +8,16 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from spade_fast.errors import InvalidInputError, check_whole, require
+from spade_fast.errors import InvalidInputError, check_names, check_whole, require
 from spade_fast.memory import free_memory
-from spade_fast.plans import check_sparsity, is_prefix
+from spade_fast.plans import is_prefix
 from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.store import Store
 from spade_fast.traces import PackedMask, Trace
@@ -83,7 +84,8 @@ def read_masks(
     ------
     InvalidInputError
         If a file is damaged (the message names it), an image or a layer is not there, the traces are not of one
-        network, there are fewer than two images, or memory does not hold a bit for each weight of each image.
+        network, as far as shapes tell, there are fewer than two images, or memory does not hold a bit for each weight
+        of each image.
     """
     store = store if isinstance(store, Store) else Store(store)
     chosen = known_images(store, names)
@@ -106,7 +108,7 @@ def known_images(store: Store, names: Sequence[str] | None) -> list[str]:
     """The names, by default of all images with a trace; InvalidInputError for one that has none, or is named twice."""
     if names is None:
         return list(store)
-    for name in names:
+    for name in check_names("names", names):
         try:
             store.traced_file(name)
         except KeyError as error:
@@ -125,6 +127,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _collected(
     traces: Iterable[tuple[str, Mapping[str, PackedMask], Mapping[str, str]]], count: int, layers: Sequence[str] | None
 ) -> Masks:
+    if layers is not None and not check_names("layers", layers):
+        raise InvalidInputError("layers is empty: name some, or leave it out for all")
     if count < 2:
         raise InvalidInputError(f"there is {count or 'no'} trace: pass two or more, to be compared with one another")
     images: list[str] = []
@@ -142,7 +146,7 @@ def _collected(
             if layers is not None and not any(is_prefix(key, layer) for key in layers):
                 continue
             if layer not in bits:
-                needed += count * len(packed)
+                needed += count * (len(packed) + 8 * count)  # and the layer's overlaps
                 _check_memory(needed, free)
                 shapes[layer], bits[layer] = shape, np.empty((count, len(packed)), np.uint8)
                 missing[layer] = set(range(count))
@@ -187,7 +191,8 @@ def _merge(order: list[str], layers: Iterable[str]) -> None:
 def _check_memory(needed: int, free: int | None) -> None:
     if free is not None and needed > free:
         raise InvalidInputError(
-            f"the masks take {needed >> 20} MiB or more, and {free >> 20} are free: compare fewer images, or layers"
+            f"masks and overlaps take {needed >> 20} MiB or more, and {free >> 20} are free: compare fewer images, or "
+            "layers"
         )
 
 
@@ -234,7 +239,7 @@ def overlaps(masks: Masks, *, progress: bool = False) -> Overlaps:
     Where both traces pruned a layer it is what :meth:`spade_fast.Trace.overlap` gives.
 
     Bits are counted, 64 at a time: images^2 / 2 times the weights / 64 steps, on one core. Beside the masks and the
-    results it takes a few MiB.
+    results it takes a few MiB, and six more matrices of int64 [images, images].
 
     Parameters
     ----------
@@ -368,9 +373,10 @@ def clusters(matrix: Matrix, count: int | None = None) -> Clusters:
 
 
 def _check_overlaps(matrix: Matrix) -> None:
-    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
+    is_matrix = isinstance(matrix, np.ndarray) and matrix.ndim == 2 and matrix.dtype.kind == "f"
+    if not is_matrix or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
         got = list(matrix.shape) if isinstance(matrix, np.ndarray) else type(matrix).__name__
-        raise InvalidInputError(f"overlaps are a matrix [images, images] of two images or more, got {got}")
+        raise InvalidInputError(f"overlaps are a matrix of floats [images, images] of two images or more, got {got}")
     if not (np.all((matrix >= 0) & (matrix <= 1)) and np.array_equal(matrix, matrix.T)):
         raise InvalidInputError(
             "overlaps are a symmetric matrix of numbers within 0..1: pass one of spade_fast.overlap"
@@ -435,15 +441,17 @@ def separation(
     """
     _check_overlaps(matrix)
     check_whole("seed", seed, 0)
-    labels = np.asarray(inside, dtype=bool)
-    photographs = list(range(len(matrix))) if apart is None else list(apart)
+    labels = np.asarray(inside)
+    if labels.dtype != np.bool_ or labels.ndim != 1:
+        raise InvalidInputError(f"inside must be a bool for each image, got {inside!r}")
+    photographs = list(range(len(matrix))) if apart is None else check_names("apart", apart)
     if not len(labels) == len(photographs) == len(matrix):
         raise InvalidInputError(
             f"overlaps of {len(matrix)} images, but {len(labels)} are said to be of the set or not, and "
             f"{len(photographs)} have a photograph: pass one value for each image"
         )
     numbers = np.unique(photographs, return_inverse=True)[1]
-    counts = check_set(labels, numbers)
+    counts = check_set(labels, numbers, "images" if apart is None else "photographs")
     others = (numbers[:, None] != numbers).astype(np.float64)
     sets = np.stack([labels, *_dealt(labels, numbers, np.random.default_rng(seed))], axis=1)
     scores = _scores(matrix, others, sets)
@@ -454,13 +462,13 @@ def separation(
     return Separation(auc, _interval(auc, *counts), by_chance, (low, high), scores[:, 0].copy())
 
 
-def check_set(inside: NDArray[np.bool_], photographs: NDArray[Any]) -> tuple[int, int]:
+def check_set(inside: NDArray[np.bool_], photographs: NDArray[Any], called: str = "images") -> tuple[int, int]:
     """Of how many photographs the set has images, and the rest; InvalidInputError if they cannot be told apart."""
     counts = len(np.unique(photographs[inside])), len(np.unique(photographs[~inside]))
     if min(counts) < 2:
         raise InvalidInputError(
-            f"the set has images of {counts[0]} photographs, and the rest of {counts[1]}: both need two or more, since "
-            "no photograph is compared with itself"
+            f"the set has {counts[0]} {called}, and the rest {counts[1]}: both need two or more, as none is compared "
+            "with itself"
         )
     return counts
 
@@ -562,6 +570,8 @@ class Distinctive(ReadOnlyMappings):
         "output" and "input" are channels, the input's of a grouped convolution within its group; "tap" is the place in
         a convolution's kernel, by axis.
         """
+        if not self.layers:
+            return []
         differences = [layer.inside - layer.outside for layer in self.layers.values()]
         names = list(self.layers)
         owners = np.repeat(np.arange(len(names)), [len(each) for each in differences])
@@ -594,7 +604,7 @@ class Distinctive(ReadOnlyMappings):
 
 
 def distinctive(
-    masks: Masks, inside: Iterable[str], outside: Iterable[str] | None = None, *, least: float = 0.9, most: float = 0.1
+    masks: Masks, inside: Sequence[str], outside: Sequence[str] | None = None, *, least: float = 0.9, most: float = 0.1
 ) -> Distinctive:
     """The connections that the traces of a set keep, and those of other images lack.
 
@@ -618,10 +628,9 @@ def distinctive(
     """
     check_thresholds(least, most)
     places = {name: place for place, name in enumerate(masks.images)}
-    of_set = list(dict.fromkeys(inside))
-    rest = (
-        [name for name in masks.images if name not in set(of_set)] if outside is None else list(dict.fromkeys(outside))
-    )
+    of_set = list(dict.fromkeys(check_names("inside", inside)))
+    outside = [name for name in masks.images if name not in set(of_set)] if outside is None else outside
+    rest = list(dict.fromkeys(check_names("outside", outside)))
     for name in (*of_set, *rest):
         if name not in places:
             raise InvalidInputError(f"there is no image {name!r}; nearest: {nearest(name, places)}")
@@ -641,8 +650,9 @@ def distinctive(
 
 def check_thresholds(least: float, most: float) -> None:
     """Refuse shares of images by which no connection would be distinctive, or any."""
-    check_sparsity(least, "least")
-    check_sparsity(most, "most")
+    for what, share in (("least", least), ("most", most)):
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:  # also catches NaN
+            raise InvalidInputError(f"{what} must be a share of images within 0..1, got {share!r}")
     if most >= least:
         raise InvalidInputError(f"most={most!r} is not below least={least!r}: then the rest would not lack them")
 

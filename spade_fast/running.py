@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from spade_fast import presets
 from spade_fast.attribution import check_methods, find_method
 from spade_fast.cluster import Actors, Ranks
-from spade_fast.errors import InvalidInputError, check_whole, require
+from spade_fast.errors import InvalidInputError, check_names, check_whole, require
 from spade_fast.files import held_folder
 from spade_fast.imagesets import listed_images
 from spade_fast.lanes import Lanes, Outcomes
@@ -28,7 +28,7 @@ from spade_fast.methods import DEFAULT_METHODS
 from spade_fast.metrics import STEPS
 from spade_fast.models import LoadedModel, bare_module, usable_device
 from spade_fast.readonly import ReadOnlyMappings
-from spade_fast.store import StoreWriter
+from spade_fast.store import StoreWriter, check_folder
 from spade_fast.tracer import Sparsity, bytes_in_flight, images_that_fit
 from spade_fast.worker import Measure, Recipe, Worker
 
@@ -155,14 +155,16 @@ def run(
         For arguments that cannot be used, a folder that holds something else or another run writes to, where nothing
         can be written any more, and where image after image fails for no reason we know.
     """
-    if isinstance(metrics, str):
-        raise InvalidInputError(f"metrics must be a sequence of names, got {metrics!r}: pass [{metrics!r}]")
+    check_names("metrics", metrics)
+    if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
+        raise InvalidInputError(f"out is {out!r}: pass the store's folder")
     listed = listed_images(images, root=root)
     recipe = Recipe(
         model=model,
         sparsity=sparsity,
-        methods={name: find_method(name) for name in (check_methods(methods) if methods else ())},
-        metrics=tuple(metrics),
+        # In one order, whichever they are named in: that of the files.
+        methods={name: find_method(name) for name in sorted(check_methods(methods) if methods else ())},
+        metrics=tuple(sorted({*metrics})),
         steps=steps,
         preprocess=preprocess,
         seed=seed,
@@ -178,36 +180,39 @@ def run(
         raise InvalidInputError("workers= is for ray=: pass the address of a cluster as well, or in_flight instead")
     module = bare_module(model)
     in_flight = _checked_for_hooks(module, in_flight)
-    actors = None if ray is None else Actors(recipe, ray, workers)
-    if actors is None and threads > (cores := os.cpu_count() or 1):
+    if ray is None and threads > (cores := os.cpu_count() or 1):
         raise InvalidInputError(f"threads={threads}, but there are {cores} cores: pass at most as many")
     ranks = Ranks(distributed=distributed)
     with ExitStack() as stack:
         stack.callback(ranks.close)
-        device = ranks.device(device)
+        device = ranks.device(device, module)
         there = next(module.parameters()).device if device is None else usable_device(device)
+        actors = None if ray is None else Actors(recipe, ray, workers, on_gpu=there.type == "cuda")
         store = Path(out), recipe.settings(), recipe.environment(there)
+        # Which checks that all methods are valid on this network.
+        worker = Worker(recipe, device=device if actors is None else None, own_modules=in_flight != 1)
+        started = None if actors is None else stack.enter_context(actors.started())
 
         def held() -> StoreWriter:
+            check_folder(Path(out))
             stack.enter_context(held_folder(out))
             writer = StoreWriter(*store)
             writer.clear()
             return writer
 
         writer = ranks.first(held) or StoreWriter(*store)
-        worker = Worker(recipe, device=device, own_modules=in_flight != 1)
         mine = ranks.share(listed)
-        if actors is not None:
-            outcomes = actors.outcomes(stack.enter_context(actors.started()), writer, mine)
+        if actors is not None and started is not None:
+            outcomes = actors.outcomes(started, writer, mine)
         else:
-            count = in_flight or _images_in_flight(module, there, threads)
+            count = in_flight or _images_in_flight(module, there, threads, ranks.count_here)
             others = (Worker(recipe, device=device, own_modules=True) for _ in range(min(count, len(mine)) - 1))
             outcomes = Lanes(writer, [worker, *others]).outcomes(mine)
         try:
             summary = _collected(outcomes, len(mine), progress=progress and not ranks.rank)
         except BaseException:
             if not ranks.rank:
-                with contextlib.suppress(InvalidInputError):
+                with contextlib.suppress(Exception):  # what ends the run is what is to be told
                     writer.write_index()
             raise
         summary = _merged(ranks.gathered(summary))
@@ -259,18 +264,18 @@ def _merged(summaries: Sequence[RunSummary]) -> RunSummary:
         images=sum(each.images for each in summaries),
         made=sum(each.made for each in summaries),
         kept=sum(each.kept for each in summaries),
-        refused={name: reason for each in summaries for name, reason in each.refused.items()},
-        remade={name: reason for each in summaries for name, reason in each.remade.items()},
+        refused=dict(sorted(item for each in summaries for item in each.refused.items())),
+        remade=dict(sorted(item for each in summaries for item in each.remade.items())),
         seconds=max(each.seconds for each in summaries),
     )
 
 
-def _images_in_flight(module: nn.Module, device: torch.device, threads: int) -> int:
-    """How many images to work on at a time."""
+def _images_in_flight(module: nn.Module, device: torch.device, threads: int, processes: int = 1) -> int:
+    """How many images to work on at a time, in each of so many processes on this machine."""
     needed = bytes_in_flight(prunable_layers(module).values(), 4) + _MAPS_IN_FLIGHT
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return min(_MOST_IN_FLIGHT_ON_GPU, images_that_fit(free, needed))
     most = max(1, torch.get_num_threads() // threads)
     room = free_memory()
-    return most if room is None else max(1, min(most, room * 4 // 5 // needed))
+    return most if room is None else max(1, min(most, room * 4 // 5 // needed // processes))

@@ -80,8 +80,11 @@ class Store(Mapping[str, StoredImage]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise InvalidInputError(f"{path!r} is no store: pass the folder that run wrote")
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
+        self._settings_sha256 = _settings_digest(self.settings)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -109,6 +112,8 @@ class Store(Mapping[str, StoredImage]):
         for file in sorted((self.path / IMAGES).glob(f"*{_SUFFIX}")):
             try:
                 record = _read_record(file)
+                if record["settings_sha256"] != self._settings_sha256:
+                    raise InvalidInputError(f"{os.fspath(file)!r} was made with other settings than the store's")
             except InvalidInputError as error:
                 damaged[file.name] = str(error)
             else:
@@ -129,22 +134,30 @@ class Store(Mapping[str, StoredImage]):
         """The file of an image."""
         return self.path / IMAGES / file_name(name)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """An image, or the default for one that has no trace."""
+        return self[name] if name in self else default  # noqa: SIM401
+
     def __getitem__(self, name: str) -> StoredImage:
-        return read_image(self.traced_file(name))
+        with _advised():
+            return read_image(self.traced_file(name))
 
     def masks(self, name: str) -> tuple[dict[str, PackedMask], Mapping[str, str]]:
         """The masks of an image's trace, and the layers left dense: all that comparing traces needs, and sooner."""
-        with read_tensors(self.traced_file(name), _KEY, _WHAT, _WRITER) as (header, tensors):
+        with _advised(), read_tensors(self.traced_file(name), _KEY, _WHAT, _WRITER) as (header, tensors):
             held = {key.removeprefix(_TRACE): tensor for key, tensor in tensors.items() if key.startswith(_TRACE)}
             return Trace.masks_from_tensors(header["trace"], held), dict(header["trace"]["dense"])
 
     def traced_file(self, name: str) -> Path:
         """The file of an image that has a trace; refusals as of reading it."""
+        if not isinstance(name, str):
+            raise KeyError(name)
         file = self.file_of(name)
         if name in self.refused:
             raise InvalidInputError(f"{name!r} has no trace: {self.refused[name]}")
         if file.name in self.damaged:
-            raise InvalidInputError(self.damaged[file.name])
+            with _advised():
+                raise InvalidInputError(self.damaged[file.name])
         if name not in self.records:
             raise KeyError(name)
         return file
@@ -156,11 +169,19 @@ class Store(Mapping[str, StoredImage]):
         return len(self.records) - len(self.refused)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.records and name not in self.refused
+        return isinstance(name, str) and name in self.records and name not in self.refused
 
     def rows(self) -> list[dict[str, Any]]:
         """The index: a row for each image, refused ones too, in the order of their names."""
         return [_row(name, record) for name, record in self.records.items()]
+
+
+@contextlib.contextmanager
+def _advised() -> Iterator[None]:
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{error}; run again on its image, or delete it") from error
 
 
 def _read_record(file: Path) -> dict[str, Any]:
@@ -174,6 +195,8 @@ def _read_record(file: Path) -> dict[str, Any]:
 def _check_record(record: Mapping[str, Any]) -> None:
     """LookupError, TypeError, AttributeError or ValueError where a record is not what readers of stores rest on."""
     needed = ("name", "refused") if "refused" in record else ("name", "target", "sparsity", "dense_answer")
+    if not isinstance(record["settings_sha256"], str):
+        raise TypeError(f"its settings_sha256 is {record['settings_sha256']!r}")
     for column, value in _row(record["name"], record).items():
         if value is None and column not in needed:
             continue
@@ -221,6 +244,14 @@ def file_name(name: str) -> str:
     return f"{readable}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}{_SUFFIX}"
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder that is no store and holds something else."""
+    if not os.path.isdir(path) or (path / MANIFEST).exists():
+        return
+    if other := next((each.name for each in path.iterdir() if not each.name.startswith(".")), None):
+        raise InvalidInputError(f"{os.fspath(path)!r} is no store, but holds {other!r}: choose a new folder")
+
+
 class StoreWriter:
     """Writes to a store, which the caller holds (:func:`spade_fast.files.held_folder`).
 
@@ -242,22 +273,21 @@ class StoreWriter:
     def __init__(self, path: Path, settings: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         self._path = path
         manifest = json.loads(json.dumps({"format": _FORMAT, "settings": settings, "environment": environment}))
+        check_folder(path)
         if (path / MANIFEST).exists():
             known = _read_manifest(path)
             _check_same(path, known["settings"], manifest["settings"])
             _tell_other_environment(path, known["environment"], manifest["environment"])
         else:
-            if other := next((each.name for each in path.iterdir() if not each.name.startswith(".")), None):
-                raise InvalidInputError(f"{os.fspath(path)!r} is no store, but holds {other!r}: choose a new folder")
             write_folder(path, {MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode()})
-        self.settings_sha256 = hashlib.sha256(json.dumps(manifest["settings"], sort_keys=True).encode()).hexdigest()
+        self._settings_sha256 = _settings_digest(manifest["settings"])
 
     def clear(self) -> None:
         """Remove what writers that were killed left behind."""
         leftovers = (f".{MANIFEST}.*", f".{INDEX}.*", f"{IMAGES}/.*{_SUFFIX}.*")  # of `write_whole`
         for leftover in chain.from_iterable(map(self._path.glob, leftovers)):
             if leftover.is_dir() and _TEMPORARY.fullmatch(leftover.suffix):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def has(self, listed: ListedImage, image_sha256: str) -> bool:
         """Whether an image's file is there, is whole, and is about this image and question.
@@ -274,16 +304,25 @@ class StoreWriter:
         with read_tensors(file, _KEY, _WHAT, _WRITER) as (header, _):
             if "refused" in header:  # perhaps it can be used now
                 return False
-        asked = {**question(listed), "image_sha256": image_sha256, "settings_sha256": self.settings_sha256}
+        asked = {**self.known(listed), "image_sha256": image_sha256}
         if different := next((key for key, value in asked.items() if header.get(key) != value), None):
             raise InvalidInputError(f"it had another {different} when {os.fspath(file)!r} was written")
         return True
 
-    def refuse(self, listed: ListedImage, content: bytes) -> None:
-        """Write the file of an image that cannot be used now, unless there is one with a trace, of then."""
+    def known(self, listed: ListedImage) -> dict[str, Any]:
+        """What an image's record begins with: what the list asks, and with which settings it is answered."""
+        asked = {"name": listed.name, "asked_target": listed.target, "labels": dict(listed.labels)}
+        return {**asked, "settings_sha256": self._settings_sha256}
+
+    def refuse(self, listed: ListedImage, content: bytes, image_sha256: str | None = None) -> None:
+        """Write the file of an image that cannot be used now, unless there is one with a trace, of then.
+
+        That one stays, as the image may come back; but not where it is of the same `image_sha256`, and so answers
+        another question.
+        """
         file = self._path / IMAGES / file_name(listed.name)
         with contextlib.suppress(InvalidInputError), read_tensors(file, _KEY, _WHAT, _WRITER) as (header, _):
-            if "refused" not in header:
+            if "refused" not in header and header["image_sha256"] != image_sha256:
                 return
         self.put(listed, content)
 
@@ -298,24 +337,26 @@ class StoreWriter:
         return store
 
 
-def question(listed: ListedImage) -> dict[str, Any]:
-    """What a list asks about an image: a part of its record."""
-    return {"name": listed.name, "asked_target": listed.target, "labels": dict(listed.labels)}
+def _settings_digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
-    if not file.is_file():
+    if not os.path.isfile(file):  # which no name makes fail
         raise InvalidInputError(f"{os.fspath(path)!r} is no store: it has no {MANIFEST}; pass a folder that run wrote")
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT:
-            raise ValueError(f"format {found['format']!r}, this version reads {_FORMAT}")
-        if not isinstance(found["settings"], dict) or not isinstance(found["environment"], dict):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        if found.get("format") != _FORMAT:
+            raise ValueError(f"format {found.get('format')!r}, this version reads {_FORMAT}")
+        if not isinstance(found.get("settings"), dict) or not isinstance(found.get("environment"), dict):
             raise ValueError("its settings or environment are no object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInputError(
-            f"cannot read {os.fspath(file)!r} ({type(error).__name__}: {error}): restore it, or choose another folder"
+            f"cannot read {os.fspath(file)!r} ({error}): restore it from a store of the same settings, or choose "
+            "another folder"
         ) from error
     return found
 

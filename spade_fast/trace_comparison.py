@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spade_fast.errors import InvalidInputError, check_whole, require
-from spade_fast.files import tensor_bytes, write_folder
+from spade_fast.errors import InvalidInputError, check_names, check_whole, require
+from spade_fast.files import remove_file, tensor_bytes, write_folder
 from spade_fast.overlap import (
     Clusters,
     Distinctive,
@@ -193,7 +193,8 @@ class TraceComparison(ReadOnlyMappings):
     def save(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
         """Write ``overlap.png``, ``overlap.safetensors`` (the matrices), tables as CSV and last ``overlap.json``.
 
-        Of connections ``connections.csv`` has the first 100,000. Each file is written whole or not at all.
+        Of connections ``connections.csv`` has the first 100,000. Each file is written whole or not at all, and none of
+        an earlier comparison is left in the folder.
 
         Raises
         ------
@@ -217,6 +218,8 @@ class TraceComparison(ReadOnlyMappings):
             contents["connections.csv"] = _csv(map(_flat, self.distinctive.connections(_MOST_ROWS)))
             contents["channels.csv"] = _csv(self.distinctive.channels())
         report = json.dumps(self.report(), indent=2, allow_nan=False) + "\n"
+        for name in ("overlap.json", "connections.csv", "channels.csv"):
+            remove_file(Path(folder) / name)
         return write_folder(folder, {**contents, "overlap.json": report.encode()})
 
     def _image_rows(self) -> list[dict[str, Any]]:
@@ -259,7 +262,8 @@ def compare(
         Whose images make up the set: one value or several, of classes the name or the index. Default: no set, but each
         value against all others.
     apart
-        A label that tells which photograph an image was made from: images of one are not compared with each other.
+        A label that tells which photograph an image was made from: images of one are not compared with each other. An
+        image without it is compared with all.
     names
         Which images. Default: all that have a trace.
     layers
@@ -298,10 +302,12 @@ def compare(
     if value is not None and by is None:
         raise InvalidInputError(f"value={value!r} is one of what? pass by, the label that it is a value of")
     values = () if by is None else _values(store, chosen, by)
-    wanted = () if value is None else (value,) if isinstance(value, (str, int)) else tuple(value)
-    inside = _chosen(values, [str(each) for each in wanted], str(by)) if wanted else ()
-    photographs = () if apart is None else _values(store, chosen, apart)
-    called = " or ".join(map(str, wanted))
+    given = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+    numbered = [str(each) if isinstance(each, int) else each for each in given]
+    wanted = () if value is None else check_names("value", numbered)
+    inside = _chosen(values, wanted, str(by), are_classes=by not in _labels(store, chosen)) if wanted else ()
+    photographs = () if apart is None else _photographs(chosen, _values(store, chosen, apart))
+    called = " or ".join(wanted)
     sets = _sets(values, inside, photographs, str(by), called)
     masks = read_masks(store, chosen, layers=layers, progress=progress)
     found = overlaps(masks, progress=progress)
@@ -345,10 +351,21 @@ def _distinctive(masks: Masks, inside: Sequence[bool], least: float, most: float
     return distinctive(masks, of_set, least=least, most=most)
 
 
+def _labels(store: Store, names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(key for name in names for key in store.records[name]["labels"]))
+
+
+def _photographs(names: Sequence[str], values: Sequence[str]) -> tuple[str, ...]:
+    """Of each image, the photograph: its own, where its label is empty."""
+    return tuple(value or f"\0{name}" for name, value in zip(names, values, strict=True))
+
+
 def _values(store: Store, names: Sequence[str], by: str) -> tuple[str, ...]:
     """Of each image, what it is told apart by."""
     records = [store.records[name] for name in names]
-    labels = dict.fromkeys(key for record in records for key in record["labels"])
+    labels = _labels(store, names)
+    if not isinstance(by, str):
+        raise InvalidInputError(f"{by!r} is no label: pass its name")
     if by in labels:
         return tuple(str(record["labels"].get(by, "")) for record in records)
     if by not in CLASSES:
@@ -363,12 +380,12 @@ def _class(index: int, name: str | None) -> str:
     return str(index) if name is None or name == str(index) else f"{index} {name}"
 
 
-def _chosen(values: Sequence[str], wanted: Sequence[str], by: str) -> tuple[bool, ...]:
-    """Of each image, whether its value is wanted."""
+def _chosen(values: Sequence[str], wanted: Sequence[str], by: str, *, are_classes: bool) -> tuple[bool, ...]:
+    """Of each image, whether its value is wanted; classes go by their index and their name, too."""
     known: dict[str, set[str]] = {}  # what a value may be called
     for each in dict.fromkeys(values):
         index, _, name = each.partition(" ")
-        for called in (each, index, name) if by in CLASSES and index.isdecimal() and name else (each,):
+        for called in (each, index, name) if are_classes and name else (each,):
             known.setdefault(called, set()).add(each)
     for each in wanted:
         if each not in known:
@@ -383,7 +400,7 @@ def _sets(
     """The sets to be told from all other images, by name: that of the caller, or of each value with enough images."""
     apart = np.asarray(photographs if photographs else range(len(values)))
     if inside:
-        check_set(np.asarray(inside), apart)
+        check_set(np.asarray(inside), apart, "photographs" if photographs else "images")
         return {called: np.asarray(inside)}
     sets = {}
     for each in dict.fromkeys(values):

@@ -296,6 +296,8 @@ def prepare_tracing(
         )
     if positions_per_column is not None and not _is_positive(positions_per_column):
         raise InvalidInputError(f"positions_per_column must be a positive number or None, got {positions_per_column!r}")
+    if augment is not None and not callable(augment):
+        raise InvalidInputError(f"augment must be an Augmentation or a function, got {augment!r}")
     module, preprocess = resolve_model(model, preprocess)
     module = on_device(module, device)
     if callable(sparsity) and isinstance(made := sparsity(module), ErrorBudget):
@@ -864,8 +866,6 @@ def _batches(tracing: Tracing, images: Sequence[Picture]) -> Iterator[Tensor]:
             )
         frame = moved(frame, tracing.device)
         shape = (frame.shape[1], frame.shape[2])
-        if augment is not None and not callable(augment):
-            raise InvalidInputError(f"augment must be an Augmentation or a function, got {augment!r}")
         chosen = augment or Augmentation(size=preprocess.input_size if isinstance(preprocess, Preprocess) else shape)
         starts = range(0, views, tracing.batch_size)
         if isinstance(chosen, Augmentation):

@@ -330,7 +330,7 @@ class Trace(ReadOnlyMappings):
 
 def unpacked_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The mask of that shape in bytes of :meth:`Trace.to_tensors`; ValueError if there are too few, or too many."""
-    if not all(type(side) is int and 0 <= side < 2**31 for side in shape):
+    if len(shape) < 2 or not all(type(side) is int and 0 <= side < 2**31 for side in shape):
         raise ValueError(f"{shape!r} is no shape")
     count = math.prod(shape)
     bits = np.unpackbits(packed.numpy())

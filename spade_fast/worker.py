@@ -8,7 +8,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 import torch
@@ -85,10 +85,11 @@ class Recipe:
         """What bits depend on beside the settings: versions, device, instruction set and threads."""
         capability = ops._C.cpu_capability if ops._C is not None else "none"
         on_gpu = device.type == "cuda"
+        packages = ("numpy", "pillow", *(("captum", "zennit") if self.methods else ()))
         return {
             "spade_fast": version("spade-fast"),
-            "torch": torch.__version__,
-            **({"captum": version("captum")} if self.methods else {}),
+            "torch": torch.__version__,  # with what it was built for
+            **{name: installed for name in packages if (installed := _version(name))},
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} {capability}",
             "threads": self.threads,
@@ -114,6 +115,13 @@ class Recipe:
             "seed": self.seed,
             "trace": plain_settings({**defaults, **self.trace_settings}),
         }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # one that only some methods need
+        return None
 
 
 def _modules_digest(module: nn.Module) -> str:
@@ -221,6 +229,7 @@ class Worker:
                     for network, scores in (("dense", case.scores), ("spade", spade_scores))
                 },
                 "metrics": self._metrics(case, dense, spade, halvings),
+                **({"halvings": halvings} if halvings else {}),
                 "environment": recipe.environment(self.device),
             }
             return image_bytes(record, trace, dense, spade)

@@ -16,7 +16,7 @@ from spade_fast import implanting, models
 from spade_fast.imagesets import ListedImage
 from spade_fast.models import LoadedModel
 from spade_fast.preprocessing import Preprocess
-from spade_fast.store import Store, StoreWriter, image_bytes, question, refusal_bytes
+from spade_fast.store import Store, StoreWriter, image_bytes, refusal_bytes
 from spade_fast.traces import LayerTrace, Trace
 
 SIDE = 16
@@ -107,11 +107,11 @@ def store_of(
     for name, trace in traces.items():
         listed = ListedImage(name, folder / name, labels=(labels or {}).get(name, {}))
         if isinstance(trace, str):
-            writer.put(listed, refusal_bytes(question(listed), trace))
+            writer.put(listed, refusal_bytes(writer.known(listed), trace))
             continue
         index, called = (answers or {}).get(name, (0, "a"))
         record = {
-            **question(listed),
+            **writer.known(listed),
             "target": index,
             "target_name": called,
             "sparsity": trace.sparsity,

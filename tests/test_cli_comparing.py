@@ -96,13 +96,14 @@ def test_refusals(store: Path, tmp_path: Path) -> None:
     for more, message in (
         (("--by", "knid"), "no image has a label 'knid'; nearest: 'kind'"),
         (("--by", "kind", "--set", "od"), "no image has kind 'od'; nearest: 'odd'"),
-        (("--set", "odd"), "one of what"),
+        (("--set", "odd"), "--set 'odd' is a value of what. pass --by LABEL as well"),
+        (("--layers", ""), "no trace has a pruned layer or block ''"),
         (("--limit", 1), "--limit must be a whole number of at least 2, got 1"),
         (("--clusters", 0), "--clusters must be a whole number of at least 1, got 0"),
         (("--layers", "cnov"), "no trace has a pruned layer or block 'cnov'; nearest: 'conv'"),
         (("--out", store / "images"), "is in the store, which holds images only: choose another folder"),
-        (("--least", 2), "least must lie within 0 .* and 1"),
-        (("--least", "nan"), "least must lie within 0 .* and 1"),
+        (("--least", 2), "least must be a share of images within 0..1, got 2.0"),
+        (("--least", "nan"), "least must be a share of images within 0..1, got nan"),
         (("--seed", -1), "seed must be a whole number of at least 0, got -1"),
     ):
         result = compare(store, *more)

@@ -83,7 +83,7 @@ def test_every_option_reaches_the_run(
     manifest = tmp_path / "list.csv"
     manifest.write_text("image\n00.png\n")
     options: dict[str, Any] = {
-        "metrics": ("insertion,deletion", ("insertion", "deletion")),
+        "metrics": ("insertion, deletion", ("insertion", "deletion")),
         "methods": ("saliency,lrp", ("saliency", "lrp")),
         "num_augmentations": (8, 8),
         "views": ("partial", None),
@@ -106,7 +106,7 @@ def test_every_option_reaches_the_run(
             assert given[name] == expected, name
     assert given["augment"] == sf.Augmentation.partial(16, (0.5,) * 3)
     assert given["distributed"] is False
-    assert (given["images"], given["out"]) == (manifest, tmp_path / "out")
+    assert (given["images"], given["out"]) == (str(manifest), tmp_path / "out")
     assert loads == [{"name": "timm:resnet18", "checkpoint": None, "num_classes": None, "device": "cpu"}]
     assert run(folder, "--out", tmp_path / "out", "--ray", "auto", "--workers", 5).exit_code == 0
     assert (given["ray"], given["workers"], given["in_flight"]) == ("auto", 5, None)
@@ -132,6 +132,7 @@ def test_traces_alone(folder: Path, tmp_path: Path) -> None:
         (("--ray", "here"), "no Ray cluster can be reached at 'here' (it is no HOST:PORT)"),
         (("--root", "."), "root is for a manifest"),
         (("--solver", "exat"), "solver"),
+        (("--metrics", "insertion,"), "metric '' is unknown"),
         (("--checkpoint", "x.pt"), "--checkpoint needs --arch"),
     ],
 )
@@ -180,7 +181,7 @@ def test_a_pickle_that_could_run_code_is_refused(folder: Path, tmp_path: Path, m
 
 
 def test_by_torchrun_the_first_process_tells_it_all(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: list[dict[str, Any]]
 ) -> None:
     given: list[bool] = []
 
@@ -190,9 +191,12 @@ def test_by_torchrun_the_first_process_tells_it_all(
 
     monkeypatch.setattr(running, "run", keep)
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank, told in (("0", "1 image: 1 made"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        assert run(folder, "--out", tmp_path / "out", *QUICK).stdout.startswith(told)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert run(folder, "--out", tmp_path / "out", *QUICK, "--device", "cuda").stdout.startswith(told)
+        assert loads[-1]["device"] == f"cuda:{rank}"
     assert run(folder, "--out", tmp_path / "out", *QUICK).stdout == ""
     assert given == [True] * 3
 

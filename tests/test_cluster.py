@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +111,7 @@ def test_what_ray_cannot_give(ray: Any, images: Path, tmp_path: Path) -> None:
     assert ray.is_initialized()
     with pytest.raises(InvalidInputError, match="no node of the Ray cluster has 3 CPUs, as each worker is to have"):
         run(images, tmp_path / "out", ray="auto", threads=3)
+    assert not (tmp_path / "out").exists()
     with socket.create_server(("127.0.0.1", 0)) as other:  # somebody answers there
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(InvalidInputError, match=f"is connected to the Ray cluster at .*, not '{address}'"):
@@ -159,6 +161,8 @@ import torch, spade_fast as sf
 torch.set_num_threads(1)
 more = dict(methods=("saliency", "lrp"), num_augmentations=4, distributed=True)
 summary = sf.run(quarters(), sys.argv[2], sys.argv[3], 0.5, **more)
+again = sf.run(quarters(), sys.argv[2], sys.argv[3], 0.5, **more)
+assert (again.made, again.kept) == (0, summary.made)
 sys.stdout.write(f"made {summary.made} kept {summary.kept} of {summary.images} {list(summary.refused)}\n")
 """
 
@@ -193,9 +197,15 @@ def test_two_ranks_make_the_same_store_as_one_process(images: Path, tmp_path: Pa
 
 def test_a_rank_takes_its_share_and_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = cluster.Ranks(distributed=False)
-    assert [ranks.device(each) for each in ("cuda", "cpu", None)] == ["cuda", "cpu", None]
+    module = torch.nn.Linear(1, 1)
+    assert [ranks.device(each, module) for each in ("cuda", "cpu", None)] == ["cuda", "cpu", None]
     assert ranks.share([1, 2]) == [1, 2]  # type: ignore[list-item]
     ranks.rank, ranks.count = 1, 3
     assert ranks.share(list(range(8))) == [1, 4, 7]  # type: ignore[arg-type]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert [ranks.device(each) for each in ("cuda", "cuda:0", "cpu", None)] == ["cuda:2", "cuda:0", "cpu", None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [ranks.device(each, module) for each in ("cuda", "cuda:0", "cpu", None)] == ["cuda:2", "cuda:0", "cpu", None]
+    on_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
+    assert [ranks.device(each, on_gpu) for each in (None, "cpu")] == ["cuda:2", "cpu"]  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process is shown its own
+    assert ranks.device("cuda", module) == "cuda:0"

@@ -12,9 +12,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
 
 from spade_fast.errors import InvalidInputError
-from spade_fast.files import LOCK, held_file, held_folder, write_whole
+from spade_fast.files import (
+    LOCK,
+    append_line,
+    digest,
+    held_file,
+    held_folder,
+    read_tensors,
+    write_folder,
+    write_tensors,
+    write_whole,
+)
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -97,13 +108,48 @@ def test_a_file_and_then_its_name_are_synced(tmp_path: Path, monkeypatch: pytest
     sync, synced = os.fsync, []
 
     def noting(descriptor: int) -> None:
-        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        synced.append(("folder", (tmp_path / "new").exists()) if is_folder else ("file", (tmp_path / "new").exists()))
+        found = os.fstat(descriptor)
+        what = "folder" if stat.S_ISDIR(found.st_mode) else f"file of {found.st_size} bytes"
+        synced.append((what, (tmp_path / "new").exists()))
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noting)
     write_whole(tmp_path / "new", b"content")
-    assert synced == [("file", False), ("folder", True)]
+    assert synced == [("file of 7 bytes", False), ("folder", True)]
+
+
+def test_folders_that_are_made_are_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, synced = os.fsync, []
+
+    def noting(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    write_folder(tmp_path / "a", {"b/c": b""})
+    folders = [each for each in synced if each.is_dir()]
+    assert folders == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]  # a, b and c are there
+    synced.clear()
+    append_line(tmp_path / "a" / "log", "first")
+    append_line(tmp_path / "a" / "log", "second")
+    assert synced == [tmp_path / "a" / "log", tmp_path / "a", tmp_path / "a" / "log"]
+
+
+def test_what_is_read_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    write_tensors(path, "key", {}, {"x": torch.arange(1000.0)})
+    with read_tensors(path, "key", "numbers", "write_tensors") as (_, tensors):
+        pass
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(tensors["x"], torch.arange(1000.0))
+
+
+def test_digests_tell_what_bytes_do_not() -> None:
+    zeros = [torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1), torch.zeros(1, 2)]
+    assert len({digest({"x": each}) for each in zeros}) == len(zeros)
+    assert digest({"x": zeros[0]}) != digest({"y": zeros[0]})
+    assert digest({"x": zeros[0], "state": object()}) == digest({"x": zeros[0], "state": object()})
 
 
 def test_what_goes_wrong_inside_is_told_as_it_is(tmp_path: Path) -> None:

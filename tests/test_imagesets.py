@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,15 @@ def test_dead_links_are_among_the_files(tmp_path: Path) -> None:
     assert list(named_files(tmp_path)) == ["a.png", "gone.png"]
 
 
+def test_a_folder_of_images_beside_a_manifest_of_others_is_no_store(tmp_path: Path) -> None:
+    made(tmp_path, "a/images/x.png", "b/y.png", "c/images/z.png", "c/images/deep/z.png", "d/manifest.json/w.png")
+    for text in ('{"format": "coco", "files": ["x.png"]}', "[1]", "[" * 100_000, "no JSON"):
+        (tmp_path / "a" / "manifest.json").write_text(text)
+        assert list(named_files(tmp_path / "a")) == ["images/x.png"]
+    (tmp_path / "c" / "manifest.json").write_text('{"format": 1, "settings": {}, "environment": {}}')
+    assert list(named_files(tmp_path)) == ["a/images/x.png", "b/y.png", "d/manifest.json/w.png"]
+
+
 def test_files_by_their_paths_in_the_folder(tmp_path: Path) -> None:
     made(tmp_path, "a.png", "cats/a.png")
     assert named_files(tmp_path) == {"a.png": tmp_path / "a.png", "cats/a.png": tmp_path / "cats" / "a.png"}
@@ -93,6 +103,7 @@ def test_a_folder_lists_its_images_by_their_paths_in_it(tmp_path: Path) -> None:
 
 def test_what_lies_in_a_store_is_no_photograph(tmp_path: Path) -> None:
     made(tmp_path, "a.jpg", "store/images/b.png", "store/manifest.json", "store/comparison/overlap.png", "images/c.jpg")
+    (tmp_path / "store" / "manifest.json").write_text('{"format": 1, "settings": {}, "environment": {}}')
     assert [each.name for each in listed_images(tmp_path)] == ["a.jpg", "images/c.jpg"]
 
 
@@ -146,15 +157,29 @@ def test_a_manifest_of_parquet(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*list\.parquet' as Parquet"):
         listed_images(path)
     parquet.write_table(arrow.table({"image": [b"1.jpg"]}), path)
-    with pytest.raises(InvalidInputError, match=r"row 1 of .*: 'image' is a bytes: name the path of an image file"):
+    with pytest.raises(InvalidInputError, match=r"column 'image' of .* is of type binary: make it text"):
         listed_images(path)
+    parquet.write_table(arrow.table({"image": ["1.jpg"], "name": [1.0]}), path)
+    with pytest.raises(InvalidInputError, match=r"column 'name' of .* is of type double: make it text"):
+        listed_images(path)
+    parquet.write_table(arrow.table({"image": ["1.jpg"], "set": [[1]]}), path)
+    with pytest.raises(InvalidInputError, match=r"column 'set' of .* cannot be read as text"):
+        listed_images(path)
+    parquet.write_table(arrow.table({"image": ["1.jpg"], "Image": ["2.jpg"]}).rename_columns(["image", "image"]), path)
+    with pytest.raises(InvalidInputError, match="two columns of .* have one name"):
+        listed_images(path)
+    far = arrow.array([2**30], type=arrow.int32()).cast(arrow.date32())
+    moment = arrow.array([1_700_000_000_123_456_789], type=arrow.timestamp("ns"))
+    columns = {"image": arrow.array(["1.jpg"]).dictionary_encode(), "target": [math.nan], "day": far, "at": moment}
+    parquet.write_table(arrow.table(columns), path)
+    (found,) = listed_images(path)
+    assert found.target is None
+    assert found.labels["at"] == "2023-11-14 22:13:20.123456789"
     invalid = arrow.Array.from_buffers(
         arrow.string(), 1, [None, *map(arrow.py_buffer, (bytes(4) + b"\1\0\0\0", b"\xff"))]
     )
     parquet.write_table(arrow.table({"image": invalid}), path)
-    with pytest.raises(
-        InvalidInputError, match=r"cannot read manifest '.*list\.parquet' as Parquet \(UnicodeDecodeError"
-    ):
+    with pytest.raises(InvalidInputError, match=r"column 'image' .* cannot be read as text \(UnicodeDecodeError"):
         listed_images(path)
 
 
@@ -208,7 +233,11 @@ def test_a_file_that_is_no_list(tmp_path: Path) -> None:
         ("image,target\na.jpg,-1\n", "target '-1' is no index"),
         ("image,target\na.jpg,1.5\n", "target '1.5' is no index"),
         ("image,target\na.jpg,1e99\n", "target '1e99' is no index"),
-        ("image,target\na.jpg,nan\n", "target 'nan' is no index"),
+        ("image,target\na.jpg,nan\n", "target 'nan' is no index .*: leave it empty where there is none"),
+        ("image,target\na.jpg,1_0\n", "target '1_0' is no index"),
+        ("image,target\na.jpg,\u0663\n", "target '\u0663' is no index"),
+        ("Image,Target\na.jpg,1\n", "no column 'image', but 'Image', 'Target'; write it in small letters"),
+        ('image\na.jpg\n"b.jpg\n', "at line [0-9] .*: mend it there"),
         ("image\na.jpg\na.jpg\n", "row 2 of .*: 'a.jpg' is named twice: leave one out, or give each a name"),
         ("image,set\na.jpg\n", "row 1 of .* has not 2 values"),
         ("image,set\na.jpg,1,2\n", "row 1 of .* has not 2 values"),
@@ -217,7 +246,7 @@ def test_a_file_that_is_no_list(tmp_path: Path) -> None:
         ("image,\na.jpg,1\n", "column 2 of .* has no name: give it one"),
         ("image;target\na.jpg;1\n", "no column 'image', but 'image;target'; separate columns by commas"),
         ("image\ttarget\na.jpg\t1\n", "separate columns by commas"),
-        ("image,target\na.jpg," + 5000 * "9" + "\n", "target '9{200} ...' is no index of a class$"),
+        ("image,target\na.jpg," + 5000 * "9" + "\n", "target '9{200} ...' is no index of a class"),
         ("image\nLIST/a.jpg\n", "is outside of"),  # its own folder, yet absolute
         ("image\n", "names no image"),
         ("", "has no column 'image', but none at all"),
@@ -235,7 +264,16 @@ def test_manifests_that_cannot_be_used(tmp_path: Path, text: str, message: str) 
 
 
 def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*none\.csv'"):
+    (tmp_path / "round.jpg").symlink_to(tmp_path / "round.jpg")
+    assert [each.name for each in listed_images(manifest(tmp_path, "image\nround.jpg\n"))] == ["round.jpg"]
+    for name in ("a" * 300, "a\0b"):
+        with pytest.raises(InvalidInputError, match="is no folder"):
+            listed_images(name)
+    with pytest.raises(InvalidInputError, match="images is empty"):
+        listed_images("")
+    with pytest.raises(InvalidInputError, match="images is a bytes"):
+        listed_images(b"abc")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*none\.csv' \(No such file"):
         listed_images(tmp_path / "none.csv")
     (tmp_path / "binary.csv").write_bytes(b"image\n\xff\xfe\xfa.jpg\n")
     with pytest.raises(InvalidInputError, match=r"cannot read manifest '.*binary\.csv'.*UTF-8"):

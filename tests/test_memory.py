@@ -28,12 +28,20 @@ def refusing() -> None:
         raise InvalidInputError("a method fails") from error
 
 
+def in_a_handler() -> None:
+    try:
+        raise RuntimeError(ALLOCATOR)
+    except RuntimeError:
+        raise KeyError("while it was handled")  # noqa: B904
+
+
 def test_what_an_error_came_of_counts_too() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("of a GPU"))
     assert is_out_of_memory(RuntimeError(ALLOCATOR))
     assert is_out_of_memory(RuntimeError("std::bad_alloc"))
     assert is_out_of_memory(raised(refusing))
+    assert is_out_of_memory(raised(in_a_handler))
     failed = 'torch_call_dispatcher( "aten::{}", "", stack.data(), TORCH_ABI_VERSION) API call failed at file.h'
     assert is_out_of_memory(RuntimeError(failed.format("new_empty")))
     assert not is_out_of_memory(RuntimeError(failed.format("linalg_cholesky")))
@@ -59,6 +67,16 @@ def test_errors_on_a_cpu_get_their_kind() -> None:
     with pytest.raises(RuntimeError, match="^another fault$") as caught, memory_errors(cpu):
         raise RuntimeError("another fault")
     assert type(caught.value) is RuntimeError
+
+
+def test_a_container_may_take_back_what_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
+    contents = {"memory.stat": "anon 5\ninactive_file 30\n", "memory.current": "50\n", "memory.max": "100\n"}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    assert memory._left_in_group() == 100 - (50 - 30)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._left_in_group() is None
 
 
 def test_free_memory_is_what_the_system_or_the_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_traces_that_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None
             masks_of(other)
     large = trace_with({"a": np.ones((1 << 11, 1 << 12)), "b": np.ones((1 << 11, 1 << 12))})
     monkeypatch.setattr(overlap, "free_memory", lambda: 3 << 20)
-    with pytest.raises(InvalidInputError, match="the masks take 4 MiB or more, and 3 are free"):
+    with pytest.raises(InvalidInputError, match="masks and overlaps take 4 MiB or more, and 3 are free"):
         masks_of({"x": large, "y": large})
     for enough in (4 << 20, None):
         monkeypatch.setattr(overlap, "free_memory", lambda enough=enough: enough)
@@ -336,6 +336,16 @@ def test_the_set_itself_counts_among_the_random_ones() -> None:
     assert separation(matrix, inside).by_chance == 1 / 1000  # or else it would be as unlikely as can be: 0
 
 
+def test_random_is_what_holds_95_of_100_sets() -> None:
+    generator = np.random.default_rng(5)
+    matrix, inside = symmetric(generator.random((12, 12)).tolist()), np.arange(12) < 5
+    found = separation(matrix, inside, seed=2)
+    drawn = list(overlap._dealt(inside, np.arange(12), np.random.default_rng(2)))
+    areas = [separation(matrix, each, seed=2).auc for each in drawn[:200]]
+    within = np.mean([found.random[0] <= area <= found.random[1] for area in areas])
+    assert 0.92 <= within <= 0.98  # by 90 of 100 it would be 0.9
+
+
 def test_random_sets_have_as_many_images_of_as_many_photographs() -> None:
     photographs = np.array([0, 1, 2, 0, 1, 2, 3, 4, 5, 6])  # three pairs, four alone
     labels = np.array([1, 1, 1, 0, 0, 0, 1, 0, 0, 0], dtype=bool)
@@ -364,10 +374,10 @@ def test_the_interval_is_newcombes(auc: float) -> None:
 def test_sets_that_cannot_be_told_apart() -> None:
     matrix = alike([0.5] * 6)
     for inside, counts in (([1, 0, 0, 0], (1, 3)), ([1, 1, 1, 0], (3, 1)), ([0, 0, 0, 0], (0, 4))):
-        message = f"the set has images of {counts[0]} photographs, and the rest of {counts[1]}"
+        message = f"the set has {counts[0]} images, and the rest {counts[1]}"
         with pytest.raises(InvalidInputError, match=message):
             separation(matrix, [bool(each) for each in inside])
-    with pytest.raises(InvalidInputError, match="of 1 photographs, and the rest of 2"):
+    with pytest.raises(InvalidInputError, match="the set has 1 photographs, and the rest 2"):
         separation(matrix, [True, True, False, False], apart=["p", "p", "q", "r"])
     with pytest.raises(InvalidInputError, match="overlaps of 4 images, but 3 are said .*, and 4 have a photograph"):
         separation(matrix, [True, True, False])
@@ -375,6 +385,13 @@ def test_sets_that_cannot_be_told_apart() -> None:
         separation(matrix, [True, True, False, False], apart=["p", "q"])
     with pytest.raises(InvalidInputError, match="symmetric"):
         separation(np.triu(matrix), [True, True, False, False])
+    for inside in ([1, 1, 0, 0], [[True], [True], [False], [False]], ["a", "", "b", ""], 5):
+        with pytest.raises(InvalidInputError, match="inside must be a bool for each image"):
+            separation(matrix, inside)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="apart must be names, got None among them"):
+        separation(matrix, [True, True, False, False], apart=[None] * 4)  # type: ignore[list-item]
+    with pytest.raises(InvalidInputError, match="overlaps are a matrix of floats"):
+        separation(matrix.astype(str), [True, True, False, False])
     with pytest.raises(InvalidInputError, match="seed must be a whole number of at least 0, got -1"):
         separation(matrix, [True, True, False, False], seed=-1)
 
@@ -438,10 +455,35 @@ def test_the_most_distinctive_come_first_whatever_their_layer() -> None:
     assert [(row["layer"], row["input"]) for row in rows] == [("b", 0), ("a", 0), ("b", 2)]
 
 
+def test_equals_come_in_the_order_of_the_weights() -> None:
+    kept = {
+        f"{kind} {i}": trace_with({"fc": np.full((20, 20), kind == "in")}) for kind in ("in", "out") for i in (1, 2)
+    }
+    rows = distinctive(masks_of(kept), ["in 1", "in 2"]).connections()
+    assert [(row["output"], row["input"]) for row in rows] == [divmod(i, 20) for i in range(400)]
+
+
+def test_no_layers_and_names_that_are_none() -> None:
+    masks = masks_of(BY_HAND)
+    none = overlap.Masks(masks.images, {}, {}, {})
+    assert distinctive(none, ["x"]).connections() == distinctive(none, ["x"]).channels() == []
+    for layers, message in (
+        ([], "layers is empty: name some"),
+        ("a", "layers must be a sequence of names, got 'a': pass a list"),
+        ((each for each in "a"), "layers must be a sequence of names"),
+        ([5], "layers must be names, got 5 among them"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            masks_of(BY_HAND, layers=layers)  # type: ignore[arg-type]
+    for inside in ("x", {"x"}, 5):
+        with pytest.raises(InvalidInputError, match="inside must be a sequence of names"):
+            distinctive(masks, inside)  # type: ignore[arg-type]
+
+
 def test_shares_are_of_whole_images() -> None:
     # 0.7 * 10 is more than 7 in floating point, and 7 of 10 are 70 %; 0.3 * 10 is not, yet 3 of 10 are 30 %.
     assert math.ceil(0.7 * 10) == 7
-    for least, most in ((0.7, 0.1), (0.9, 0.3), (0.6, 0.4)):
+    for least, most in ((0.7, 0.1), (0.9, 0.3), (0.6, 0.4), (0.9, 0.7 - 0.4)):  # the last a little below 0.3
         inside, outside = round(10 * least), round(10 * most)
         kept = {f"in {i}": [[i < inside, i < inside - 1]] for i in range(10)}
         kept |= {f"out {i}": [[i < outside, i < outside + 1]] for i in range(10)}
@@ -486,8 +528,10 @@ def test_sets_without_distinctive_connections() -> None:
     masks = masks_of(BY_HAND)
     for shares, message in (
         ({"least": 0.5, "most": 0.5}, "most=0.5 is not below least=0.5"),
-        ({"least": 1.5}, "least must lie within 0 .* got 1.5"),
-        ({"most": -0.1}, "most must lie within 0 .* got -0.1"),
+        ({"least": 1.5}, "least must be a share of images within 0..1, got 1.5"),
+        ({"most": -0.1}, "most must be a share .* got -0.1"),
+        ({"most": math.nan}, "most must be a share .* got nan"),
+        ({"least": "all"}, "least must be a share .* got 'all'"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             distinctive(masks, ["x"], **shares)

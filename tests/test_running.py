@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -135,13 +136,15 @@ def test_the_network_is_left_as_it_was(images: Path, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     parameters = list(model.module.parameters())
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     for count in (1, 2):
         run(images, tmp_path / f"out{count}", model=model, in_flight=count)
+        assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
     assert all(module.training for module in model.module.modules())
     assert all(mine is now for mine, now in zip(parameters, model.module.parameters(), strict=True))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.module.state_dict().items())
     assert not any(module._forward_hooks for module in model.module.modules())
-    assert torch.get_num_threads() == threads
 
 
 def test_the_store_is_the_same_however_many_images_are_in_flight(images: Path, tmp_path: Path) -> None:
@@ -179,6 +182,32 @@ def test_traces_alone_and_targets_and_labels_of_a_manifest(images: Path, tmp_pat
     summary = run(wrong, tmp_path / "out", methods=(), root=images)
     assert summary.made == 1
     assert "target 4 is no class of this model" in summary.refused["00.png"]
+    assert dict(summary.remade) == {}
+    # What the store had of it answered another question.
+    assert sf.Store(tmp_path / "out").refused["00.png"] == summary.refused["00.png"]
+
+
+def test_the_order_of_names_changes_nothing(images: Path, tmp_path: Path) -> None:
+    one = {"methods": ("saliency", "lrp"), "metrics": ("insertion", "deletion")}
+    other = {key: names[::-1] for key, names in one.items()}
+    for out, more in (("one", one), ("other", other)):
+        run(images, tmp_path / out, steps=4, **more)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    assert run(images, tmp_path / "one", steps=4, **other).kept == 8
+
+
+def test_inside_of_inference_mode(images: Path, tmp_path: Path) -> None:
+    model = quarters()
+    with torch.inference_mode():
+        run([images / "00.png"], tmp_path / "inside", model=model, in_flight=1)
+    run([images / "00.png"], tmp_path / "outside", in_flight=1)
+    assert contents(tmp_path / "inside") == contents(tmp_path / "outside")
+
+
+def test_a_network_with_a_state_of_its_own(images: Path, tmp_path: Path) -> None:
+    model = quarters()
+    model.module.get_extra_state = lambda: {"epoch": 3}  # type: ignore[method-assign]
+    assert run(images, tmp_path / "out", model=model, methods=()).made == 8
 
 
 # Going on
@@ -255,7 +284,7 @@ def test_other_settings_or_weights_are_refused(images: Path, tmp_path: Path) -> 
         ({"num_augmentations": 5}, "trace.num_augmentations 4, not 5"),
         ({"damping": 0.1}, "trace.damping 0.01, not 0.1"),
         ({"model": other}, "weights_sha256"),
-        ({"model": hooked}, "modules_sha256"),
+        ({"model": hooked, "methods": ("saliency",)}, "modules_sha256"),
         ({"model": replace(other, module=nn.Sequential(other.module))}, "weights_sha256|modules_sha256"),
         ({"model": replace(quarters(), name="another")}, "model 'quarters', not 'another'"),
     ):
@@ -332,13 +361,13 @@ def test_a_run_that_is_killed_at_any_step_of_its_writing_goes_on_to_the_same_sto
 ) -> None:
     run(images, tmp_path / "whole", in_flight=1, methods=("saliency",))
     out = tmp_path / "out"
-    for step in range(1, 12):  # of manifest, and of three images and more: sync, rename, sync of the folder
+    for step in range(1, 14):  # of folders, manifest, and of three images and more: sync, rename, sync of the folder
         child = start(run_that_dies, images, out, step)
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        for file in out.rglob("*.safetensors"):
-            if not file.parent.name.startswith("."):
-                assert contents(tmp_path / "whole")[f"images/{file.name}"]
+        whole = contents(tmp_path / "whole")
+        made = {name: digest for name, digest in contents(out).items() if not name.startswith(("images/.", "."))}
+        assert made.items() <= whole.items()
         if step % 2:  # half of the time from scratch
             shutil.rmtree(out)
     run(images, out, in_flight=1, methods=("saliency",))
@@ -402,7 +431,7 @@ def test_a_folder_that_cannot_be_written_to(images: Path, tmp_path: Path, monkey
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInputError, match="cannot write to '.*file/out'.*choose another name"):
         run(images, tmp_path / "file" / "out")
-    make, begun = Path.mkdir, []
+    make = Path.mkdir
 
     def read_only(self: Path, *arguments: Any, **more: Any) -> None:
         if self.name == "out":
@@ -410,16 +439,15 @@ def test_a_folder_that_cannot_be_written_to(images: Path, tmp_path: Path, monkey
         make(self, *arguments, **more)
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    monkeypatch.setattr(running, "Worker", lambda *_, **__: begun.append(True))
     with pytest.raises(InvalidInputError, match="Read-only file system"):
         run(images, tmp_path / "out")
-    assert not begun
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_ctrl_c_ends_the_run_at_once_and_the_next_one_goes_on(
     images: Path, tmp_path: Path, method: Any, count: int
 ) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it came ignored
     once = threading.Lock()  # a second Ctrl-C would not wait for the lanes
 
     def waits(question: Question) -> Tensor:
@@ -432,8 +460,11 @@ def test_ctrl_c_ends_the_run_at_once_and_the_next_one_goes_on(
 
     method("waits", waits)
     begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run(images, tmp_path / "out", methods=["waits"], in_flight=count)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(images, tmp_path / "out", methods=["waits"], in_flight=count)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begun < 50
     assert not any(thread.name.startswith("image") for thread in threading.enumerate())
     assert (tmp_path / "out" / "index.parquet").exists()
@@ -524,6 +555,25 @@ def test_images_that_fail_now_and_then_end_no_run(images: Path, tmp_path: Path) 
 # Memory
 
 
+@pytest.mark.parametrize("where", ["decoded_image", "read_image_file"])
+def test_images_that_memory_does_not_hold(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    plain = getattr(lanes, where)
+
+    def needy(*arguments: Any) -> Any:
+        if arguments[-1].name == "03.png":
+            raise MemoryError
+        return plain(*arguments)
+
+    monkeypatch.setattr(lanes, where, needy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of halvings
+        summary = run(images, tmp_path / "out", methods=(), in_flight=2)
+    assert summary.made == 7
+    assert "there is no memory" in summary.refused["03.png"]
+
+
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_where_memory_runs_out_fewer_images_are_in_flight_and_bits_are_the_same(
     images: Path, tmp_path: Path, method: Any, kind: type[Exception]
@@ -573,6 +623,7 @@ def test_an_image_that_does_not_fit_alone_goes_through_in_smaller_batches(
     (found,), (expected,) = sf.Store(tmp_path / "out1").values(), sf.Store(tmp_path / "whole").values()
     assert found.trace.settings["batch_size"] == 4
     assert expected.trace.settings["batch_size"] == 16
+    assert (found.record["halvings"], "halvings" in expected.record) == (2, False)
     assert_same_result(found, expected)
     largest[0] = 0
     with pytest.warns(UserWarning, match="halving"):
@@ -614,6 +665,7 @@ def test_the_seed_is_that_of_metrics_too(images: Path, tmp_path: Path, method: A
 def test_summaries_of_several_ranks_are_one() -> None:
     one = running.RunSummary(3, 1, 1, {"c": "empty"}, {}, 2.0)
     other = running.RunSummary(2, 0, 2, {}, {"d": "damaged"}, 1.0)
+    assert list(running._merged([other, replace(one, refused={"b": "", "a": ""})]).refused) == ["a", "b"]
     assert running._merged([one, other]) == running.RunSummary(5, 1, 3, {"c": "empty"}, {"d": "damaged"}, 2.0)
 
 
@@ -723,7 +775,7 @@ def test_memory_does_not_grow_over_five_hundred_images(tmp_path: Path, record_pr
     [
         ({"metrics": ("insertion",), "methods": ()}, "metrics are of maps: name methods too"),
         ({"metrics": ("trojan",)}, "metric 'trojan' is unknown: choose from insertion, deletion"),
-        ({"metrics": "insertion"}, "metrics must be a sequence of names, got 'insertion'"),
+        ({"metrics": "insertion"}, "metrics must be a sequence of names, got 'insertion': pass a list"),
         ({"methods": ("salience",)}, "no attribution method goes by the name 'salience'; nearest: 'saliency'"),
         ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
         ({"in_flight": 0}, "in_flight must be a whole number of at least 1, got 0"),
@@ -737,6 +789,8 @@ def test_memory_does_not_grow_over_five_hundred_images(tmp_path: Path, record_pr
         ({"device": "cuda:99"}, "cuda"),
         ({"threads": 100_000}, "threads=100000, but there are .* cores: pass at most as many"),
         ({"distributed": True}, "distributed= is for processes that torchrun started"),
+        ({"augment": "flip"}, "augment must be an Augmentation or a function, got 'flip'"),
+        ({"metrics": 5}, "metrics must be a sequence of names, got 5: pass a list"),
         ({"root": "."}, "root is for a manifest"),
     ],
 )
@@ -763,6 +817,18 @@ def test_a_method_that_is_not_valid_is_refused_before_any_image(images: Path, tm
     preprocess = sf.Preprocess(mean=(0.5,) * 3, std=(0.25,) * 3, input_size=SIDE, resize_size=SIDE)
     with pytest.raises(InvalidInputError, match="method 'lrp' is not valid on this network"):
         sf.run(Cosine(), images, tmp_path / "out", {"fc": 0.5}, methods=("lrp",), preprocess=preprocess)
+    assert not (tmp_path / "out").exists()  # or other methods would be refused there
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(InvalidInputError, match=r"is no store, but holds 'thesis\.tex'"):
+        run(images, tmp_path / "out")
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("out", [5, None, "", "a\0b"])
+def test_what_is_no_folder(images: Path, out: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"out is .*: pass the store's folder|cannot write to 'a.*null byte"):
+        run(images, out)
 
 
 def test_hooks_of_a_network_count_and_forbid_copies(images: Path, tmp_path: Path) -> None:
@@ -791,6 +857,8 @@ def test_as_many_images_are_in_flight_as_memory_holds(monkeypatch: pytest.Monkey
     ):
         monkeypatch.setattr(running, "free_memory", lambda free=free: free)
         assert running._images_in_flight(module, cpu, threads) == expected
+    monkeypatch.setattr(running, "free_memory", lambda: 10 * 768 * 2**20)  # for eight, had others none of it
+    assert [running._images_in_flight(module, cpu, 1, processes) for processes in (1, 2, 9)] == [8, 4, 1]
 
 
 def test_where_room_is_closed_nothing_more_begins() -> None:
@@ -814,7 +882,8 @@ def test_lanes_come_to_an_end_whenever_they_are_stopped(images: Path) -> None:
             return b""
 
     class Writer:
-        settings_sha256 = ""
+        def known(self, _: ListedImage) -> dict[str, Any]:
+            return {}
 
         def has(self, *_: Any) -> bool:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import spade_fast as sf
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import read_tensors, tensor_bytes
 from spade_fast.imagesets import ListedImage
-from spade_fast.store import StoreWriter, file_name, image_bytes, question, refusal_bytes
+from spade_fast.store import StoreWriter, file_name, image_bytes, refusal_bytes
 from spade_fast.traces import LayerTrace, Trace
 
 pytest.importorskip("pyarrow")
@@ -39,7 +40,7 @@ def listed(name: str, **more: Any) -> ListedImage:
 
 
 def record(image: ListedImage, writer: StoreWriter, **more: Any) -> dict[str, Any]:
-    return {**question(image), "image_sha256": "abc", "settings_sha256": writer.settings_sha256, **more}
+    return {**writer.known(image), "image_sha256": "abc", **more}
 
 
 def map_of(seed: int) -> Tensor:
@@ -75,7 +76,7 @@ def store(writer: StoreWriter) -> sf.Store:
         maps = {"saliency": map_of(1)}, {"saliency": map_of(2)}
         writer.put(image, image_bytes(known, trace(seed), *(maps if seed == 0 else ({}, {}))))
     bad = listed("c.jpg")
-    writer.put(bad, refusal_bytes({**question(bad), "settings_sha256": writer.settings_sha256}, "it is empty"))
+    writer.put(bad, refusal_bytes(writer.known(bad), "it is empty"))
     return writer.write_index()
 
 
@@ -257,6 +258,8 @@ def test_one_damaged_file_leaves_the_others_readable(store: sf.Store) -> None:
         {"metrics": {"insertion": 5}},
         {"metrics": {"insertion": {"dense": [5]}}},
         {"trace": None},
+        {"settings_sha256": 5},
+        {"settings_sha256": "of others"},
         {"refused": 5},
     ],
 )
@@ -272,6 +275,45 @@ def test_records_that_lack_what_readers_rest_on(store: sf.Store, change: dict[st
     assert list(found.damaged) == [file.name]
 
 
+def test_a_file_that_is_none_is_left_out_and_the_next_run_stops_at_it_by_name(store: sf.Store) -> None:
+    file = store.file_of("b/cat.jpg")
+    file.unlink()
+    os.mkfifo(file)  # which would never end
+    with pytest.warns(UserWarning, match="it is no regular file"):
+        assert list(sf.Store(store.path)) == ["a dog.jpg"]
+    file.unlink()
+    file.mkdir()
+    with pytest.warns(UserWarning, match="it is no regular file"):
+        assert list(sf.Store(store.path)) == ["a dog.jpg"]
+    writer = StoreWriter(store.path, SETTINGS, ENVIRONMENT)
+    with pytest.raises(InvalidInputError, match=r"b_cat\.jpg.*' is no regular file: remove it"):
+        writer.put(listed("b/cat.jpg"), b"")
+
+
+def test_a_refusal_takes_the_place_of_an_answer_to_another_question_only(store: sf.Store) -> None:
+    writer = StoreWriter(store.path, SETTINGS, ENVIRONMENT)
+    image, before = listed("a dog.jpg", target=4), store.file_of("a dog.jpg").read_bytes()
+    for sha256 in (None, "another"):  # the image cannot be read, or is another one
+        writer.refuse(image, refusal_bytes(writer.known(image), "no such class"), sha256)
+        assert store.file_of("a dog.jpg").read_bytes() == before
+    writer.refuse(image, refusal_bytes(writer.known(image), "no such class"), "abc")
+    assert sf.Store(store.path).refused["a dog.jpg"] == "no such class"
+
+
+def test_what_is_no_name(store: sf.Store) -> None:
+    assert 5 not in store
+    with pytest.raises(KeyError):
+        store[5]  # type: ignore[index]
+    assert store.get("c.jpg") is store.get("nobody.jpg") is None
+    assert store.get("a dog.jpg").record["asked_target"] == 3
+    for path in (5, None, b"x"):
+        with pytest.raises(InvalidInputError, match="is no store: pass the folder that run wrote"):
+            sf.Store(path)  # type: ignore[arg-type]
+    for path in ("a" * 300, "a\0b", ""):
+        with pytest.raises(InvalidInputError, match="is no store"):
+            sf.Store(path)
+
+
 def test_what_changed_in_a_record_shows_without_a_look_at_the_tensors(store: sf.Store) -> None:
     file = store.file_of("b/cat.jpg")
     damages(file)["a figure changed"]()
@@ -285,7 +327,7 @@ def test_what_changed_in_a_record_shows_without_a_look_at_the_tensors(store: sf.
     [
         ("", "cannot read '.*manifest.json'"),
         ("[" * 100_000, "cannot read '.*manifest.json'"),
-        ("[]", "cannot read '.*manifest.json'"),
+        ("[]", "cannot read '.*manifest.json' \\(it is no object\\)"),
         ('{"format": 7}', "format 7, this version reads 1"),
         ('{"format": 1, "settings": 3, "environment": {}}', "no object"),
         ("\udcff", "cannot read '.*manifest.json'"),
@@ -326,8 +368,8 @@ def test_what_killed_writers_left_is_cleared_away_and_nothing_else(store: sf.Sto
         folder.mkdir()
         (folder / "half").write_bytes(b"half")
     others = [store.path / ".manifest.json.swp", leftover.with_name(f"{leftover.name[:-9]}.Ab12Cd")]
-    for other in others:
-        other.touch()
+    others[0].touch()
+    others[1].mkdir()
     writer = StoreWriter(store.path, SETTINGS, ENVIRONMENT)
     writer.clear()
     assert not any(each.exists() for each in (leftover, manifests, indices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from itertools import combinations
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_classes_make_sets_by_name_or_index(store: sf.Store) -> None:
         assert sf.compare(store, by=by).values[:3] == ("134 crane", "517 crane", "3 shark")
     found = sf.compare(store, by="answer", value=["shark", 134])
     assert list(found.separations) == ["shark or 134"]
-    assert found.settings["value"] == ["shark", 134]
+    assert found.settings["value"] == ["shark", "134"]
 
 
 def test_classes_without_names_and_missing_labels(tmp_path: Path) -> None:
@@ -142,11 +143,49 @@ def test_images_of_one_photograph_are_left_apart(store: sf.Store) -> None:
     found = sf.compare(store, by="kind", value="odd", apart="photograph")
     inside, apart = list(found.inside), [f"p{i // 2}" for i in range(12)]
     assert found.separations["odd"].auc == separation(found.overlaps.pooled, inside, apart=apart).auc
+    sizes = of_sizes(found.overlaps.kept_pooled)
+    assert found.sizes["all layers"].auc == separation(sizes, inside, apart=apart).auc != separation(sizes, inside).auc
     scores = separation(found.overlaps.layers["conv"], inside, apart=apart).scores
     np.testing.assert_array_equal(found.layers["conv"].scores, scores)
     pairs = [(i, j) for i, j in combinations(range(12), 2) if i // 2 != j // 2 and (i % 3 == 0) != (j % 3 == 0)]
     between = np.mean([found.overlaps.pooled[pair] for pair in pairs])
     assert found.layer_rows()[0]["overlap"]["between"] == pytest.approx(between)
+
+
+def test_an_image_without_the_label_of_its_photograph_is_one_of_its_own(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    traces = {f"{i}": trace_with({"fc": generator.random((4, 8)) < 0.5}) for i in range(8)}
+    labels = {f"{i}": {"kind": "x" if i % 2 else "y", **({"photograph": "p"} if i < 2 else {})} for i in range(8)}
+    found = sf.compare(store_of(tmp_path / "store", traces, labels), by="kind", value="x", apart="photograph")
+    assert {kind: int(pairs.sum()) for kind, pairs in found.pairs.items()} == {"inside": 6, "rest": 6, "between": 15}
+
+
+def test_a_label_of_that_name_is_no_class(tmp_path: Path) -> None:
+    traces = {f"{i}": trace_with({"fc": [[1, 0], [0, i % 2]]}) for i in range(6)}
+    labels = {f"{i}": {"answer": "3 cats" if i < 2 else "3" if i < 4 else "4"} for i in range(6)}
+    found = sf.compare(store_of(tmp_path / "store", traces, labels), by="answer", value="3")
+    assert found.inside == (False, False, True, True, False, False)
+
+
+def test_nothing_of_an_earlier_comparison_is_left(store: sf.Store, tmp_path: Path) -> None:
+    first = sf.compare(store, by="kind", value="odd").save(tmp_path / "out")
+    second = sf.compare(store).save(tmp_path / "out")
+    assert first.keys() - second.keys() == {"connections.csv", "channels.csv"}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == second.keys()
+
+
+def test_odd_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    odd = "x_{$ costs $5 to $10"
+    traces = {f"{odd} {i}": trace_with({odd: [[1, 0, 1], [0, i % 2, 1]]}) for i in range(6)}
+    labels = {name: {odd: odd if i % 2 else "plain"} for i, name in enumerate(traces)}
+    Text = pytest.importorskip("matplotlib.text").Text
+    made = store_of(tmp_path / "store", traces, labels)
+    for more in ({}, {"by": odd}, {"by": odd, "value": odd}):
+        figure = sf.compare(made, **more).figure()
+        figure.savefig(io.BytesIO())  # as text: such mathematics would be refused
+        texts = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+        assert texts
+        assert not any(text.get_parse_math() for text in texts)
 
 
 def test_some_images_and_layers(store: sf.Store) -> None:
@@ -168,8 +207,8 @@ def test_what_cannot_be_compared(store: sf.Store, tmp_path: Path) -> None:
         ({"by": "knid"}, "no image has a label 'knid'; nearest: 'kind'"),
         ({"by": "kind", "value": "od"}, "no image has kind 'od'; nearest: 'odd'"),
         ({"value": "odd"}, "value='odd' is one of what\\? pass by"),
-        ({"by": "own", "value": "00.png"}, "the set has images of 1 photographs, and the rest of 11"),
-        ({"by": "one", "value": "same"}, "the set has images of 12 photographs, and the rest of 0"),
+        ({"by": "own", "value": "00.png"}, "the set has 1 images, and the rest 11"),
+        ({"by": "one", "value": "same"}, "the set has 12 images, and the rest 0"),
         ({"by": "one"}, "'one' tells no set of two images or more from two others: it has 1 values"),
         ({"by": "own"}, "'own' tells no set .* it has 12 values for 12 images"),
         ({"apart": "photo"}, "no image has a label 'photo'; nearest: 'photograph'"),
@@ -192,7 +231,7 @@ def test_sets_are_refused_before_anything_is_read(store: sf.Store, monkeypatch: 
 
     monkeypatch.setattr(trace_comparison, "read_masks", read)
     for arguments, message in (
-        ({"by": "own", "value": "00.png"}, "of 1 photographs, and the rest of 11"),
+        ({"by": "own", "value": "00.png"}, "the set has 1 images, and the rest 11"),
         ({"by": "own"}, "tells no set"),
         ({"by": "kind", "value": "odd", "most": 0.9}, "most=0.9 is not below"),
     ):

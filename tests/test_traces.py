@@ -242,8 +242,8 @@ def test_save_follows_links_keeps_permissions_and_refuses_what_is_no_file(tmp_pa
     assert_same_bits(sf.Trace.load(path), trace)
     os.mkfifo(pipe)
     for target, message in (
-        (pipe, "pipe' is not a regular file"),
-        (tmp_path, "^'[^']*' is not a regular file"),
+        (pipe, "pipe' is no regular file"),
+        (tmp_path, "^'[^']*' is no regular file"),
         ("a\0b", "cannot write"),
     ):
         with pytest.raises(sf.InvalidInputError, match=message):

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from spade_fast.cli.shared import AsJson, make_folder, print_json, say
+from spade_fast.cli.shared import AsJson, make_folder, print_json, say, shown
 from spade_fast.errors import InvalidInputError, check_whole, require
 
 if TYPE_CHECKING:
@@ -62,6 +61,8 @@ def compare(
     from spade_fast.trace_comparison import compare
 
     require("matplotlib.figure", "interpret")
+    if value and by is None:
+        raise InvalidInputError(f"--set {value[0]!r} is a value of what? pass --by LABEL as well")
     if clusters is not None:
         check_whole("--clusters", clusters, 1)
     if limit is not None:
@@ -92,7 +93,7 @@ def compare(
     if found.clusters.silhouette < _LEAST_SILHOUETTE:
         say("[yellow]hardly any clusters:[/] images are about as near to the next cluster as to their own")
     for path in written.values():
-        console.print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
+        console.print(f"written: {shown(str(path))}", soft_wrap=True, highlight=False)
 
 
 def _layer_table(found: TraceComparison) -> Table:
@@ -171,7 +172,7 @@ def _table(
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if left <= place < right else "left"
-        table.add_column(escape(column), justify=justify, overflow="fold")
+        table.add_column(shown(column), justify=justify, overflow="fold")
     for line in lines:
-        table.add_row(*map(escape, line))
+        table.add_row(*map(shown, line))
     return table

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from spade_fast.cli.shared import (
     Arch,
@@ -32,6 +31,7 @@ from spade_fast.cli.shared import (
     read_sparsity,
     read_views,
     say_each,
+    shown,
 )
 from spade_fast.errors import InvalidInputError, by_reason, check_whole, require
 from spade_fast.methods import DEFAULT_METHODS
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 def run(
     images: Annotated[
-        Path, typer.Argument(help="Folder of images, or a manifest: .csv or .parquet.", show_default=False)
+        str, typer.Argument(help="Folder of images, or a manifest: .csv or .parquet.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="The store: a new folder, or one to go on with.", show_default=False)],
     methods: Annotated[
@@ -88,6 +88,7 @@ def run(
 
     Started by torchrun (torchrun --nproc-per-node 2 -m spade_fast run ...), processes share the images.
     """
+    from spade_fast.cluster import gpu_of_rank
     from spade_fast.heap import share_heap
     from spade_fast.imagesets import listed_images
     from spade_fast.running import run
@@ -106,11 +107,14 @@ def run(
             "--in-flight is not for --ray, whose workers have an image each: pass --workers instead"
         )
     names = () if methods == "none" else read_methods(methods)
+    measures = () if metrics is None else tuple(name.strip() for name in metrics.split(","))
     plan = read_sparsity(sparsity)
     require("pyarrow.parquet", "run")
     listed_images(images, root=root)  # is it a list of images?
     share_heap()
     shared = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+    if shared and device == "cuda":
+        device = gpu_of_rank()
     network = open_network(read_network(model, arch, checkpoint, num_classes), device)
     settings: dict[str, Any] = {
         "num_augmentations": num_augmentations,
@@ -125,7 +129,7 @@ def run(
         out,
         plan,
         methods=names,
-        metrics=cast("tuple[Measure, ...]", () if metrics is None else tuple(metrics.split(","))),
+        metrics=cast("tuple[Measure, ...]", measures),
         steps=steps,
         root=root,
         in_flight=in_flight,
@@ -157,7 +161,7 @@ def _print(summary: RunSummary, out: Path, as_json: bool) -> None:
     told += f", {summary.made / summary.seconds:.2f} images a second" if summary.made else ""
     others = f", with {_images(summary.others)} of other lists in it" if summary.others else ""
     Console().print(
-        f"{_images(summary.images)}: {told}\nwritten: {escape(str(out))}{others}", soft_wrap=True, highlight=False
+        f"{_images(summary.images)}: {told}\nwritten: {shown(str(out))}{others}", soft_wrap=True, highlight=False
     )
 
 

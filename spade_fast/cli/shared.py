@@ -73,7 +73,7 @@ class Group(TyperGroup):
             try:
                 return super().invoke(ctx)
             except SpadeError as error:
-                say(f"[bold red]error:[/] {escape(str(error))}")
+                say(f"[bold red]error:[/] {shown(str(error))}")
                 raise typer.Exit(2) from error
             except KeyboardInterrupt as error:
                 say("interrupted")
@@ -190,6 +190,11 @@ def print_json(document: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def shown(text: str) -> str:
+    """Text from elsewhere as markup that shows it: no markup in it counts, and nothing in it reaches the terminal."""
+    return escape("".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text))
+
+
 def say(markup: str) -> None:
     Console(stderr=True).print(markup, soft_wrap=True, highlight=False)
 
@@ -198,10 +203,10 @@ def say_each(what: str, reasons: Mapping[str, str], listed_in: str) -> None:
     """Say the reasons, each once, at most ten of them; the others are in a file."""
     lines = by_reason(reasons)
     for line in lines[:_MOST_LINES]:
-        say(f"[yellow]{what}:[/] {escape(line)}")
+        say(f"[yellow]{what}:[/] {shown(line)}")
     if len(lines) > _MOST_LINES:
         say(f"[yellow]{what}:[/] for {len(lines) - _MOST_LINES} more reasons, listed in {listed_in}")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    say(f"[yellow]warning:[/] {escape(' '.join(str(message).split()))}")
+    say(f"[yellow]warning:[/] {shown(' '.join(str(message).split()))}")
