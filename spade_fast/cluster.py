@@ -256,9 +256,9 @@ class Ranks:
                 "distributed= is for processes that torchrun started: leave it out, or start them so"
             )
         if self._is_ours:
-            store, rank, count = next(dist.rendezvous("env://"))
+            store, rank, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             # Names of its own for each run: a second group would look for the first one's sockets.
-            own = dist.PrefixStore(f"spade_fast {next(_runs)}", store)
+            own = dist.PrefixStore(f"spade_fast {next(_runs)}", store)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=own, rank=rank, world_size=count, timeout=_PATIENCE)
         if distributed:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
