@@ -81,6 +81,8 @@ def _sync_folder(folder: Path) -> None:
 
 def _make_folder(folder: Path) -> None:
     """Make a folder where it is missing, and those above it, so that they outlast a loss of power."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -139,12 +139,14 @@ class Store(Mapping[str, StoredImage]):
         return self[name] if name in self else default  # noqa: SIM401
 
     def __getitem__(self, name: str) -> StoredImage:
+        file = self.traced_file(name)
         with _advised():
-            return read_image(self.traced_file(name))
+            return read_image(file)
 
     def masks(self, name: str) -> tuple[dict[str, PackedMask], Mapping[str, str]]:
         """The masks of an image's trace, and the layers left dense: all that comparing traces needs, and sooner."""
-        with _advised(), read_tensors(self.traced_file(name), _KEY, _WHAT, _WRITER) as (header, tensors):
+        file = self.traced_file(name)
+        with _advised(), read_tensors(file, _KEY, _WHAT, _WRITER) as (header, tensors):
             held = {key.removeprefix(_TRACE): tensor for key, tensor in tensors.items() if key.startswith(_TRACE)}
             return Trace.masks_from_tensors(header["trace"], held), dict(header["trace"]["dense"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def test_traces_that_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(overlap, "free_memory", lambda: 3 << 20)
     with pytest.raises(InvalidInputError, match="masks and overlaps take 4 MiB or more, and 3 are free"):
         masks_of({"x": large, "y": large})
-    for enough in (4 << 20, None):
+    for enough in ((4 << 20) + 64, None):  # of masks, and of two layers' overlaps
         monkeypatch.setattr(overlap, "free_memory", lambda enough=enough: enough)
         assert masks_of({"x": large, "y": large}).images == ("x", "y")
 
@@ -327,6 +327,22 @@ def test_what_random_sets_give() -> None:
         assert areas.min() <= found.random[0] < found.random[1] <= areas.max()
     once = separation(matrix, sets[0], seed=1)
     assert once.by_chance == separation(matrix, sets[0], seed=1).by_chance != separation(matrix, sets[0]).by_chance
+
+
+def test_neighbours_among_the_leaves_are_alike() -> None:
+    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
+    shorter = 0
+    for seed in range(5):
+        masks = random_masks(12, {"fc": (8, 16)}, seed)
+        matrix = overlaps(masks_of({name: trace_with(each) for name, each in masks.items()})).pooled
+        tree = hierarchy.linkage((1 - matrix)[np.triu_indices(12, 1)], "average")
+        lengths = [
+            sum(1 - matrix[one, other] for one, other in pairwise(order))
+            for order in (clusters(matrix).order, hierarchy.leaves_list(tree))
+        ]
+        assert lengths[0] <= lengths[1] + 1e-12
+        shorter += lengths[0] < lengths[1] - 1e-12
+    assert shorter
 
 
 def test_the_set_itself_counts_among_the_random_ones() -> None:

@@ -31,7 +31,7 @@ from spade_fast import lanes, running, worker
 from spade_fast.errors import InvalidInputError
 from spade_fast.files import LOCK, held_folder
 from spade_fast.imagesets import ListedImage
-from spade_fast.interruption import Interrupted, checkpoint
+from spade_fast.interruption import Interrupted, checkpoint, interruptible
 from spade_fast.methods import _METHODS, Method, Question
 from spade_fast.models import LoadedModel
 from spade_fast.randomness import seeded
@@ -859,6 +859,16 @@ def test_as_many_images_are_in_flight_as_memory_holds(monkeypatch: pytest.Monkey
         assert running._images_in_flight(module, cpu, threads) == expected
     monkeypatch.setattr(running, "free_memory", lambda: 10 * 768 * 2**20)  # for eight, had others none of it
     assert [running._images_in_flight(module, cpu, 1, processes) for processes in (1, 2, 9)] == [8, 4, 1]
+
+
+def test_what_is_done_later_is_not_interrupted() -> None:
+    stop = threading.Event()
+    with interruptible(stop):
+        checkpoint()
+        stop.set()
+        with pytest.raises(Interrupted):
+            checkpoint()
+    checkpoint()
 
 
 def test_where_room_is_closed_nothing_more_begins() -> None:

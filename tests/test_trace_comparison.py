@@ -195,6 +195,7 @@ def test_some_images_and_layers(store: sf.Store) -> None:
     assert found.inside == (False, True, True, False)
     assert list(found.overlaps.layers) == ["head.fc"]
     drawn = [sf.compare(store, limit=5, seed=seed).overlaps.images for seed in (0, 1, 0)]
+    assert all(list(images) == sorted(images) for images in drawn)
     assert drawn[0] == drawn[2] != drawn[1]
     assert len(drawn[0]) == 5
     assert set(drawn[0]) <= set(store)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import spade_fast as sf
 from spade_fast.files import digest, write_tensors
 from spade_fast.models import evaluation_mode
+from spade_fast.traces import unpacked_mask
 
 
 @pytest.fixture
@@ -373,3 +374,11 @@ def test_bad_files_are_refused_by_name(tmp_path, trace):
         with pytest.raises(sf.InvalidInputError, match=r"trace\.safetensors"):
             sf.Trace.load(path)
             pytest.fail(kind)
+
+
+def test_masks_have_no_bits_beyond_their_weights():
+    packed = torch.tensor([0b10100000], dtype=torch.uint8)
+    assert unpacked_mask(packed, [1, 3]).tolist() == [[True, False, True]]
+    for bad, shape in ((packed | 1, [1, 3]), (packed.repeat(2), [1, 3]), (packed[None], [1, 3]), (packed, [3])):
+        with pytest.raises(ValueError, match=r"of \[1, 3\] weights|\[3\] is no shape"):
+            unpacked_mask(bad, shape)
