@@ -44,7 +44,7 @@ simt: env
 
 # Threads that wait leave their core to the other process.
 test: env simt
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 sanitize: env
 	cmake -S . -B build/tsan -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSPADE_FAST_SANITIZE=thread

@@ -178,7 +178,7 @@ def check_render(draw: random.Random) -> None:
         assert (rendered[view] - pixels).abs().max() <= TOLERANCES[dtype]
 
 
-def main(library: str, cases: str = "200") -> None:
+def main(library: str, cases: str = "100") -> None:
     """Load the library and run so many cases of each operator."""
     torch.ops.load_library(library)
     torch.manual_seed(0)
