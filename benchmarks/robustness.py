@@ -9,6 +9,7 @@ PHOTOGRAPHS is a folder. Results: benchmarks/results/robustness/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -68,16 +69,17 @@ def kills(folder: Path, at: Path) -> dict[str, Any]:
         process = subprocess.Popen(
             command(images, folder, at / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        try:
-            after = chance.uniform(0, duration)
+        after = chance.uniform(0, duration)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(after)
-            assert contents(at / "out") == contents(at / "whole")
-            shutil.rmtree(at / "out")  # it was done before: from scratch again
-            finished += 1
-        except subprocess.TimeoutExpired:
-            process.kill()
-            assert process.wait() == -signal.SIGKILL
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
             killed.append({"after_s": round(after, 2), "images": done(at / "out")})
+            continue
+        assert process.returncode == 0
+        assert contents(at / "out") == contents(at / "whole")
+        shutil.rmtree(at / "out")  # it was done before: from scratch again
+        finished += 1
     subprocess.run(command(images, folder, at / "out"), check=True, capture_output=True)
     same = contents(at / "out") == contents(at / "whole")
     assert same
