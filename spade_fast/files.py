@@ -84,7 +84,8 @@ def _make_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not folder.is_dir():
-        _make_folder(folder.parent)
+        if folder.parent != folder:  # as of a working folder that has been removed
+            _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
 
@@ -127,8 +128,9 @@ def remove_file(path: str | os.PathLike[str]) -> None:
     """Remove a file, where there is one; InvalidInputError if it cannot be."""
     try:
         Path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"cannot remove {os.fspath(path)!r} ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # the latter from names that are none
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInputError(f"cannot remove {os.fspath(path)!r} ({reason}): choose another folder") from error
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

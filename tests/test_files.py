@@ -22,6 +22,7 @@ from spade_fast.files import (
     held_file,
     held_folder,
     read_tensors,
+    remove_file,
     write_folder,
     write_tensors,
     write_whole,
@@ -133,6 +134,24 @@ def test_folders_that_are_made_are_synced_too(tmp_path: Path, monkeypatch: pytes
     append_line(tmp_path / "a" / "log", "first")
     append_line(tmp_path / "a" / "log", "second")
     assert synced == [tmp_path / "a" / "log", tmp_path / "a", tmp_path / "a" / "log"]
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(InvalidInputError, match="cannot write"):
+        write_folder("out", {"file": b""})
+
+
+def test_what_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for _ in range(2):  # also where there is none
+        remove_file(tmp_path / "file")
+        assert not (tmp_path / "file").exists()
+    for bad in (tmp_path, "a\0b"):
+        with pytest.raises(InvalidInputError, match="cannot remove .*: choose another folder"):
+            remove_file(bad)
 
 
 def test_what_is_read_outlives_its_file(tmp_path: Path) -> None:
