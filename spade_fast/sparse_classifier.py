@@ -327,6 +327,24 @@ def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     return input, weight, bias
 
 
+def classifier_name(module: nn.Module, inputs: Tensor) -> str:
+    """Name of the linear layer whose outputs are the class scores.
+
+    Parameters
+    ----------
+    module
+        The network: [n, c, h, w] to [n, classes].
+    inputs
+        Model inputs to run it on.
+
+    Raises
+    ------
+    InvalidInputError
+        If the class scores are not the output of one linear layer of the network's.
+    """
+    return _watch(module, inputs)[0]
+
+
 def _watch(module: nn.Module, inputs: Tensor) -> tuple[str, Tensor, Tensor]:
     """Name and inputs [n, d] of the linear layer whose outputs are the class scores, and these, [n, classes]."""
     kind = type(module).__name__
