@@ -47,6 +47,8 @@ study = typer.Typer(
     no_args_is_help=True,
 )
 
+_WIDTH = 120  # of tables that go to a file
+
 Folder = Annotated[Path, typer.Argument(help="The study's folder, as build wrote it.", show_default=False)]
 Answers = Annotated[Path | None, typer.Option(help="File of the answers.", show_default="answers.jsonl in the folder")]
 
@@ -201,7 +203,7 @@ def _print_group(group: GroupScore) -> None:
         table.add_column(column, justify="right" if table.columns else "left")
     for cells in rows:
         table.add_row(*cells)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
     _print(group.told())
     for code, reason in group.excluded.items():
         say(f"[yellow]excluded:[/] {shown(code)}: {shown(reason)}")

@@ -23,13 +23,13 @@ from spade_fast.study.journal import ANSWERS, Choice, Journal, Participant
 
 #: What an answer says of a task.
 Verdict: TypeAlias = Literal["agree", "disagree", "undecided"]
-#: The rows of Table 3, in percent: of all answers, and of those that are decided.
+#: The rows of Table 3, in percent of all answers, and of those that are decided: agree or disagree with Score-CAM.
 ROWS: Mapping[str, str] = {
     "undecided": "undecided",
-    "disagree": "disagree with Score-CAM",
-    "agree": "agree with Score-CAM",
-    "disagree_of_decided": "disagree, of the decided",
-    "agree_of_decided": "agree, of the decided",
+    "disagree": "disagree",
+    "agree": "agree",
+    "disagree_of_decided": "disagree, of decided",
+    "agree_of_decided": "agree, of decided",
 }
 #: What the paper found with people (ResNet-50 on ImageNet), in percent, dense and SPADE; the last two rows follow.
 PUBLISHED: Mapping[str, tuple[float, float]] = {
@@ -102,7 +102,7 @@ class GroupScore:
             [title, *(str(self.rows[row][arm]) for arm in arms), *(map(str, PUBLISHED[row]) if beside else ())]
             for row, title in ROWS.items()
         ]
-        times = ["seconds an answer (median)", *(str(self.seconds[arm]) for arm in arms), *(("", "") if beside else ())]
+        times = ["seconds (median)", *(str(self.seconds[arm]) for arm in arms), *(("", "") if beside else ())]
         return [head, *rows, times]
 
     def told(self) -> str:
