@@ -328,19 +328,19 @@ def _agreement(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     units: dict[tuple[str, str], list[str]] = {}
     for line in lines:
         units.setdefault((line["image"], line["arm"]), []).append(line["verdict"])
-    verdicts = ("undecided", "disagree", "agree")
-    coincidences = np.zeros((3, 3))
+    verdicts = sorted({line["verdict"] for line in lines})
+    coincidences = np.zeros((len(verdicts), len(verdicts)))
     for answers in units.values():
         if len(answers) < 2:
             continue
         counts = np.array([answers.count(verdict) for verdict in verdicts], float)
         coincidences += (np.outer(counts, counts) - np.diag(counts)) / (len(answers) - 1)
     totals = coincidences.sum(axis=0)
-    pairable = totals.sum()
+    pairable = float(totals.sum())
     if not pairable:
         return {"share": math.nan, "alpha": math.nan}
     share = float(np.trace(coincidences) / pairable)
-    expected = (pairable**2 - (totals**2).sum()) / (pairable * (pairable - 1))
+    expected = (pairable**2 - float((totals**2).sum())) / (pairable * (pairable - 1))
     return {"share": share, "alpha": 1 - (1 - share) / expected if expected else math.nan}
 
 

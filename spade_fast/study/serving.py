@@ -43,7 +43,7 @@ _HEADERS = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
@@ -141,6 +141,7 @@ def make_app(
         Route("/p/{code}", site.question, methods=["GET"]),
         Route("/p/{code}", site.answer, methods=["POST"]),
         Route("/media/{medium}", site.picture, methods=["GET"]),
+        Route("/favicon.ico", _file(b"", "image/x-icon"), methods=["GET"]),
         Route("/study.css", _file((pages / "study.css").read_bytes(), "text/css"), methods=["GET"]),
         Route("/study.js", _file((pages / "study.js").read_bytes(), "text/javascript"), methods=["GET"]),
     ]
