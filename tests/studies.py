@@ -6,7 +6,6 @@ import http.client
 import io
 import multiprocessing
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,17 +106,16 @@ def study_in(folder: Path, tasks: int = 4, checks: int = 2, seed: int = 0) -> Op
     return open_bundle(folder)
 
 
-def _serve(folder: Path, pipe: Any) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    study.serve(folder, port=0, started=pipe.send)
+def _serve(folder: Path, pipe: Any, options: dict[str, Any]) -> None:
+    study.serve(folder, started=pipe.send, **{"port": 0, **options})
 
 
 class Server:
     """A server in a process of its own, that can be killed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         mine, its = context.Pipe()
-        self.process = context.Process(target=_serve, args=(folder, its))
+        self.process = context.Process(target=_serve, args=(folder, its, options))
         self.process.start()
         its.close()
         if not mine.poll(60):
@@ -131,8 +129,8 @@ class Server:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[Server]:
-    server = Server(folder)
+def served(folder: Path, **options: Any) -> Iterator[Server]:
+    server = Server(folder, **options)
     try:
         yield server
     finally:
