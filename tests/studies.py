@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import multiprocessing
 import re
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from spade_fast.study.bundle import (  # noqa: E402
     open_bundle,
     picture_file,
 )
+from spade_fast.study.journal import ANSWERS  # noqa: E402
 
 # Where processes are forked from one that has imported what they need.
 context = multiprocessing.get_context("forkserver")
@@ -171,3 +173,10 @@ def asked(address: str, place: str) -> int | None:
     found = re.search(r'name="question" value="(\d+)"', text)
     assert found or "<h1>Thank you</h1>" in text
     return int(found.group(1)) if found else None
+
+
+def answers_of(folder: Path) -> list[dict[str, Any]]:
+    """The answers in the file, in whole lines."""
+    text = (folder / ANSWERS).read_text() if (folder / ANSWERS).exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [line for line in lines if line["kind"] == "answer"]

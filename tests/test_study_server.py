@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import Server, ask, asked, join, send, served, study_in
+from studies import Server, answers_of, ask, asked, join, send, served, study_in
 
 import spade_fast as sf
 from spade_fast import study
@@ -29,10 +29,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     study_in(folder)
     with served(folder) as server:
         yield server
-
-
-def answers(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / ANSWERS).read_text().splitlines()]
 
 
 # What is asked and answered
@@ -64,7 +60,7 @@ def test_a_session_without_a_browser(tmp_path: Path) -> None:
         # By its code, however it is typed.
         status, headers, _ = ask(server.address, "POST", "/resume", f"code={code[:4].lower()}-{code[4:]}")
         assert (status, headers["location"]) == (303, place)
-    kept = answers(tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / ANSWERS).read_text().splitlines()]
     assert [line["kind"] for line in kept] == ["joined", *["answer"] * 4]
     assert [line["choice"] for line in kept[1:]] == ["left", "right", "undecided", "left"]
     # Nothing that could tell who it was.
@@ -142,7 +138,7 @@ def test_times_that_cannot_be_are_left_out(tmp_path: Path, sent: str) -> None:
     with served(tmp_path) as server:
         place = join(server.address)
         assert ask(server.address, "POST", place, f"question=0&choice=left&milliseconds={sent}")[0] == 303
-    assert answers(tmp_path)[-1]["milliseconds"] is None
+    assert answers_of(tmp_path)[-1]["milliseconds"] is None
 
 
 def test_names_from_elsewhere_are_shown_as_text(site: Server) -> None:
@@ -202,7 +198,7 @@ def test_a_study_that_is_full_lets_nobody_else_in(tmp_path: Path) -> None:
         assert "all the participants it needs" in text
         assert "Begin" not in ask(server.address, "GET", "/")[2]
         assert send(server.address, place, 0, "left") == 303
-    assert len(answers(tmp_path)) == 2
+    assert len(answers_of(tmp_path)) == 1
 
 
 def test_what_cannot_be_saved_is_said_and_can_be_sent_again(tmp_path: Path) -> None:
@@ -219,7 +215,7 @@ def test_what_cannot_be_saved_is_said_and_can_be_sent_again(tmp_path: Path) -> N
         (tmp_path / "away").rename(tmp_path / ANSWERS)
         assert asked(server.address, place) == 0
         assert send(server.address, place, 0, "right") == 303
-    assert answers(tmp_path)[-1]["choice"] == "right"
+    assert answers_of(tmp_path)[-1]["choice"] == "right"
 
 
 # Who can listen where
@@ -285,16 +281,9 @@ def test_no_acknowledged_answer_is_lost_by_kills_at_twenty_random_moments(tmp_pa
         server.kill()
         for person in people:
             person.join()
-        kept = {(line["participant"], line["question"]): line["choice"] for line in answers_so_far(tmp_path)}
+        kept = {(line["participant"], line["question"]): line["choice"] for line in answers_of(tmp_path)}
         for places in acknowledged:
             for place, given in places.items():
                 for number, choice in given.items():
                     assert kept[place.removeprefix("/p/"), number] == choice
     assert sum(len(given) for places in acknowledged for given in places.values()) > 40
-
-
-def answers_so_far(folder: Path) -> list[dict[str, Any]]:
-    """Whole lines that are answers."""
-    text = (folder / ANSWERS).read_text() if (folder / ANSWERS).exists() else ""
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [line for line in lines if line["kind"] == "answer"]
