@@ -87,7 +87,7 @@ def test_serve_tells_its_address_and_ends_by_ctrl_c(tmp_path: Path) -> None:
         output, errors = server.communicate(timeout=60)
         connection.close()
     assert server.returncode == 0
-    assert output == f"1 participants, 1 answers in {tmp_path / ANSWERS}\n"
+    assert output == f"1 participant, 1 answer in {tmp_path / ANSWERS}\n"
     assert errors == ""
     assert [line["choice"] for line in answers_of(tmp_path)] == ["left"]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from studies import small_network, study_in
-from subjects import photographs
+from subjects import photographs, quarters
 
 import spade_fast as sf
 from spade_fast import study
@@ -188,7 +188,8 @@ def test_a_build_that_was_cut_short_goes_on_to_the_same_study(
         open_bundle(out)
     assert study.build(small_network(), folder / "images", out, 0.5, **settings) == bundle
     assert len(calls) == 5 + 2 * 2  # two tasks were done; the others' two networks
-    picture_file(out, bundle.tasks[1].photo).unlink()
+    file = picture_file(out, bundle.tasks[1].photo)
+    file.write_bytes(file.read_bytes()[:-1])
     assert study.build(small_network(), folder / "images", out, 0.5, **settings) == bundle
     assert len(calls) == 9 + 1  # the trace's; the dense network's is there
     with pytest.raises(sf.InvalidInputError, match="line 1 .* is no task of this study .*other settings"):
@@ -224,6 +225,26 @@ def test_arguments_that_cannot_be_used_are_refused_first(tmp_path: Path, wrong: 
     with pytest.raises(sf.InvalidInputError, match=message):
         study.build(small_network(), tmp_path, tmp_path / "study", **wrong)
     assert not (tmp_path / "study").exists()
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    photographs(tmp_path, 1)
+    with pytest.raises(sf.InvalidInputError, match="is no study, but holds '00.png': choose a new folder"):
+        study.build(small_network(), tmp_path, tmp_path, steps=1)
+    assert [each.name for each in tmp_path.iterdir()] == ["00.png"]
+
+
+def test_a_network_that_cannot_be_asked_is_refused_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    for name in photographs(tmp_path, 2):
+        assert (tmp_path / name).exists()
+    with pytest.raises(sf.InvalidInputError, match="^method 'score_cam' is not valid on this network"):
+        study.build(quarters(), tmp_path, tmp_path / "study", steps=1)
+    net = small_network()
+    net.module.append(torch.nn.Softmax(1))
+    with pytest.raises(sf.InvalidInputError, match="^the class scores of Sequential are not the output of a linear"):
+        study.build(net, tmp_path, tmp_path / "study", steps=1)
 
 
 def test_no_study_without_an_image(tmp_path: Path) -> None:

@@ -210,8 +210,12 @@ def _print_group(group: GroupScore) -> None:
 
 
 def _print_answers(journal: Journal) -> None:
-    count = sum(len(participant.answers) for participant in journal.participants.values())
-    _print(f"{len(journal.participants)} participants, {count} answers in {shown(str(journal.path))}")
+    answers = sum(len(participant.answers) for participant in journal.participants.values())
+    counts = [
+        f"{count} {what}{'' if count == 1 else 's'}"
+        for count, what in ((len(journal.participants), "participant"), (answers, "answer"))
+    ]
+    _print(f"{', '.join(counts)} in {shown(str(journal.path))}")
 
 
 def _print(markup: str) -> None:

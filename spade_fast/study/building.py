@@ -28,7 +28,7 @@ from spade_fast.imagesets import ListedImage, listed_images
 from spade_fast.models import LoadedModel
 from spade_fast.running import Images
 from spade_fast.sparse_classifier import classifier_name
-from spade_fast.study.bundle import STUDY, Bundle, Check, Patch, Task, described, medium_of, picture_file
+from spade_fast.study.bundle import STUDY, Bundle, Check, Patch, Task, described, medium_of, picture_file, read_picture
 from spade_fast.study.journal import ANSWERS
 from spade_fast.tracer import Sparsity
 from spade_fast.visualization import visualize
@@ -132,6 +132,7 @@ def build(
         "visualization_steps": steps,
     }
     random.Random(f"images {seed}").shuffle(listed)
+    _check_folder(Path(folder))
     with held_folder(folder):
         maker = _Maker(recipe, settings, Path(folder), patch, steps)
         tasks: list[Task] = []
@@ -146,6 +147,13 @@ def build(
         if not tasks:
             raise InvalidInputError(f"no image can be used ({by_reason(maker.refused)[0]})")
         return _written(Path(folder), tasks, checks, maker, seed)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir() or (folder / _DONE).exists():
+        return
+    if other := next((each.name for each in folder.iterdir() if not each.name.startswith(".")), None):
+        raise InvalidInputError(f"{os.fspath(folder)!r} is no study, but holds {other!r}: choose a new folder")
 
 
 def _written(folder: Path, tasks: list[Task], checks: int, maker: _Maker, seed: int) -> Bundle:
@@ -186,7 +194,6 @@ class _Maker:
         device = next(self._module.parameters()).device
         self.versions = {name: str(value) for name, value in self.recipe.environment(device).items()}
         self._layer: str | None = None
-        self._dense: dict[int, str] = {}
         self._done = {}
         for number, line in enumerate(read_lines(self.folder / _DONE), 1):
             try:
@@ -201,7 +208,7 @@ class _Maker:
                     f"line {number} of {os.fspath(self.folder / _DONE)!r} is no task of this study ({error}): choose a "
                     "new folder"
                 ) from error
-        self._dense = {task.target: task.dense for task in self._done.values()}
+        self._dense = {task.target: task.dense for task in self._done.values() if self._are_whole(task.dense)}
 
     @property
     def _module(self) -> nn.Module:
@@ -214,12 +221,17 @@ class _Maker:
             content = read_image_file(image.path)
             digest = hashlib.sha256(content).hexdigest()
             known = self._done.get((digest, image.name))
-            if known is not None and all(
-                picture_file(self.folder, medium).is_file()
-                for medium in (known.photo, known.high.medium, known.low.medium, known.dense, known.spade)
-            ):
+            if known is not None and self._are_whole(*known.media()):
                 return known
-            task = self._made(image.name, decoded_image(content, image.path))
+            photo = decoded_image(content, image.path)
+            case = make_case(self.recipe.model, photo, name=image.name, preprocess=self.recipe.preprocess)
+        except InvalidInputError as error:
+            self.refused[image.name] = str(error)
+            return None
+        if self._layer is None:  # a network that cannot be asked is no image's fault
+            self._layer = self._checked(case)
+        try:
+            task = self._made(case, photo)
         except InvalidInputError as error:
             self.refused[image.name] = str(error)
             return None
@@ -227,11 +239,23 @@ class _Maker:
         append_line(self.folder / _DONE, json.dumps({**line, "task": json.loads(described(task))}))
         return task
 
-    def _made(self, name: str, photo: Image.Image) -> Task:
+    def _are_whole(self, *media: str) -> bool:
+        """Whether pictures are there as they were written."""
+        try:
+            for medium in media:
+                read_picture(self.folder, medium)
+        except InvalidInputError:
+            return False
+        return True
+
+    def _checked(self, case: Case) -> str:
+        """The name of the layer that gives the class scores, if the network can be asked all that is needed."""
+        with attribution.asked(self._module, case.inputs, case.target) as question:
+            question.prepared.report.require(_METHOD)
+        return classifier_name(self._module, case.inputs)
+
+    def _made(self, case: Case, photo: Image.Image) -> Task:
         recipe = self.recipe
-        case = make_case(recipe.model, photo, name=name, preprocess=recipe.preprocess)
-        if self._layer is None:
-            self._layer = classifier_name(self._module, case.inputs)
         relevance = attribution.attribute(recipe.model, case.inputs, case.target, _METHOD)
         high, low = self._patches(relevance, case)
         trace = tracer.trace(recipe.model, photo, recipe.sparsity, **recipe.of_traces())
@@ -240,7 +264,7 @@ class _Maker:
         with trace.applied(self._module):
             spade = self._visualized(case.target)
         return Task(
-            name=name,
+            name=case.name,
             photo=self._saved(case.pixels),
             target=case.target,
             target_name=class_name(recipe.model, case.target),

@@ -90,6 +90,10 @@ class Task(Record):
     spade: Medium
     sparsity: Share
 
+    def media(self) -> tuple[str, ...]:
+        """The names of all pictures."""
+        return self.photo, self.high.medium, self.low.medium, self.dense, self.spade
+
 
 class Check(Record):
     """A question that anybody can answer who looks: one of the two patches is shown in the visualization's place.
@@ -134,7 +138,7 @@ class Bundle(Record):
     def media(self) -> Iterator[str]:
         """The names of all pictures."""
         for task in self.tasks:
-            yield from (task.photo, task.high.medium, task.low.medium, task.dense, task.spade)
+            yield from task.media()
 
     def content(self) -> bytes:
         """What ``study.json`` holds."""
@@ -173,7 +177,7 @@ class OpenBundle:
         """
         if medium not in self._media:
             raise InvalidInputError(f"{os.fspath(self.path)!r} has no picture {medium!r}")
-        return _read_picture(self.path, medium)
+        return read_picture(self.path, medium)
 
 
 def picture_file(folder: Path, medium: str) -> Path:
@@ -221,11 +225,12 @@ def open_bundle(path: str | os.PathLike[str]) -> OpenBundle:
             "or build it again"
         ) from error
     for medium in dict.fromkeys(bundle.media()):
-        _read_picture(folder, medium)
+        read_picture(folder, medium)
     return OpenBundle(folder, bundle, hashlib.sha256(content).hexdigest())
 
 
-def _read_picture(folder: Path, medium: str) -> bytes:
+def read_picture(folder: Path, medium: str) -> bytes:
+    """The content of a picture; InvalidInputError if it is missing or is not what its name says."""
     file = picture_file(folder, medium)
     try:
         if not file.is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -37,7 +38,7 @@ _PORT = 8765
 _MOST_BODY = 2048  # bytes of a form: the largest holds three short fields
 _MOST_SECONDS = 10.0  # for sending one
 _MOST_HEADERS = 16 * 1024
-_MOST_CONNECTIONS = 256
+_MOST_CONNECTIONS = 1024  # a browser has up to six
 _LONGEST = 24 * 3600 * 1000  # milliseconds: a page that was left open for longer tells nothing
 _HEADERS = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
@@ -225,7 +226,7 @@ class _Site:
 
     async def unwritten(self, _: Request, error: Exception) -> Response:
         """What went wrong is the researcher's to know, by the terminal, and not the participant's."""
-        uvicorn.config.logger.error("%s", error)
+        logging.getLogger("uvicorn.error").error("%s", error)
         told = "Your answer could not be saved. Please tell those who run the study, and go back and try again."
         return self._page("problem.html", told=told, status=500)
 
