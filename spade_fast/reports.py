@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import importlib.resources
 import json
 import math
 import os
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from spade_fast.figures import maps_caption
 from spade_fast.files import write_whole
 from spade_fast.images import decoded_image, read_image_file
 from spade_fast.imagesets import listed_images
+from spade_fast.markup import rendered
 from spade_fast.methods import METHODS
 from spade_fast.models import LoadedModel
 from spade_fast.pictures import heat_map, photograph
@@ -112,7 +109,7 @@ def write_report(
         page = _explanations_page(source, model, preprocess, visualizations, progress)
     if title is not None:
         page["title"] = title
-    write_whole(path, _rendered(page).encode())
+    write_whole(path, rendered("report", page).encode())
     return path
 
 
@@ -176,7 +173,7 @@ def _explanations_page(
         sections[0]["settings"] = []
     return {
         "title": title,
-        "single": isinstance(source, Explanation),
+        "overview": None if isinstance(source, Explanation) else _overview(sections),
         "sections": sections,
         "settings": settings,
         "left_out": {},
@@ -298,7 +295,7 @@ def _store_page(store: Store, photographs: Any, visualizations: object, progress
     count = f"{len(sections)} image{'' if len(sections) == 1 else 's'}"
     return {
         "title": f"{count}, explained by {store.settings.get('model', 'a network')}",
-        "single": False,
+        "overview": _overview(sections),
         "sections": sections,
         "settings": [
             ("Settings", _flat(store.settings)),
@@ -467,63 +464,6 @@ def _flat(values: Mapping[str, Any], of: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((f"{of}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     return rows
-
-
-# The page
-
-
-def _rendered(page: Mapping[str, Any]) -> str:
-    jinja2 = require("jinja2", "interpret")
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_legible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=_percent, figures=_figures)
-    safe = require("markupsafe", "interpret").Markup
-    style, script = _read("report.css"), _read("report.js")
-    return str(
-        environment.get_template("report.html").render(
-            **page,
-            overview=None if page["single"] else _overview(page["sections"]),
-            version=version("spade-fast"),
-            style=safe(style),
-            script=safe(script),
-            style_hash=_source_hash(style),
-            script_hash=_source_hash(script),
-        )
-    )
-
-
-def _read(name: str) -> str:
-    return (importlib.resources.files("spade_fast") / "pages" / name).read_text(encoding="utf-8")
-
-
-def _source_hash(text: str) -> str:
-    """As a Content-Security-Policy names what it allows."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _legible(value: Any) -> Any:
-    """What a template writes, text without the characters that no page may hold: control characters, surrogates."""
-    if type(value) is not str:  # a number, or what is escaped already
-        return value
-    return "".join(
-        ascii(each)[1:-1] if unicodedata.category(each) in ("Cc", "Cs") and each not in "\n\t" else each
-        for each in value
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _figures(value: float) -> str:
-    """Four significant figures."""
-    return f"{value:.4g}"
 
 
 def _overview(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

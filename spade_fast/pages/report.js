@@ -25,7 +25,7 @@ if (gallery) {
   const sieve = () => {
     const words = filter.value.toLowerCase().split(/\s+/);
     for (const card of cards) card.hidden = !words.every((word) => searched.get(card).includes(word));
-    shown.textContent = `${cards.filter((card) => !card.hidden).length} of ${cards.length} images`;
+    shown.textContent = `${cards.filter((card) => !card.hidden).length} of ${cards.length} image${cards.length === 1 ? "" : "s"}`;
   };
 
   const texts = new Intl.Collator(undefined, { numeric: true });
