@@ -38,20 +38,20 @@ class Picture:
 
 def photograph(pixels: Tensor, longest: int) -> Picture:
     """A JPEG of pixels [3, h, w] in 0..1, its sides at most `longest` pixels."""
-    values = (255 * reduced(pixels.float(), longest).clamp(0, 1)).round().byte()
+    values = (255 * _reduced(pixels.float(), longest).clamp(0, 1)).round().byte()
     image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
     return _encoded(image, "jpeg", quality=_QUALITY, optimize=True)
 
 
 def heat_map(heat: Tensor, longest: int) -> Picture:
     """A PNG of a map [h, w] in the colours and the scale of figures, its sides at most `longest` pixels."""
-    values = np.round(255 * scaled(reduced(heat.float()[None], longest)[0])).astype(np.uint8)
+    values = np.round(255 * scaled(_reduced(heat.float()[None], longest)[0])).astype(np.uint8)
     image = Image.fromarray(values)
     image.putpalette(_palette())
     return _encoded(image, "png", optimize=True)
 
 
-def reduced(image: Tensor, longest: int) -> Tensor:
+def _reduced(image: Tensor, longest: int) -> Tensor:
     """An image [c, h, w], means of its pixels where a side would be longer than `longest`."""
     height, width = image.shape[1:]
     if max(height, width) <= longest:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ from spade_fast.store import Store, StoredImage
 from spade_fast.traces import Trace
 from spade_fast.visualization import Visualization
 
+#: Image files: a folder, a manifest, paths, or paths by names.
+Photographs: TypeAlias = (
+    str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]
+)
+
 _ENDINGS = (".html", ".htm")
 _NETWORKS = {"dense": "Dense network", "spade": "SPADE trace"}
 # Longest sides in pixels: of a few images, and of many, whose page would be too large for mail.
@@ -47,7 +52,7 @@ def write_report(
     *,
     model: nn.Module | LoadedModel | None = None,
     preprocess: Callable[[Tensor], Tensor] | None = None,
-    photographs: Any = None,
+    photographs: Photographs | None = None,
     visualizations: Visualization | Sequence[Visualization] | Mapping[str, Any] | None = None,
     title: str | None = None,
     progress: bool = False,
@@ -76,6 +81,7 @@ def write_report(
         Files that have changed since are left out. Default: the page shows maps without photographs.
     visualizations
         What :func:`spade_fast.visualize` returned, one or several: of one explanation; of several images by name.
+        The last image of each network is shown.
     title
         Heading of the page. Default: by what it is about.
     progress
@@ -165,7 +171,7 @@ def _explanations_page(
     sections = _sections(subjects, len(named))
     first = next(iter(named.values()))
     names = list(dict.fromkeys(str(each.settings.get("model", "the network")) for each in named.values()))
-    title = f"{len(named)} explanations of {', '.join(names)}"
+    title = f"{len(named)} explanation{'' if len(named) == 1 else 's'} of {', '.join(names)}"
     settings = [("Versions", _flat(first.report()["versions"]))]
     if isinstance(source, Explanation):
         title = f"Evidence for “{first.target_name}” in {names[0]}"
@@ -236,7 +242,7 @@ def _of_explanation(
     maps = {"dense": explanation.dense, "spade": explanation.spade}
     areas: dict[str, dict[str, dict[str, float]]] = {}
     curves: dict[str, dict[str, str]] = {}
-    if model is not None:
+    if model is not None and explanation.dense:
         case = make_case(model, explanation.image, target=explanation.target, preprocess=preprocess)
         keys = [(network, method) for network, found in maps.items() for method in found]
         stack = torch.stack([maps[network][method] for network, method in keys])
@@ -262,7 +268,9 @@ def _of_explanation(
     )
 
 
-def _store_page(store: Store, photographs: Any, visualizations: object, progress: bool) -> dict[str, Any]:
+def _store_page(
+    store: Store, photographs: Photographs | None, visualizations: object, progress: bool
+) -> dict[str, Any]:
     drawn = _drawn(visualizations, list(store), single=False)
     left_out = {**store.refused, **store.damaged}
     files = {} if photographs is None else {each.name: each.path for each in listed_images(photographs)}
@@ -335,7 +343,7 @@ def _of_stored(
         maps={"dense": stored.dense, "spade": stored.spade},
         trace=stored.trace,
         layer_order=(),
-        areas=record["metrics"],
+        areas=record.get("metrics", {}),
         curves={},
         labels=record["labels"],
         visualizations=visualizations,
@@ -433,13 +441,9 @@ def _chart(subject: _Subject) -> dict[str, Any]:
     def height(loss: float) -> float:
         return max((math.log10(loss) - low) / (high - low), _LEAST_BAR) if loss > 0 else 0
 
-    bars = [
-        {"layer": name, "pruned": trace.layers.get(name), "height": height(trace.layers[name].loss)}
-        if name in trace.layers
-        else {"layer": name, "pruned": None}
-        # A store does not say where in the network the layers left dense are.
-        for name in subject.layer_order or trace.layers
-    ]
+    # A store does not say where in the network the layers left dense are.
+    named = [(name, trace.layers.get(name)) for name in subject.layer_order or trace.layers]
+    bars = [{"layer": name, "pruned": layer, "height": height(layer.loss) if layer else 0} for name, layer in named]
     return {"bars": bars, "decades": (low, high)}
 
 

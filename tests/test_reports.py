@@ -300,9 +300,11 @@ def test_images_of_many_are_small(
     assert picture(shown["src"]).shape == (heat[1], heat[0], 3)
 
 
-def test_a_trace_without_layers_and_an_image_without_maps(explanation: sf.Explanation, tmp_path: Path) -> None:
+def test_a_trace_without_layers_and_an_image_without_maps(
+    explanation: sf.Explanation, model: LoadedModel, tmp_path: Path
+) -> None:
     bare = replace(explanation, dense={}, spade={}, trace=sf.Trace({}, {"stem": "first layer"}), layer_order=())
-    found = Page(sf.write_report(bare, tmp_path / "page.html"))
+    found = Page(sf.write_report(bare, tmp_path / "page.html", model=model))
     assert "0.0 % of the weights in 0 layers" in found.text
     assert "Attribution maps" not in found.text
     stored = store_of(tmp_path / "store", {"a": trace_with({"fc": [[1, 0]]})}, answers={"a": (2, None)})
