@@ -22,6 +22,7 @@ from spade_fast import cli, models, ops, presets, tracer
 from spade_fast.cli import information
 from spade_fast.cli.shared import read_sparsity
 from spade_fast.files import LOCK
+from spade_fast.images import load_image
 from spade_fast.models import LoadedModel
 from spade_fast.plans import SparsityPlan
 from spade_fast.preprocessing import Preprocess
@@ -493,4 +494,17 @@ def test_demo_of_a_patch_that_decides(tmp_path: Path) -> None:
 
 
 def test_demos_that_there_are_not(tmp_path: Path) -> None:
-    assert_refused(run("demo", "trojans", "--out", tmp_path), "there is no demo 'trojans': choose photograph or trojan")
+    message = "there is no demo 'trojans': choose photograph, trojan or photographs"
+    assert_refused(run("demo", "trojans", "--out", tmp_path), message)
+
+
+def test_photographs_to_try_it_on(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    out = tmp_path / "photographs"
+    result = run("demo", "photographs", "--out", out)
+    written = sorted(out.iterdir())
+    assert [load_image(path).mode for path in written] == ["RGB"] * 6
+    assert [f"written: {path}" for path in written] == result.stdout.splitlines()
+    assert list(json.loads(run("demo", "photographs", "--out", out, "--json").stdout)["files"]) == [
+        path.name for path in written
+    ]

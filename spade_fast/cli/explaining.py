@@ -38,6 +38,7 @@ from spade_fast.cli.shared import (
     say,
 )
 from spade_fast.errors import InvalidInputError, check_whole, require
+from spade_fast.files import write_folder
 from spade_fast.methods import DEFAULT_METHODS
 from spade_fast.solver import check_rules
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 _DEFAULT_METHODS = ",".join(DEFAULT_METHODS)
 _DEMO_PHOTO = "coffee.png"
+# Those of scikit-image's pictures that show things that ImageNet has classes for.
+_DEMO_PHOTOS = ("astronaut.png", "camera.png", "chelsea.png", _DEMO_PHOTO, "motorcycle_left.png", "rocket.jpg")
 _DEMO_PATCH = (16, 144, 64)  # top, left and side
 _TROJAN_METHODS = ("saliency", "input_x_gradient", "integrated_gradients", "deep_lift", "lrp", "occlusion")
 
@@ -133,15 +136,24 @@ def explain(
 
 
 def demo(
-    what: Annotated[str, typer.Argument(help="photograph, or trojan: a patch that decides the answer.")] = "photograph",
+    what: Annotated[
+        str, typer.Argument(help="photograph; trojan: a patch that decides the answer; photographs: six files to try.")
+    ] = "photograph",
     out: Out = Path("demo"),
     as_json: AsJson = False,
 ) -> None:
     """Explain EfficientNet-Lite0's answer to a photograph that comes with scikit-image; downloads nothing."""
-    if what not in ("photograph", "trojan"):
-        raise InvalidInputError(f"there is no demo {what!r}: choose photograph or trojan")
-    photo = Path(require("skimage", "demo").data_dir) / _DEMO_PHOTO
-    if what == "photograph":
+    if what not in ("photograph", "trojan", "photographs"):
+        raise InvalidInputError(f"there is no demo {what!r}: choose photograph, trojan or photographs")
+    folder = Path(require("skimage", "demo").data_dir)
+    photo = folder / _DEMO_PHOTO
+    if what == "photographs":
+        files = write_folder(out, {name: (folder / name).read_bytes() for name in _DEMO_PHOTOS})
+        if as_json:
+            print_json({"files": {name: str(path) for name, path in files.items()}})
+        else:
+            _print_files(files)
+    elif what == "photograph":
         _explain(photo, out, as_json, {"name": DEFAULT_MODEL})
     else:
         _demo_trojan(photo, out, as_json)
@@ -300,8 +312,12 @@ def _print_summary(explanation: Explanation, files: Mapping[str, Path]) -> None:
         layers.add_row(f"{requested:g}", span, str(len(group)), escape(group[0]), escape(group[-1]))
     layers.add_row("dense", "0", str(len(trace.dense)))
     console.print(layers)
+    _print_files(files)
+
+
+def _print_files(files: Mapping[str, Path]) -> None:
     for path in files.values():
-        console.print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
+        Console().print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
 
 
 def _read_hessian_dtype(name: str | None) -> torch.dtype | str | None:
