@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -402,12 +403,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def described(built: Path) -> dict[str, dict[str, Any]]:
-    """What can be referred to, by kind and name."""
-    from sphinx.util.inventory import InventoryFile
-
-    inventory = InventoryFile.loads((built / "objects.inv").read_bytes(), uri="")
-    return {kind: dict(entries) for kind, entries in inventory.data.items()}
+def described(built: Path) -> dict[str, set[str]]:
+    """What can be referred to, by kind."""
+    found: dict[str, set[str]] = {}
+    content = (built / "objects.inv").read_bytes().split(b"\n", 4)[4]  # below four lines of text
+    for line in zlib.decompress(content).decode().splitlines():
+        name, kind = re.match(r"(.+?) (\S+:\S+) -?\d+ ", line).groups()
+        found.setdefault(kind, set()).add(name)
+    return found
 
 
 def test_every_public_name_is_described(described):
@@ -435,7 +438,7 @@ def test_every_command_and_option_is_described(described):
 
     wanted = set(options(typer.main.get_command(app), "spade-fast"))
     assert len(wanted) > 50
-    assert wanted - set(described["std:cmdoption"]) == set()
+    assert wanted - described["std:cmdoption"] == set()
 
 
 class Links(html.parser.HTMLParser):
