@@ -1,7 +1,8 @@
 """Sphinx's settings. ``make docs`` builds strictly: a broken link, name or formula fails.
 
 The pages are plain Markdown, to be read in the repository as well. A relative link to a file outside of this folder
-works in both: Sphinx copies the file beside the pages and fails where it is missing. Folders cannot be linked to.
+works in both: Sphinx copies the file beside the pages and fails where it is missing. Folders cannot be linked to. A new
+page goes into a toctree of index.md; what it shows is run by tests/test_docs.py.
 Nothing is fetched, neither for a build nor to read what it made.
 """
 
