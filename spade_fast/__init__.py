@@ -25,6 +25,7 @@ from spade_fast.models import LoadedModel, load_model
 from spade_fast.plans import ErrorBudget, SparsityPlan
 from spade_fast.preparation import Prepared, prepare
 from spade_fast.preprocessing import Preprocess
+from spade_fast.reports import write_report
 from spade_fast.running import run
 from spade_fast.solver import Solution, solve
 from spade_fast.sparse_classifier import SparseFC, penultimate_features, sparse_fc
@@ -81,4 +82,5 @@ __all__ = [
     "trace_many",
     "tune",
     "visualize",
+    "write_report",
 ]

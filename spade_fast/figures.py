@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Dense and SPADE in a pair that colour-blind people tell apart (Okabe and Ito), by lightness as well.
 DENSE, SPADE, _ASKED, _FAINT, TEXT, NOTE = "#8a8a8a", "#0072b2", "#d55e00", "#e9e9e9", "#1a1a1a", "#5a5a5a"
 _NOTEBOOK_DPI = 72
-_COLOURS = "magma"  # perceptually uniform, ordered by lightness
+COLOURS = "magma"  # perceptually uniform, ordered by lightness
 _PERCENTILE = 99.5
 _NAME_LENGTH = 26
 _PER_ROW = 4  # methods side by side
@@ -175,19 +175,23 @@ def gallery(explanations: Sequence[Explanation] | Mapping[str, Explanation]) -> 
     return page.figure
 
 
-def _draw_caption(page: Page, methods: Sequence[str]) -> None:
-    """What the maps show, at the foot of the page."""
+def maps_caption(methods: Sequence[str]) -> str:
+    """What maps by these methods show, and how they are scaled."""
     hiding = [METHODS[name].title for name in methods if name in METHODS and METHODS[name].reduction == "positive"]
     what = []
     if len(hiding) < len(methods):
         what.append("sum over colour channels of |attribution|")
     if hiding:
         what.append(f"{', '.join(hiding)}: what speaks for the class")
-    caption = (
+    return (
         f"Maps: {'; '.join(what)}. Brightness from 0 to each map's own 99.5th percentile; compare where maps are "
         "bright, not how bright."
     )
-    lines = textwrap.wrap(caption, int(page.width * 13))
+
+
+def _draw_caption(page: Page, methods: Sequence[str]) -> None:
+    """What the maps show, at the foot of the page."""
+    lines = textwrap.wrap(maps_caption(methods), int(page.width * 13))
     for index, line in enumerate(lines):
         page.text(_MARGIN, page.height - 0.15 - 0.17 * (len(lines) - 1 - index), line, fontsize=9, color=NOTE)
 
@@ -251,7 +255,7 @@ def _draw_maps(
     ):
         for column, method in enumerate(methods):
             axes = page.axes(left + column * (side + _GAP), top + _TITLE + row * (side + _GAP), side, side)
-            axes.imshow(_scaled(maps[method]), cmap=_COLOURS, vmin=0, vmax=1)
+            axes.imshow(scaled(maps[method]), cmap=COLOURS, vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0 and titles:
@@ -263,7 +267,7 @@ def _draw_maps(
 
 def _draw_scale(page: Page, top: float = _HEAD + _TITLE, height: float = 2 * _SIDE + _GAP) -> None:
     axes = page.axes(page.width - _MARGIN - _SCALE + 0.1, top, 0.13, height)
-    axes.imshow(np.linspace(1, 0, 256)[:, None], cmap=_COLOURS, aspect="auto", extent=(0, 1, 0, 1))
+    axes.imshow(np.linspace(1, 0, 256)[:, None], cmap=COLOURS, aspect="auto", extent=(0, 1, 0, 1))
     axes.set(xticks=[], yticks=[0, 0.5, 1])
     axes.yaxis.tick_right()
     axes.set_yticklabels(["0", "0.5", "1"], fontsize=9)
@@ -333,7 +337,7 @@ def _differs(layer: LayerTrace) -> bool:
     return abs(layer.sparsity - layer.requested_sparsity) > max(0.005, 1 / layer.mask.numel())
 
 
-def _scaled(heat: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+def scaled(heat: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The map in units of its 99.5th percentile (of its maximum where that is zero), cut off at 1."""
     values = heat.to(torch.float32).numpy()
     top = float(np.percentile(values, _PERCENTILE)) or float(values.max(initial=0)) or 1.0

@@ -327,6 +327,25 @@ def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> t
     return input, weight, bias
 
 
+def classifier_name(module: nn.Module, inputs: Tensor) -> str:
+    """The name of the linear layer whose outputs are the class scores.
+
+    Parameters
+    ----------
+    module
+        A network of class scores [n, classes].
+    inputs
+        Model inputs [n, c, h, w], already normalised.
+
+    Raises
+    ------
+    InvalidInputError
+        If the class scores are not the output of one linear layer, called once.
+    """
+    with evaluation_mode(module), torch.no_grad():
+        return _watch(module, inputs)[0]
+
+
 def _watch(module: nn.Module, inputs: Tensor) -> tuple[str, Tensor, Tensor]:
     """Name and inputs [n, d] of the linear layer whose outputs are the class scores, and these, [n, classes]."""
     kind = type(module).__name__

@@ -236,6 +236,56 @@ def test_folders_that_cannot_be_written(loads: list[dict[str, Any]], photo: Path
     assert loads == []
 
 
+@pytest.mark.usefixtures("loads")
+def test_explain_writes_a_page(photo: Path, plan: Path, tmp_path: Path) -> None:
+    for module in ("jinja2", "lucent"):
+        pytest.importorskip(module)
+    page = tmp_path / "deep" / "page.html"
+    result = explain(photo, plan, "--report", page, "--methods", "saliency", "--target", 1)
+    assert f"written: {page}" in result.stdout
+    plain = page.read_text(encoding="utf-8")
+    assert plain.count("<polyline") == 2
+    assert "answers to most" not in plain
+    more = ("--methods", "saliency", "--target", 1, "--visualize", 3, "--json")
+    document = json.loads(explain(photo, plan, "--report", page, *more).stdout)
+    assert document["files"]["report"] == str(page)
+    text = page.read_text(encoding="utf-8")
+    for arm in ("Dense network", "SPADE trace"):
+        assert f'alt="What bee [x] answers to most, {arm}"' in text
+    assert "layer <bdi>fc</bdi>, after 3 steps" in text
+
+
+def test_pages_that_cannot_be_written(
+    loads: list[dict[str, Any]], photo: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jinja2")
+    for options, message in (
+        (["--report", tmp_path], "is a folder: name a page in it, such as report.html"),
+        (["--report", photo], "photo.png' is no name of a page: let it end in .html"),
+        (["--report", photo / "page.html"], "cannot write to the folder '.*photo.png'"),
+        (["--visualize", 8], "--visualize is for --report: name a page as well"),
+        (["--report", "page.html", "--visualize", -1], "--visualize must be a whole number of at least 0, got -1"),
+    ):
+        assert_refused(explain(photo, plan, *options), message)
+    for module, extra in (("jinja2", "interpret"), ("lucent", "visualize")):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, module, None)
+            refused = explain(photo, plan, "--report", tmp_path / "page.html", "--visualize", 8)
+            assert_refused(refused, rf"pip install 'spade-fast\[{extra}\]'")
+    assert loads == []
+
+
+def test_a_network_without_neurons_of_classes_is_not_visualized(
+    photo: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lucent")
+    preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=12, resize_size=14)
+    module = nn.Sequential(nn.Conv2d(3, 2, 12), nn.Flatten()).eval()
+    monkeypatch.setattr(models, "load_model", lambda name, **_: LoadedModel(name, module, preprocess, None, "random"))
+    refused = explain(photo, plan, "--report", tmp_path / "page.html", "--visualize", 8)
+    assert_refused(refused, "--visualize needs neurons of classes: .* but of flatten.*; leave it out")
+
+
 @pytest.mark.parametrize("module", ["captum.attr", "matplotlib.figure"])
 def test_missing_packages(
     loads: list[dict[str, Any]], photo: Path, plan: Path, module: str, monkeypatch: pytest.MonkeyPatch

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ PARSED_ONLY = {
     "spade-fast demo": "EfficientNet-Lite0; tests of the program run it",
     "--layers blocks.2": "blocks that the small network does not have",
     "stop.png": "a file that the reader has",
+    "--visualize": "takes long",
+    "spade-fast study": "takes long, or serves until it is stopped; tests of the program run it",
     "--ray": "starts other processes",
     "torchrun": "starts other processes",
     "--methods all": "takes long",
@@ -74,7 +76,9 @@ ALSO_NEEDED = {
     "attribution.md": ("lucent",),
     "own_method.md": ("pytorch_grad_cam",),
     "faithfulness.md": ("glm_saga",),
+    "reports.md": ("jinja2", "lucent"),
     "scale.md": ("pyarrow",),
+    "study.md": ("lucent", "starlette", "pydantic"),
 }
 IGNORED_WARNINGS = {
     "README.md": ("ignore:layer .* outputs have no weight left",),
@@ -213,9 +217,9 @@ def test_every_block_is_of_a_kind_that_is_checked():
 
 
 def with_attacked_images(folder: Path) -> None:
-    traces = {f"{i}.png": trace_with({"fc": [[i < 3, i >= 3, i % 2]]}) for i in range(6)}
-    labels = {name: {"kind": "attacked" if name < "3" else "clean"} for name in traces}
-    answers = {name: (0, "cup") if name < "2" else (1, "vase") for name in traces}
+    traces = {f"{i:02}.png": trace_with({"fc": [[i < 3, i >= 3, i % 2]]}) for i in range(6)}
+    labels = {name: {"kind": "attacked" if name < "03" else "clean"} for name in traces}
+    answers = {name: (0, "cup") if name < "02" else (1, "vase") for name in traces}
     store_of(folder / "store", traces, labels, answers)
 
 
@@ -228,10 +232,13 @@ class Promise:
     times: int = 1  # that the first of them is printed
     pictures: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    contents: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # what is in pages that it makes, which are all
 
 
 #: What a page finds when it begins.
-PREPARED: dict[str, Callable[[Path], None]] = {"comparing.md": with_attacked_images}
+PREPARED: dict[str, Callable[[Path], None]] = {"comparing.md": with_attacked_images, "reports.md": with_attacked_images}
 PROMISES = {
     "README.md": Promise(1, pictures=("out/explanation.png",)),
     "attribution.md": Promise(
@@ -257,6 +264,14 @@ PROMISES = {
     ),
     "own_method.md": Promise(5, pictures=("smooth.png",)),
     "own_model.md": Promise(7, ("requested",), files=("trace.safetensors",)),
+    "reports.md": Promise(
+        1,
+        contents={
+            "coffee.html": ("espresso", "<polyline"),
+            "gallery.html": ("espresso", "<h1><bdi>What is it?</bdi></h1>"),
+            "neuron.html": ("espresso", "espresso answers to most, SPADE trace"),
+        },
+    ),
     "scale.md": Promise(
         1,
         ("2 made; missing.png: image file", r"^coffee\.png: espresso, \d\d% pruned, insertion 0\.\d\d$"),
@@ -304,6 +319,9 @@ def test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, capsys
         assert len(found) == promise.times if i == 0 else found, pattern
     assert all((tmp_path / name).stat().st_size > 10_000 for name in promise.pictures)
     assert all((tmp_path / name).is_file() for name in promise.files)
+    made = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
+    assert made.keys() == promise.contents.keys()
+    assert all(part in made[name] for name, parts in promise.contents.items() for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -429,12 +429,12 @@ def test_figure_of_a_trace_that_pruned_nothing(explanation: Explanation) -> None
 
 def test_maps_are_scaled_by_their_own_percentile() -> None:
     heat = torch.arange(1001.0).view(7, 143)
-    assert figures._scaled(heat).max() == 1
-    assert figures._scaled(heat).flatten()[500] == pytest.approx(500 / 995)
-    assert figures._scaled(torch.zeros(3, 3)).max() == 0
+    assert figures.scaled(heat).max() == 1
+    assert figures.scaled(heat).flatten()[500] == pytest.approx(500 / 995)
+    assert figures.scaled(torch.zeros(3, 3)).max() == 0
     single = torch.zeros(100, 100)
     single[4, 5] = 2.0
-    assert figures._scaled(single)[4, 5] == 1
+    assert figures.scaled(single)[4, 5] == 1
 
 
 @pytest.mark.parametrize("methods", [1, 3, 12])

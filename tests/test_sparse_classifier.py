@@ -24,7 +24,14 @@ from spade_fast import sparse_classifier
 from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.models import LoadedModel, load_model
 from spade_fast.preprocessing import Preprocess
-from spade_fast.sparse_classifier import Features, PathPoint, SparseFC, penultimate_features, sparse_fc
+from spade_fast.sparse_classifier import (
+    Features,
+    PathPoint,
+    SparseFC,
+    classifier_name,
+    penultimate_features,
+    sparse_fc,
+)
 
 CLASSES, SIDE = 6, 4
 COLUMNS = 3 * SIDE * SIDE
@@ -224,6 +231,16 @@ def test_networks_without_a_linear_classifier_are_refused(kind: str) -> None:
     end, message = ENDINGS[kind]
     with pytest.raises(InvalidInputError, match=message):
         penultimate_features(Ending(end), pictures()[:2], preprocess=PIXELS)
+    with pytest.raises(InvalidInputError, match=message):
+        classifier_name(Ending(end), torch.stack(pictures()[:2]))
+
+
+def test_name_of_the_classifier(network: nn.Sequential) -> None:
+    network.train()
+    before = random_states()
+    assert classifier_name(network, torch.stack(pictures()[:2])) == "2"
+    assert network.training
+    assert str(random_states()) == str(before)  # evaluation mode: no dropout drew
 
 
 def test_networks_whose_classifier_cannot_be_told_are_refused() -> None:

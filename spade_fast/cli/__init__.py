@@ -1,4 +1,4 @@
-"""The command line: ``spade-fast explain | run | compare | evaluate | tune | implant | demo | info``.
+"""The command line: ``spade-fast explain | run | report | compare | evaluate | tune | implant | study | demo | info``.
 
 Progress, warnings and refusals go to stderr, results to stdout. Exit codes: 0 done, 2 refused (wrong usage, or an
 input that cannot be used), 130 interrupted; an unexpected error shows its traceback and gives 1.
@@ -13,8 +13,10 @@ from spade_fast.cli.explaining import demo, explain
 from spade_fast.cli.implanting import implant
 from spade_fast.cli.information import info
 from spade_fast.cli.measuring import evaluate, tune
+from spade_fast.cli.reporting import report
 from spade_fast.cli.running import run
 from spade_fast.cli.shared import Group
+from spade_fast.cli.studying import study
 
 app = typer.Typer(
     cls=Group,
@@ -25,8 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (explain, run, compare, evaluate, tune, implant, demo, info):
+for command in (explain, run, report, compare, evaluate, tune, implant, demo, info):
     app.command()(command)
+app.add_typer(study)
 
 
 def main() -> None:

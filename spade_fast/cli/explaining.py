@@ -37,12 +37,13 @@ from spade_fast.cli.shared import (
     read_views,
     say,
 )
-from spade_fast.errors import InvalidInputError, require
+from spade_fast.errors import InvalidInputError, check_whole, require
 from spade_fast.methods import DEFAULT_METHODS
 from spade_fast.solver import check_rules
 
 if TYPE_CHECKING:
     from spade_fast.explanation import Explanation
+    from spade_fast.models import LoadedModel
 
 _DEFAULT_METHODS = ",".join(DEFAULT_METHODS)
 _DEMO_PHOTO = "coffee.png"
@@ -92,9 +93,19 @@ def explain(
     backend: Annotated[str, typer.Option(help="auto, native or reference.")] = "auto",
     as_json: AsJson = False,
     save_trace: Annotated[Path | None, typer.Option(help="File for the trace (.safetensors).")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="File for a page to send (.html), with insertion curves.", show_default=False)
+    ] = None,
+    visualize: Annotated[
+        int,
+        typer.Option(help="Steps of gradient ascent by which --report shows what the class's neuron answers to."),
+    ] = 0,
 ) -> None:
     """Explain the answer to a photograph, by the dense network and by its SPADE trace."""
     check_rules(damping=damping, solver=solver, block_layout=block_layout)
+    check_whole("--visualize", visualize, 0)
+    if visualize and report is None:
+        raise InvalidInputError("--visualize is for --report: name a page as well, such as --report report.html")
     _explain(
         photo,
         out,
@@ -102,6 +113,8 @@ def explain(
         read_network(model, arch, checkpoint, num_classes),
         methods,
         save_trace,
+        report,
+        visualize,
         device=device,
         target=target,
         sparsity=read_sparsity(sparsity),
@@ -141,6 +154,8 @@ def _explain(
     network: Mapping[str, Any],
     methods: str = _DEFAULT_METHODS,
     save_trace: Path | None = None,
+    report: Path | None = None,
+    steps: int = 0,
     device: str | None = None,
     views: str = "published",
     **settings: Any,
@@ -156,8 +171,16 @@ def _explain(
     make_folder(out)
     if save_trace is not None:
         make_folder(save_trace.parent)
+    if report is not None:
+        from spade_fast.reports import check_page
+
+        check_page(report)
+        make_folder(report.parent)
+    if steps:
+        require("lucent", "visualize")
 
     model = open_network(network, device)
+    layer = _classifier_of(model) if steps else ""
     settings["augment"] = read_views(views, model)
     say(f"[dim]explaining {escape(str(photo))}[/]")
     explanation = explain(model, image, methods=names, progress=sys.stderr.isatty(), **settings)
@@ -165,10 +188,43 @@ def _explain(
     if save_trace is not None:
         explanation.trace.save(save_trace)
         files["trace"] = save_trace
+    if report is not None:
+        files["report"] = _write_report(explanation, report, model, layer, steps)
     if as_json:
         print_json({**explanation.report(), "files": {name: str(path) for name, path in files.items()}})
     else:
         _print_summary(explanation, files)
+
+
+def _classifier_of(model: LoadedModel) -> str:
+    """The layer of the classes' neurons."""
+    from spade_fast.attribution import like_weights
+    from spade_fast.sparse_classifier import classifier_name
+
+    side = model.preprocess.input_size
+    try:
+        return classifier_name(model.module, like_weights(torch.zeros(1, 3, side, side), model.module))
+    except InvalidInputError as error:
+        raise InvalidInputError(f"--visualize needs neurons of classes: {error}; leave it out") from error
+
+
+def _write_report(explanation: Explanation, path: Path, model: LoadedModel, layer: str, steps: int) -> Path:
+    from spade_fast.reports import write_report
+    from spade_fast.visualization import visualize
+
+    shown = None
+    if steps:
+        say(f"[dim]visualizing {escape(explanation.target_name)}[/]")
+        shown = visualize(
+            model,
+            layer,
+            explanation.target,
+            trace=explanation.trace,
+            thresholds=(steps,),
+            progress=sys.stderr.isatty(),
+        )
+    say("[dim]measuring insertion curves for the report[/]")
+    return write_report(explanation, path, model=model, visualizations=shown, progress=sys.stderr.isatty())
 
 
 def _demo_trojan(photo: Path, out: Path, as_json: bool) -> None:
