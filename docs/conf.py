@@ -31,6 +31,7 @@ exclude_patterns = ["extensions"]
 html_theme = "furo"
 html_title = f"spade_fast {release}"
 html_copy_source = False
+html_show_copyright = False
 smartquotes_action = "D"  # dashes; types would have curly quotes
 
 # Markdown as the repository shows it: $...$ is mathematics, headings have anchors of the same names.
