@@ -7,7 +7,8 @@
 # make fuzz   10,000 cases of abuse of operators and loaders, under the same sanitizers, and a table of them
 # make figures  the pictures of docs/figures, and the walkthrough's (some minutes)
 # make bench  native against the published procedure in plain PyTorch: tables and a plot in benchmarks/results (an hour)
-# make check  what continuous integration runs beside the tests: lint, types, CUDA sources
+# make docs   the documentation as pages, build/docs/index.html: a broken link fails
+# make check  what continuous integration runs beside the tests: lint, types, CUDA sources, documentation
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 TORCH ?= torch==2.11.0 torchvision==0.26.0
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: env demo figures simt test sanitize fuzz bench check format clean
+.PHONY: env demo figures simt test sanitize fuzz bench docs check format clean
 
 env: $(VENV)/.built
 
@@ -68,7 +69,10 @@ bench: env
 	done
 	$(BIN)/python benchmarks/scaling.py
 
-check: env
+docs: env
+	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs build/docs
+
+check: env docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))

@@ -78,7 +78,7 @@ def unseen_cases(cases: Mapping[str, Callable[[], Case]], seen: Mapping[str, str
     cases
         As :func:`clean_cases` and :func:`attacked_cases` give them.
     seen
-        The reasons, by :attr:`Case.photograph` (:func:`spade_fast.images.photograph_digest`).
+        The reasons, by `Case.photograph` (:func:`spade_fast.images.photograph_digest`).
 
     Raises
     ------
@@ -167,7 +167,8 @@ def evaluate(
         The network, as :func:`spade_fast.load_model` returns it.
     cases
         What :func:`spade_fast.cases.make_case` and its kin make; or functions that make them, by name, as
-        :func:`clean_cases` and :func:`attacked_cases` give them, which are called once they are needed.
+        :func:`spade_fast.evaluation.clean_cases` and :func:`spade_fast.evaluation.attacked_cases` give them, which are
+        called once they are needed.
     arms
         By name; the first is what the others are compared with.
     out

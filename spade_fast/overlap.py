@@ -336,7 +336,7 @@ def clusters(matrix: Matrix, count: int | None = None) -> Clusters:
         float64 [images, images] of :class:`Overlaps`.
     count
         How many clusters. Default: of 2 to 20, the number with the largest mean silhouette (Rousseeuw 1987), which is
-        never 1: look at :attr:`Clusters.silhouette` whether there are any. One cluster for two images.
+        never 1: look at `Clusters.silhouette` whether there are any. One cluster for two images.
 
     Raises
     ------
@@ -418,7 +418,7 @@ def separation(
 
     The interval is Newcombe's (2006, method 5), which is no point at an AUC of 1. It takes the scores for independent;
     but all images are compared with the same ones, so near one half it is too narrow. There look at
-    :attr:`Separation.random`, for which the set is drawn anew 999 times, and which takes nothing for independent.
+    `Separation.random`, for which the set is drawn anew 999 times, and which takes nothing for independent.
 
     Parameters
     ----------

@@ -153,7 +153,7 @@ class ErrorBudget:
         object.__setattr__(self, "shares", check_shares(self.shares))
 
     def target(self, errors: Sequence[float]) -> float:
-        """The largest share whose error, among those of :attr:`shares`, is within the budget; 0 if none is."""
+        """The largest share whose error, among those of `shares`, is within the budget; 0 if none is."""
         allowed = (share for share, error in zip(self.shares, errors, strict=True) if error <= self.error)
         return max(allowed, default=0.0)
 

@@ -418,7 +418,7 @@ def sparse_fc(
 ) -> SparseFC:
     """Fit a sparse classifier to a network's features: an elastic net, by glm_saga (Wong et al. 2021, section 2).
 
-    For each of a row of strengths lambda, from that which leaves no weight down, the solution W, b minimises
+    For each of a row of strengths lambda, from that which leaves no weight down, the solution W, b minimises::
 
         mean cross entropy(softmax(W z + b), label) + lambda (alpha |W|_1 + (1 - alpha) / 2 |W|_2^2)
 

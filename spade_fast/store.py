@@ -94,7 +94,7 @@ class Store(Mapping[str, StoredImage]):
 
     @cached_property
     def records(self) -> Mapping[str, Mapping[str, Any]]:
-        """Of all images, those that were refused too, by name in order: see :class:`StoredImage`."""
+        """Of all images, those that were refused too, by name in order: see :class:`spade_fast.store.StoredImage`."""
         return self._scanned[0]
 
     @property

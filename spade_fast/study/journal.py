@@ -96,7 +96,7 @@ class Participant:
 class Journal:
     """The answers to a study, in memory and in a file, which is the one that counts.
 
-    Safe to be used by several threads; the file must be this process's (:func:`spade_fast.files.held_file` holds it).
+    Safe to be used by several threads; the file must be this process's (`spade_fast.files.held_file` holds it).
 
     Parameters
     ----------
