@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from PIL import Image
 from subjects import photographs, replace_networks, store_of, trace_with
 from typer.testing import CliRunner
 
@@ -42,7 +41,7 @@ PARSED_ONLY = {
     "--checkpoint": "a file that the reader has",
     "imagenet/": "a folder that the reader has",
     "--trojan demo": "EfficientNet-Lite0 on many photographs",
-    "spade-fast demo": "EfficientNet-Lite0; tests of the program run it",
+    "demo trojan": "EfficientNet-Lite0; tests of the program run it",
     "--layers blocks.2": "blocks that the small network does not have",
     "stop.png": "a file that the reader has",
     "--visualize": "takes long",
@@ -238,7 +237,7 @@ class Promise:
 
 
 #: What a page finds when it begins.
-PREPARED: dict[str, Callable[[Path], None]] = {"comparing.md": with_attacked_images, "reports.md": with_attacked_images}
+PREPARED: dict[str, Callable[[Path], None]] = {"comparing.md": with_attacked_images}
 PROMISES = {
     "README.md": Promise(1, pictures=("out/explanation.png",)),
     "attribution.md": Promise(
@@ -376,7 +375,6 @@ def test_cheap_commands_run(page, tmp_path, monkeypatch):
     replace_networks(monkeypatch)
     (tmp_path / "photographs").mkdir()
     photographs(tmp_path / "photographs", 4)
-    Image.open(tmp_path / "photographs" / "00.png").save(tmp_path / "photo.jpg")
     PREPARED.get(page.name, lambda _: None)(tmp_path)
     monkeypatch.chdir(tmp_path)
     for arguments in cheap_commands(page):
