@@ -70,7 +70,7 @@ bench: env
 	$(BIN)/python benchmarks/scaling.py
 
 docs: env
-	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs build/docs
+	$(BIN)/python -m sphinx -W -n --keep-going -q -E -b html docs build/docs
 
 check: env docs
 	$(BIN)/ruff check .

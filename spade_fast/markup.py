@@ -12,6 +12,8 @@ from typing import Any
 
 from spade_fast.errors import require
 
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
 
 def rendered(name: str, values: Mapping[str, Any]) -> str:
     """A page that needs no other file.
@@ -60,13 +62,15 @@ def _source_hash(text: str) -> str:
 
 
 def _legible(value: Any) -> Any:
-    """What a template writes, with control characters and lone surrogates, which no page may hold, spelt out."""
-    if type(value) is not str:  # a number, or what is escaped already
+    """What a template writes, with control characters, which no page may hold or which turn text around, spelt out."""
+    if type(value) is not str or value.isprintable():  # a number, what is escaped already, or nothing to look at
         return value
-    return "".join(
-        ascii(each)[1:-1] if unicodedata.category(each) in ("Cc", "Cs") and each not in "\n\t" else each
-        for each in value
-    )
+    return "".join(ascii(each)[1:-1] if _is_control(each) else each for each in value)
+
+
+def _is_control(each: str) -> bool:
+    """Whether it is a control character, a lone surrogate, or one that changes the direction of text."""
+    return (unicodedata.category(each) in ("Cc", "Cs") and each not in "\n\t") or each in _DIRECTIONS
 
 
 def _percent(share: float) -> str:

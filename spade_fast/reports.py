@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from spade_fast.methods import METHODS
 from spade_fast.models import LoadedModel
 from spade_fast.pictures import heat_map, photograph
 from spade_fast.preprocessing import Preprocess
+from spade_fast.readonly import ReadOnlyMappings
 from spade_fast.store import Store, StoredImage
 from spade_fast.traces import Trace
 from spade_fast.visualization import Visualization
@@ -39,11 +41,36 @@ Photographs: TypeAlias = (
 
 _ENDINGS = (".html", ".htm")
 _NETWORKS = {"dense": "Dense network", "spade": "SPADE trace"}
+_LARGE = 200_000_000  # bytes
+# By how much the probability of a class may differ between networks that are the same one, on other devices.
+_SAME_PROBABILITY = 0.01
 # Longest sides in pixels: of a few images, and of many, whose page would be too large for mail.
 _FEW = 12
 _SIDE, _SIDE_OF_MANY, _MAP_OF_MANY, _THUMBNAIL = 512, 224, 112, 96
 # A bar on a logarithmic scale begins below the smallest value, which would have none otherwise.
 _LEAST_BAR = 0.03
+
+
+@dataclass(frozen=True)
+class ReportSummary(ReadOnlyMappings):
+    """What a report shows.
+
+    Attributes
+    ----------
+    path
+        The page.
+    images
+        That it shows.
+    left_out
+        Images of a store that it does not show, by name: why.
+    without_photograph
+        Those whose photograph it does not show though photographs were given: why.
+    """
+
+    path: Path
+    images: int
+    left_out: Mapping[str, str]
+    without_photograph: Mapping[str, str]
 
 
 def write_report(
@@ -56,7 +83,7 @@ def write_report(
     visualizations: Visualization | Sequence[Visualization] | Mapping[str, Any] | None = None,
     title: str | None = None,
     progress: bool = False,
-) -> Path:
+) -> ReportSummary:
     """Write one HTML page about one image or many: photographs, answers, maps, what was pruned, how it was made.
 
     The page needs no other file, no network and no Python; everything but sliders, filter and sorting works without
@@ -89,15 +116,21 @@ def write_report(
 
     Returns
     -------
-    pathlib.Path
-        The page.
+    ReportSummary
+        What the page shows, and what it does not.
 
     Raises
     ------
     InvalidInputError
-        For arguments that cannot be used, a store of which no image can be shown, and a page that cannot be written.
+        For arguments that cannot be used, a model that answers otherwise than the explanation says, a store of which no
+        image can be shown, and a page that cannot be written.
     MissingDependencyError
         If jinja2 or matplotlib is not installed.
+
+    Warns
+    -----
+    UserWarning
+        If the page is so large that few browsers open it.
     """
     path = check_page(path)
     if title is not None and not isinstance(title, str):
@@ -115,8 +148,15 @@ def write_report(
         page = _explanations_page(source, model, preprocess, visualizations, progress)
     if title is not None:
         page["title"] = title
-    write_whole(path, rendered("report", page).encode())
-    return path
+    content = rendered("report", page).encode()
+    if len(content) > _LARGE:
+        warnings.warn(
+            f"the page has {len(content) / 1e6:.0f} MB, which few browsers open: report on fewer than its "
+            f"{len(page['sections'])} images",
+            stacklevel=2,
+        )
+    write_whole(path, content)
+    return ReportSummary(path, len(page["sections"]), page["left_out"], page["unseen"])
 
 
 def check_page(path: str | os.PathLike[str]) -> Path:
@@ -244,6 +284,12 @@ def _of_explanation(
     curves: dict[str, dict[str, str]] = {}
     if model is not None and explanation.dense:
         case = make_case(model, explanation.image, target=explanation.target, preprocess=preprocess)
+        probability = case.scores.softmax(dim=0)[case.target].item()
+        if abs(probability - explanation.dense_probability) > _SAME_PROBABILITY:
+            raise InvalidInputError(
+                f"model gives {explanation.target_name!r} a probability of {probability:.3f}, and the network of the "
+                f"explanation {name!r} gave it {explanation.dense_probability:.3f}: pass that network"
+            )
         keys = [(network, method) for network, found in maps.items() for method in found]
         stack = torch.stack([maps[network][method] for network, method in keys])
         measured = metrics.insertion(model, case.inputs, stack, case.target, progress=progress)
@@ -263,7 +309,11 @@ def _of_explanation(
         layer_order=explanation.layer_order,
         areas=areas,
         curves=curves,
-        settings={"Explanation": explanation.settings, "Trace": explanation.trace.settings},
+        settings={
+            "Explanation": explanation.settings,
+            "Trace": explanation.trace.settings,
+            "Insertion": {"steps": metrics.STEPS, "into": "the image, blurred"} if curves else {},
+        },
         visualizations=visualizations,
     )
 
@@ -408,7 +458,8 @@ def _section(identity: str, subject: _Subject, *, few: bool) -> dict[str, Any]:
         "left_dense": trace.dense,
         **_chart(subject),
         "visualizations": [_visualized(each, longest) for each in subject.visualizations],
-        "settings": [(heading, _flat(values)) for heading, values in subject.settings.items() if values],
+        "settings": [(heading, _flat(values)) for heading, values in subject.settings.items() if values]
+        + [(f"Visualization of {each.name}", _flat(_of_itself(each.settings))) for each in subject.visualizations],
     }
 
 
@@ -419,7 +470,13 @@ def _title(method: str) -> str:
 def _areas(areas: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
     """A row for each method by each metric."""
     return [
-        {"metric": metric, "title": _title(method), "dense": of["dense"][method], "spade": of["spade"][method]}
+        {
+            "metric": metric,
+            "method": method,
+            "title": _title(method),
+            "dense": of["dense"][method],
+            "spade": of["spade"][method],
+        }
         for metric, of in areas.items()
         for method in of["dense"]
     ]
@@ -459,6 +516,11 @@ def _visualized(found: Visualization, longest: int) -> dict[str, Any]:
     }
 
 
+def _of_itself(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a visualization's settings say beside those of its traces, which stand elsewhere."""
+    return {name: value for name, value in settings.items() if name != "traces"}
+
+
 def _flat(values: Mapping[str, Any], of: str = "") -> list[tuple[str, str]]:
     """Settings as rows of a table: names of nested ones are joined by dots."""
     rows: list[tuple[str, str]] = []
@@ -475,18 +537,18 @@ def _overview(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     areas: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for section in sections:
         for row in section["areas"]:
-            areas.setdefault((row["metric"], row["title"]), []).append((row["dense"], row["spade"]))
+            areas.setdefault((row["metric"], row["method"]), []).append((row["dense"], row["spade"]))
     return {
         "agreeing": sum(section["agrees"] for section in sections),
         "sparsity": sum(section["sparsity"] for section in sections) / len(sections),
         "areas": [
             {
                 "metric": metric,
-                "title": title,
+                "title": _title(method),
                 "images": len(pairs),
                 "dense": sum(dense for dense, _ in pairs) / len(pairs),
                 "spade": sum(spade for _, spade in pairs) / len(pairs),
             }
-            for (metric, title), pairs in areas.items()
+            for (metric, method), pairs in areas.items()
         ],
     }

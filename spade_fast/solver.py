@@ -686,9 +686,11 @@ def _harder(damping: float, in_float64: bool) -> Iterator[tuple[float, Fallback]
     if in_float64:
         yield damping, "float64"
     raised = max(10 * damping, _SMALLEST_RAISED_DAMPING)
-    while raised <= _LARGEST_DAMPING:
+    while raised < _LARGEST_DAMPING:
         yield raised, "damping"
         raised *= 10
+    if damping < _LARGEST_DAMPING:
+        yield _LARGEST_DAMPING, "damping"
 
 
 def _add_damping(hessian: Tensor, damping: float) -> Tensor:

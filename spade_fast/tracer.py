@@ -442,13 +442,13 @@ def _output_energies(problems: Sequence[Problem]) -> list[float]:
 
 
 def _output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
-    """tr(W H W^T): the square of a layer's outputs without their bias, mean over samples, sum over outputs."""
+    """tr(W H W^T): twice the square of a layer's outputs without bias, mean over samples, sum over outputs."""
     grouped = weight.detach().reshape(hessian.shape[0], -1, hessian.shape[1]).to(hessian.dtype)
     return ((grouped @ hessian) * grouped).sum(dtype=torch.float64)
 
 
 def _relative_error(loss: float, energy: float) -> float:
-    # A loss is half of the squared error. Outputs that are zero have none.
+    # A loss is half of tr(D H D^T). Outputs that are zero have none.
     return 2 * loss / energy if energy else 0.0
 
 

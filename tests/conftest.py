@@ -40,6 +40,8 @@ def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None and "CI" in os.environ:
+        pytest.fail("needs Chromium, and continuous integration must look at pages")
     if found is None:
         pytest.skip("needs Chromium")
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

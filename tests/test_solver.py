@@ -217,6 +217,15 @@ def test_damping_is_raised_tenfold_until_it_does():
     assert (solution.fallback, solution.damping) == ("damping", pytest.approx(1e-2))
 
 
+def test_damping_of_one_is_the_last_that_is_tried():
+    hessian = torch.tensor([[1.0, 1.5], [1.5, 1.0]]).double()  # smallest eigenvalue -0.5
+    solution = sf.solve(torch.randn(4, 2).double(), hessian, 0.5, damping=0.3)
+    assert (solution.fallback, solution.damping) == ("damping", 1)
+    hessian[0, 1] = hessian[1, 0] = 2.5
+    with pytest.raises(sf.InvalidInputError, match="with damping up to 1: it is not positive semidefinite"):
+        sf.solve(torch.randn(4, 2).double(), hessian, 0.5, damping=0.3)
+
+
 def test_an_inaccurate_factor_is_not_used():
     inputs = torch.randn(30, 90)
     hessian = (inputs @ inputs.T)[None]

@@ -236,7 +236,8 @@ def _write_report(explanation: Explanation, path: Path, model: LoadedModel, laye
             progress=sys.stderr.isatty(),
         )
     say("[dim]measuring insertion curves for the report[/]")
-    return write_report(explanation, path, model=model, visualizations=shown, progress=sys.stderr.isatty())
+    write_report(explanation, path, model=model, visualizations=shown, progress=sys.stderr.isatty())
+    return path
 
 
 def _demo_trojan(photo: Path, out: Path, as_json: bool) -> None:

@@ -34,11 +34,13 @@ def report(
         raise InvalidInputError(f"--out {str(out)!r} is in the store, which holds images only: choose another folder")
     found = Store(store)
     make_folder(out.parent)
-    write_report(found, out, photographs=photographs, title=title, progress=sys.stderr.isatty())
+    written = write_report(found, out, photographs=photographs, title=title, progress=sys.stderr.isatty())
     if as_json:
-        reasons = {"refused": dict(found.refused), "damaged": dict(found.damaged)}
-        print_json({"images": len(found), **reasons, "report": str(out)})
+        reasons = {"left_out": dict(written.left_out), "without_photograph": dict(written.without_photograph)}
+        print_json({"images": written.images, **reasons, "report": str(out)})
         return
-    say_each("refused", found.refused, str(out))
+    say_each("left out", written.left_out, str(out))
+    say_each("without photograph", written.without_photograph, str(out))
     size = out.stat().st_size / 1e6
-    Console().print(f"written: {shown(str(out))}, {size:.1f} MB", soft_wrap=True, highlight=False)
+    count = f"{written.images} image{'' if written.images == 1 else 's'}"
+    Console().print(f"written: {shown(str(out))}, {count}, {size:.1f} MB", soft_wrap=True, highlight=False)
