@@ -212,7 +212,10 @@ def held_file(path: str | os.PathLike[str]) -> Iterator[None]:
 def _held(file: str | os.PathLike[str], called: str | os.PathLike[str]) -> Iterator[None]:
     with _named(file):
         # For writing, as network file systems lock no others.
+        is_new = not os.path.exists(file)
         held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        if is_new:
+            _sync_folder(Path(file).parent)
     try:
         try:
             if fcntl is None:

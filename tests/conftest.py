@@ -47,5 +47,7 @@ def chromium() -> Iterator[Any]:
     quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=quiet)
-        yield browser
-        browser.close()
+        try:
+            yield browser
+        finally:
+            browser.close()

@@ -29,7 +29,6 @@ from spade_fast import study  # noqa: E402
 from spade_fast.study.bundle import (  # noqa: E402
     STUDY,
     Bundle,
-    Check,
     OpenBundle,
     Patch,
     Task,
@@ -75,30 +74,31 @@ def picture(folder: Path, seed: int, side: int = 24) -> str:
     return medium
 
 
-def task_of(folder: Path, number: int) -> Task:
+def task_of(folder: Path, number: int, target: int) -> Task:
     """A task whose trace shows the high patch, and whose dense network shows the low one."""
     high, low = picture(folder, 10 * number), picture(folder, 10 * number + 1)
     place = {"top": 0.1, "width": 0.3, "height": 0.3}
     return Task(
         name=f"{number}.png",
         photo=picture(folder, 10 * number + 2),
-        target=number % 3,
-        target_name=f"<b>class & {number % 3}</b>",
+        target=target,
+        target_name=f"<b>class & {target}</b>",
         probability=0.5,
         high=Patch(medium=high, left=0.05, relevance=0.9, **place),
         low=Patch(medium=low, left=0.6, relevance=0.1, **place),
         dense=low,
         spade=high,
         sparsity=0.7,
+        trace_agrees=True,
     )
 
 
-def study_in(folder: Path, tasks: int = 4, checks: int = 2, seed: int = 0) -> OpenBundle:
-    """A bundle in a folder, as `build` would write it."""
+def study_in(folder: Path, tasks: int = 4, checks: int = 2, seed: int = 0, classes: int = 1000) -> OpenBundle:
+    """A bundle in a folder, as `build` would write it, of images of so many classes at most."""
     bundle = Bundle(
         format=1,
-        tasks=tuple(task_of(folder, number) for number in range(tasks)),
-        checks=tuple(Check(task=number % tasks, right="low" if number % 2 else "high") for number in range(checks)),
+        tasks=tuple(task_of(folder, number, number % classes) for number in range(tasks)),
+        checks=checks,
         seed=seed,
         settings={"model": "by hand", "weights": "none"},
         versions={},
@@ -112,22 +112,36 @@ def _serve(folder: Path, pipe: Any, options: dict[str, Any]) -> None:
     study.serve(folder, started=pipe.send, **{"port": 0, **options})
 
 
+def _serve_in_a_hurry(folder: Path, pipe: Any, options: dict[str, Any]) -> None:
+    """A server that waits a fifth of a second for requests."""
+    study.serving._MOST_SECONDS = 0.2
+    _serve(folder, pipe, options)
+
+
 class Server:
     """A server in a process of its own, that can be killed."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, serve: Any = _serve, **options: Any) -> None:
         mine, its = context.Pipe()
-        self.process = context.Process(target=_serve, args=(folder, its, options))
+        self.process = context.Process(target=serve, args=(folder, its, options))
         self.process.start()
         its.close()
-        if not mine.poll(60):
-            raise TimeoutError("the server does not start")
-        self.url: str = mine.recv()
+        try:
+            if not mine.poll(60):
+                raise TimeoutError("the server does not start")
+            self.url: str = mine.recv()
+        except BaseException:
+            self.kill()
+            raise
         self.address = re.fullmatch(r"http://(.+)/", self.url).group(1)  # type: ignore[union-attr]
 
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
+
+
+def served_in_a_hurry(folder: Path) -> Any:
+    return served(folder, serve=_serve_in_a_hurry)
 
 
 @contextmanager

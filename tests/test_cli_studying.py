@@ -60,8 +60,9 @@ def test_the_whole_loop_without_people(tmp_path: Path, loads: list[dict[str, Any
     result = run("simulate", out, "--participants", 2)
     assert f"2 participants, 10 answers in {out / ANSWERS}" in result.stdout
     result = run("score", out, "--out", tmp_path / "score")
-    assert "simulated: untrained filters" in result.stdout
-    assert "2 participants (2 finished; 0 more excluded), 4 + 4 answers to 4 images" in result.stdout
+    assert "simulated: untrained filters, margin 0.02" in result.stdout
+    told = "2 participants (2 finished; not counted: 0 excluded, 0 without an answer), 4 + 4 answers to 4 images"
+    assert told in result.stdout
     assert "56.7" not in result.stdout  # the paper's are people's
     assert f"written: {tmp_path / 'score' / 'tables.md'}" in result.stdout
     found = json.loads(run("score", out, "--json").stdout)
@@ -69,7 +70,8 @@ def test_the_whole_loop_without_people(tmp_path: Path, loads: list[dict[str, Any
     assert found["files"] == {}
 
 
-def test_serve_tells_its_address_and_ends_by_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_serve_tells_its_address_and_ends_when_it_is_told(tmp_path: Path, end: signal.Signals) -> None:
     study_in(tmp_path)
     command = [sys.executable, "-m", "spade_fast", "study", "serve", str(tmp_path), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
@@ -83,13 +85,16 @@ def test_serve_tells_its_address_and_ends_by_ctrl_c(tmp_path: Path) -> None:
         connection = http.client.HTTPConnection(told.group(1))
         connection.request("GET", "/")
         connection.getresponse().read()
-        server.send_signal(signal.SIGINT)
+        server.send_signal(end)
         output, errors = server.communicate(timeout=60)
         connection.close()
     assert server.returncode == 0
     assert output == f"1 participant, 1 answer in {tmp_path / ANSWERS}\n"
     assert errors == ""
     assert [line["choice"] for line in answers_of(tmp_path)] == ["left"]
+    code = place.removeprefix("/p/")
+    assert f"{code} is forgotten" in run("forget", tmp_path, code).stdout
+    assert answers_of(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,10 @@ def test_serve_tells_its_address_and_ends_by_ctrl_c(tmp_path: Path) -> None:
         (("build", ".", "--out", "out", "--damping", "-1"), "damping"),
         (("build", ".", "--out", "out", "--sparsity", "much"), "--sparsity 'much' is neither"),
         (("score", "made"), "has no answers"),
-        (("score", "made", "--checks", 2), "checks must be a share within 0..1, got 2"),
+        (("score", "made", "--least-checks", 2), "least_checks must be a share within 0..1, got 2"),
+        (("score", "made", "--seed", -1), "seed must be a whole number of at least 0"),
+        (("build", ".", "--out", "out", "--limit", 0), "limit must be a whole number of at least 1"),
+        (("forget", "made", "ABCD"), "nobody has the code 'ABCD'"),
         (("serve", "made", "--port", 99999), "port must be within 0..65535"),
         (("simulate", "made", "--margin", -1), "margin must be"),
         (("simulate", "made", "--num-classes", 4), "--num-classes needs --arch"),
@@ -131,7 +139,7 @@ def test_whoever_opens_it_to_the_network_is_told(tmp_path: Path) -> None:
 
 
 def test_nothing_of_a_file_reaches_the_terminal_unseen(tmp_path: Path) -> None:
-    study_in(tmp_path, tasks=1, checks=0)
+    study_in(tmp_path, tasks=3, checks=0)
     run("simulate", tmp_path)
     file = tmp_path / ANSWERS
     file.write_text(file.read_text().replace("untrained filters", r"\u001b[31m[red]odd[/]"))

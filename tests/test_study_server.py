@@ -1,4 +1,4 @@
-"""The pages of a study: what the server answers, whatever it is sent, and whole sessions in Chromium."""
+"""The pages of a study: what the server answers, whatever it is sent and whenever it is killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import Server, answers_of, ask, asked, join, send, served, study_in
+from studies import Server, answers_of, ask, asked, join, send, served, served_in_a_hurry, study_in
 
 import spade_fast as sf
 from spade_fast import study
@@ -51,10 +51,10 @@ def test_a_session_without_a_browser(tmp_path: Path) -> None:
                 assert (status, headers["content-type"]) == (200, "image/png")
             # The page shows what is asked, in this order: visualization, photograph, left patch, right patch.
             question = Journal(tmp_path / ANSWERS, opened).participants[code].joined.questions[number]
-            task = opened.bundle.tasks[question.index if question.kind == "task" else opened.bundle.checks[0].task]
+            task = opened.bundle.tasks[question.task]
             left, right = (task.high, task.low) if question.left == "high" else (task.low, task.high)
-            shown = {"dense": task.dense, "spade": task.spade, None: task.high.medium}[question.arm]
-            assert media == [shown, task.photo, left.medium, right.medium]
+            shown = {"dense": task.dense, "spade": task.spade, "high": task.high.medium, "low": task.low.medium}
+            assert media == [shown[question.shown], task.photo, left.medium, right.medium]
             assert send(server.address, place, number, ("left", "right", "undecided")[number % 3]) == 303
         assert asked(server.address, place) is None
         # By its code, however it is typed.
@@ -160,7 +160,59 @@ def test_pages_of_other_sites_reach_nothing(site: Server) -> None:
     assert ask(site.address, "POST", "/join", headers={"origin": "null"})[0] == 421
     assert ask(site.address, "POST", "/join", headers={"origin": f"http://{site.address}"})[0] == 303
     port = site.address.rpartition(":")[2]
-    assert ask(site.address, "GET", "/", headers={"host": f"localhost:{port}"})[0] == 200
+    for name in ("localhost", "LOCALHOST", "[::1]", "127.0.0.2"):
+        assert ask(site.address, "GET", "/", headers={"host": f"{name}:{port}"})[0] == 200
+    for origin in ("http://[", "http://localhost.evil.example", "nonsense"):
+        status, headers, _ = ask(site.address, "POST", "/join", headers={"origin": origin})
+        assert status == 421
+        assert "content-security-policy" in headers
+
+
+def test_a_proxy_before_it_is_let_in_by_the_name_that_was_given(tmp_path: Path) -> None:
+    study_in(tmp_path)
+    with served(tmp_path, public_name="Study.example") as server:
+        proxied = {"host": "study.example", "origin": "https://study.example"}
+        assert ask(server.address, "POST", "/join", headers=proxied)[0] == 303
+        rewritten = {"host": server.address, "origin": "https://study.example"}
+        assert ask(server.address, "POST", "/join", headers=rewritten)[0] == 303
+        assert ask(server.address, "POST", "/join", headers={**proxied, "origin": "https://evil.example"})[0] == 421
+        assert ask(server.address, "GET", "/", headers={"host": "evil.example"})[0] == 421
+
+
+def test_a_server_for_the_network_is_asked_by_any_name_but_not_by_pages_of_other_sites(tmp_path: Path) -> None:
+    study_in(tmp_path)
+    with served(tmp_path, host="0.0.0.0") as server:
+        port = server.address.rpartition(":")[2]
+        assert server.address == f"{socket.gethostname()}:{port}"
+        there = f"127.0.0.1:{port}"
+        assert ask(there, "GET", "/", headers={"host": "lab-machine"})[0] == 200
+        assert ask(there, "POST", "/join", headers={"host": "lab-machine", "origin": "http://lab-machine"})[0] == 303
+        assert ask(there, "POST", "/join", headers={"host": "lab-machine", "origin": "http://evil"})[0] == 421
+
+
+def test_connections_that_say_nothing_are_closed(tmp_path: Path) -> None:
+    study_in(tmp_path)
+    with served_in_a_hurry(tmp_path) as server:
+        host, port = server.address.split(":")
+        place = join(server.address)
+        openings = (b"", b"GET / HTTP/1.1\r\nhost: loc", f"POST {place} HTTP/1.1\r\nhost: localhost\r\n".encode())
+        openings += (openings[2] + b"content-length: 99\r\n\r\nquestion=0",)
+        sockets = [socket.create_connection((host, int(port)), timeout=20) for _ in openings]
+        for each, opening in zip(sockets, openings, strict=True):
+            each.sendall(opening)
+        answers = [read_to_the_end(each) for each in sockets]
+        assert answers[:3] == [b"", b"", b""]
+        assert answers[3] == b"" or answers[3].startswith(b"HTTP/1.1 408 ")
+        assert asked(server.address, place) == 0
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    """What comes until the other side closes, which it must do."""
+    with connection:
+        found = b""
+        while part := connection.recv(4096):
+            found += part
+        return found
 
 
 def test_every_answer_forbids_what_pages_do_not_need(site: Server) -> None:
@@ -228,6 +280,8 @@ def test_what_cannot_be_saved_is_said_and_can_be_sent_again(tmp_path: Path) -> N
         ({"port": -1}, "port must be"),
         ({"host": "no.such.host.invalid"}, "cannot listen at 'no.such.host.invalid'"),
         ({"host": "203.0.113.7"}, "cannot listen at '203.0.113.7'"),
+        ({"host": 5}, "host must be an address, got 5"),
+        ({"host": ""}, "host must be an address, got ''"),
         ({"most_participants": 0}, "most_participants must be"),
         ({"answers": "/proc/nothing/answers.jsonl"}, "cannot write to '/proc/nothing"),
     ],

@@ -1,4 +1,4 @@
-"""``spade-fast study build | serve | simulate | score``."""
+"""``spade-fast study build | serve | simulate | score | forget``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from spade_fast.cli.shared import (
     SparsityText,
     ViewKind,
     Views,
-    make_folder,
     open_network,
     print_json,
     read_network,
@@ -60,7 +59,7 @@ def build(
     ],
     out: Annotated[Path, typer.Option(help="The study: a new folder, or one to go on with.", show_default=False)],
     limit: Annotated[int | None, typer.Option(help="Tasks, of images chosen by chance.", show_default="all")] = None,
-    checks: Annotated[int, typer.Option(help="Questions that anybody can answer who looks.")] = 2,
+    checks: Annotated[int, typer.Option(help="Questions that anybody can answer who looks.")] = 4,
     patch: Annotated[float, typer.Option(help="Side of a patch, as a share of the image's: at most a third.")] = 0.3,
     steps: Annotated[int, typer.Option(help="Of gradient ascent for each visualization.")] = 512,
     model: ModelName = None,
@@ -86,9 +85,11 @@ def build(
     plan = read_sparsity(sparsity)
     listed_images(images, root=root)
     require("captum.attr", "interpret")
+    require("lucent", "visualize")
     from spade_fast import study as studies
+    from spade_fast.study.building import check_numbers
 
-    make_folder(out)
+    check_numbers(limit=limit, checks=checks, patch=patch, steps=steps, seed=seed)
     network = open_network(read_network(model, arch, checkpoint, num_classes), device)
     settings: dict[str, Any] = {
         "num_augmentations": num_augmentations,
@@ -111,12 +112,10 @@ def build(
         **settings,
     )
     if as_json:
-        print_json(
-            {"tasks": len(bundle.tasks), "checks": len(bundle.checks), "refused": bundle.refused, "study": str(out)}
-        )
+        print_json({"tasks": len(bundle.tasks), "checks": bundle.checks, "refused": bundle.refused, "study": str(out)})
         return
     say_each("refused", bundle.refused, "study.json")
-    told = f"{len(bundle.tasks)} tasks, {len(bundle.checks)} checks, {len(bundle.refused)} images refused"
+    told = f"{len(bundle.tasks)} tasks, {bundle.checks} checks, {len(bundle.refused)} images refused"
     _print(f"{told}\nwritten: {shown(str(out))}")
 
 
@@ -126,18 +125,22 @@ def serve(
     answers: Answers = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets in the whole network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8765,
+    public_name: Annotated[
+        str | None, typer.Option(help="Name by which a proxy before it is reached.", show_default=False)
+    ] = None,
     most_participants: Annotated[int, typer.Option(help="When so many have come, nobody else is let in.")] = 1000,
 ) -> None:
     """Put the questions to people, by their browsers, until Ctrl-C; no answer is lost, however the server ends."""
     from spade_fast import study as studies
 
-    if host not in ("127.0.0.1", "localhost", "::1"):
+    if not studies.serving.is_local(host):
         say(f"[yellow]warning:[/] whoever can reach {shown(host)} can take part, and what they send is not encrypted")
     journal = studies.serve(
         folder,
         answers,
         host=host,
         port=port,
+        public_name=public_name,
         most_participants=most_participants,
         started=lambda address: _print(f"{address}  (Ctrl-C ends)"),
     )
@@ -172,20 +175,33 @@ def simulate(
 
 
 @study.command()
+def forget(
+    folder: Folder,
+    code: Annotated[str, typer.Argument(help="Of the participant.", show_default=False)],
+    answers: Answers = None,
+) -> None:
+    """Delete a participant and all of his or her answers, while nobody serves the study."""
+    from spade_fast import study as studies
+
+    studies.forget(folder, code, answers)
+    _print(f"{shown(code)} is forgotten")
+
+
+@study.command()
 def score(
     folder: Folder,
     answers: Answers = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for answers.csv, tables.md and score.json.", show_default="none")
     ] = None,
-    checks: Annotated[float, typer.Option(help="Share of the checks that a participant must have right.")] = 0.5,
+    least_checks: Annotated[float, typer.Option(help="Share of the checks that a participant must have right.")] = 0.75,
     seed: Annotated[int, typer.Option(help="Of the bootstrap samples.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """How often is the patch that Score-CAM ranks highest taken? The rows of Table 3, by network, with intervals."""
     from spade_fast import study as studies
 
-    found = studies.score(folder, answers, checks=checks, seed=seed)
+    found = studies.score(folder, answers, least_checks=least_checks, seed=seed)
     files = {} if out is None else found.save(out)
     if as_json:
         print_json({**found.summary(), "files": {name: str(path) for name, path in files.items()}})

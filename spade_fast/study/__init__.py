@@ -17,9 +17,9 @@ for _needed in ("pydantic", "jinja2", "starlette", "uvicorn"):
 
 from spade_fast.study.building import build  # noqa: E402
 from spade_fast.study.bundle import Bundle, open_bundle  # noqa: E402
-from spade_fast.study.journal import Journal  # noqa: E402
+from spade_fast.study.journal import Journal, forget  # noqa: E402
 from spade_fast.study.scoring import Score, score  # noqa: E402
 from spade_fast.study.serving import serve  # noqa: E402
 from spade_fast.study.simulation import simulate  # noqa: E402
 
-__all__ = ["Bundle", "Journal", "Score", "build", "open_bundle", "score", "serve", "simulate"]
+__all__ = ["Bundle", "Journal", "Score", "build", "forget", "open_bundle", "score", "serve", "simulate"]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +20,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spade_fast import attribution, presets, tracer
-from spade_fast.cases import Case, make_case
-from spade_fast.errors import InvalidInputError, by_reason, check_whole
+from spade_fast.cases import Case, class_scores, make_case
+from spade_fast.errors import InvalidInputError, by_reason, check_whole, first_line
 from spade_fast.explanation import class_name
-from spade_fast.files import append_line, held_folder, read_lines, write_folder
+from spade_fast.files import append_line, held_file, held_folder, read_lines, write_folder
 from spade_fast.images import decoded_image, read_image_file
 from spade_fast.imagesets import ListedImage, listed_images
 from spade_fast.models import LoadedModel
 from spade_fast.running import Images
 from spade_fast.sparse_classifier import classifier_name
-from spade_fast.study.bundle import STUDY, Bundle, Check, Patch, Task, described, medium_of, picture_file, read_picture
+from spade_fast.study.bundle import STUDY, Bundle, Patch, Task, described, medium_of, picture_file, read_picture
 from spade_fast.study.journal import ANSWERS
 from spade_fast.tracer import Sparsity
 from spade_fast.visualization import visualize
@@ -49,7 +50,7 @@ def build(
     sparsity: Sparsity = presets.default,
     *,
     limit: int | None = None,
-    checks: int = 2,
+    checks: int = 4,
     patch: float = 0.3,
     steps: int = 512,
     seed: int = 0,
@@ -69,7 +70,7 @@ def build(
         layer, whose neurons are visualized.
     images
         A folder, a manifest (.csv, .parquet), paths of files, or paths by name, as in :func:`spade_fast.run`. What is
-        asked about is the network's own answer to each.
+        asked about is the network's own answer to each, so that a manifest must name no targets.
     folder
         Where to: a new folder, or one of a build to go on with.
     sparsity, trace_settings
@@ -78,7 +79,7 @@ def build(
         Number of tasks; chance chooses the images. Default: all.
     checks
         Number of questions to see whether a participant looks at all: one of the patches itself stands where the
-        visualization would.
+        visualization would. At most as many as there are tasks.
     patch
         Side of a patch, as a share of the image's shorter side, above 0 and at most a third. The high patch is the
         square with the largest mean of the Score-CAM map; the low one is drawn from the tenth with the smallest means
@@ -108,12 +109,15 @@ def build(
         If captum or torch-lucent is not installed.
     """
     listed = listed_images(images, root=root)
-    limit = len(listed) if limit is None else check_whole("limit", limit, 1)
-    check_whole("checks", checks, 0)
-    check_whole("steps", steps, 1)
-    check_whole("seed", seed, 0)
-    if isinstance(patch, bool) or not isinstance(patch, (int, float)) or not 0 < patch <= _MOST_PATCH:
-        raise InvalidInputError(f"patch must be a share above 0 and at most a third, got {patch!r}")
+    if asked := next((image.name for image in listed if image.target is not None), None):
+        raise InvalidInputError(
+            f"the manifest names a target of {asked!r}, but a study asks about the network's own answers: leave the "
+            "column 'target' out"
+        )
+    check_numbers(limit=limit, checks=checks, patch=patch, steps=steps, seed=seed)
+    limit = len(listed) if limit is None else limit
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise InvalidInputError(f"folder is {folder!r}: pass the name of a new folder")
     recipe = Recipe(
         model=model,
         sparsity=sparsity,
@@ -149,6 +153,16 @@ def build(
         return _written(Path(folder), tasks, checks, maker, seed)
 
 
+def check_numbers(*, limit: int | None, checks: int, patch: float, steps: int, seed: int) -> None:
+    """Refuse what :func:`build` would, before a network is loaded."""
+    check_whole("limit", 1 if limit is None else limit, 1)
+    check_whole("checks", checks, 0)
+    check_whole("steps", steps, 1)
+    check_whole("seed", seed, 0)
+    if isinstance(patch, bool) or not isinstance(patch, (int, float)) or not 0 < patch <= _MOST_PATCH:
+        raise InvalidInputError(f"patch must be a share above 0 and at most a third, got {patch!r}")
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir() or (folder / _DONE).exists():
         return
@@ -157,23 +171,24 @@ def _check_folder(folder: Path) -> None:
 
 
 def _written(folder: Path, tasks: list[Task], checks: int, maker: _Maker, seed: int) -> Bundle:
-    chance = random.Random(f"checks {seed}")
-    about = [chance.randrange(len(tasks)) for _ in range(checks)]
     bundle = Bundle(
         format=1,
         tasks=tuple(tasks),
-        checks=tuple(Check(task=task, right="low" if number % 2 else "high") for number, task in enumerate(about)),
+        checks=min(checks, len(tasks)),
         seed=seed,
         settings=dict(maker.settings),
         versions=maker.versions,
         refused=maker.refused,
     )
     file = folder / STUDY
-    if file.exists() and (folder / ANSWERS).exists() and file.read_bytes() != bundle.content():
-        raise InvalidInputError(
-            f"{os.fspath(folder)!r} holds a study that was answered already, of other tasks: choose a new folder"
-        )
-    write_folder(folder, {STUDY: bundle.content()})
+    if file.exists() and file.read_bytes() == bundle.content():
+        return bundle
+    with held_file(folder / ANSWERS):  # nobody is asked the old questions meanwhile
+        if read_lines(folder / ANSWERS):
+            raise InvalidInputError(
+                f"{os.fspath(folder)!r} holds a study that was answered already, of other tasks: choose a new folder"
+            )
+        write_folder(folder, {STUDY: bundle.content()})
     return bundle
 
 
@@ -190,25 +205,36 @@ class _Maker:
 
     def __post_init__(self) -> None:
         self.settings = json.loads(json.dumps(self.settings))
-        self._settings_sha256 = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         device = next(self._module.parameters()).device
         self.versions = {name: str(value) for name, value in self.recipe.environment(device).items()}
         self._layer: str | None = None
         self._done = {}
-        for number, line in enumerate(read_lines(self.folder / _DONE), 1):
+        lines = read_lines(self.folder / _DONE)
+        for number, line in enumerate(lines, 1):
             try:
                 known = json.loads(line)
-                if known["settings_sha256"] != self._settings_sha256:
-                    raise ValueError("it was made with other settings")
-                self._done[known["image_sha256"], known["task"]["name"]] = Task.model_validate_json(
-                    json.dumps(known["task"])
-                )
-            except (ValueError, LookupError, TypeError) as error:
+                if number == 1:
+                    self._check_settings(known["settings"])
+                    continue
+                task = Task.model_validate_json(json.dumps(known["task"]))
+                self._done[known["image_sha256"], task.name] = task
+            except InvalidInputError:
+                raise
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise InvalidInputError(
-                    f"line {number} of {os.fspath(self.folder / _DONE)!r} is no task of this study ({error}): choose a "
-                    "new folder"
+                    f"line {number} of {os.fspath(self.folder / _DONE)!r} is no task of a study ({first_line(error)}): "
+                    "choose a new folder"
                 ) from error
+        self._is_begun = bool(lines)
         self._dense = {task.target: task.dense for task in self._done.values() if self._are_whole(task.dense)}
+
+    def _check_settings(self, known: Mapping[str, Any]) -> None:
+        names = [name for name in {**known, **self.settings} if known.get(name) != self.settings.get(name)]
+        if names:
+            raise InvalidInputError(
+                f"the tasks in {os.fspath(self.folder)!r} were made with other settings ({', '.join(names)}): choose a "
+                "new folder, or the same settings"
+            )
 
     @property
     def _module(self) -> nn.Module:
@@ -235,8 +261,11 @@ class _Maker:
         except InvalidInputError as error:
             self.refused[image.name] = str(error)
             return None
-        line = {"settings_sha256": self._settings_sha256, "image_sha256": digest}
-        append_line(self.folder / _DONE, json.dumps({**line, "task": json.loads(described(task))}))
+        if not self._is_begun:
+            append_line(self.folder / _DONE, json.dumps({"settings": self.settings}))
+            self._is_begun = True
+        line = {"image_sha256": digest, "task": json.loads(described(task))}
+        append_line(self.folder / _DONE, json.dumps(line))
         return task
 
     def _are_whole(self, *media: str) -> bool:
@@ -263,6 +292,7 @@ class _Maker:
             self._dense[case.target] = self._visualized(case.target)
         with trace.applied(self._module):
             spade = self._visualized(case.target)
+            trace_scores = class_scores(self._module, case.inputs)
         return Task(
             name=case.name,
             photo=self._saved(case.pixels),
@@ -274,6 +304,7 @@ class _Maker:
             dense=self._dense[case.target],
             spade=spade,
             sparsity=trace.sparsity,
+            trace_agrees=int(trace_scores.argmax()) == case.target,
         )
 
     def _patches(self, relevance: Tensor, case: Case) -> tuple[Patch, Patch]:
@@ -290,7 +321,7 @@ class _Maker:
                     top=top / height,
                     width=side / width,
                     height=side / height,
-                    relevance=(relevance[square].double().mean() / relevance.max().double()).item(),
+                    relevance=min(1.0, (relevance[square].double().mean() / relevance.max().double()).item()),
                 )
             )
         return found[0], found[1]
@@ -298,14 +329,19 @@ class _Maker:
     def _visualized(self, target: int) -> str:
         """The picture of what the class's neuron wants to see, in the network as it is now."""
         assert self._layer is not None
-        found = visualize(
-            self.recipe.model,
-            self._layer,
-            target,
-            preprocess=self.recipe.preprocess,
-            thresholds=(self.steps,),
-            seed=self.recipe.seed,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".* answers to nothing in ")
+            try:
+                found = visualize(
+                    self.recipe.model,
+                    self._layer,
+                    target,
+                    preprocess=self.recipe.preprocess,
+                    thresholds=(self.steps,),
+                    seed=self.recipe.seed,
+                )
+            except UserWarning as error:
+                raise InvalidInputError(f"there is nothing to show: {error}") from error
         return self._saved(found.dense[0])
 
     def _saved(self, pixels: Tensor) -> str:
@@ -342,8 +378,10 @@ def chosen_squares(relevance: Tensor, side: int, chance: random.Random) -> tuple
     rows_apart = (torch.arange(means.shape[0]) - top).abs() >= side
     columns_apart = (torch.arange(columns) - left).abs() >= side
     apart = (rows_apart[:, None] | columns_apart[None, :]).flatten().nonzero()[:, 0]
-    ranked = apart[means.flatten()[apart].argsort(stable=True)]
-    low = int(ranked[chance.randrange(max(1, int(_LOW_SHARE * len(ranked))))])
+    of_apart = means.flatten()[apart]
+    # All that are as low as the last of the tenth, so that of equal ones none comes first.
+    least = of_apart.sort().values[max(1, int(_LOW_SHARE * len(apart))) - 1]
+    low = int(chance.choice(apart[of_apart <= least].tolist()))
     if means.flatten()[low] >= means[top, left]:
         raise InvalidInputError("Score-CAM ranks all of it alike, so that there is nothing to choose between")
     return (top, left), divmod(low, columns)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,10 +45,8 @@ class Patch(Record):
     ----------
     medium
         Its picture.
-    left, top, side
-        Where it is, as shares of the image's width, height and shorter side, 0..1.
-    width, height
-        Its extent, as shares of the image's width and height, 0..1.
+    left, top, width, height
+        Where it is, as shares of the image's width and height, 0..1.
     relevance
         Mean of the Score-CAM map within it, as a share of the map's maximum, 0..1.
     """
@@ -77,6 +76,8 @@ class Task(Record):
         What the neuron of that answer wants to see, in the dense network and in the image's trace.
     sparsity
         Of the trace: the share of all weights in pruned layers that are gone.
+    trace_agrees
+        Whether the trace gives that answer itself.
     """
 
     name: str
@@ -89,25 +90,11 @@ class Task(Record):
     dense: Medium
     spade: Medium
     sparsity: Share
+    trace_agrees: bool
 
     def media(self) -> tuple[str, ...]:
         """The names of all pictures."""
         return self.photo, self.high.medium, self.low.medium, self.dense, self.spade
-
-
-class Check(Record):
-    """A question that anybody can answer who looks: one of the two patches is shown in the visualization's place.
-
-    Attributes
-    ----------
-    task
-        Index of the task whose photograph and patches are shown.
-    right
-        The patch that is shown, and must be chosen.
-    """
-
-    task: Count
-    right: Literal["high", "low"]
 
 
 class Bundle(Record):
@@ -117,8 +104,10 @@ class Bundle(Record):
     ----------
     format
         Of the file.
-    tasks, checks
-        The questions; each participant is asked all of them.
+    tasks
+        Each participant is asked about all of them.
+    checks
+        How many questions each is asked beside that anybody can answer who looks.
     seed
         Of what each participant is shown.
     settings, versions
@@ -129,7 +118,7 @@ class Bundle(Record):
 
     format: Literal[1]
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, max_length=10_000, strict=False)]
-    checks: Annotated[tuple[Check, ...], Field(max_length=1_000, strict=False)]
+    checks: Count
     seed: Count
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -216,9 +205,11 @@ def open_bundle(path: str | os.PathLike[str]) -> OpenBundle:
             raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
         content = file.read_bytes()
         bundle = Bundle.model_validate_json(content)
-        for check in bundle.checks:
-            if check.task >= len(bundle.tasks):
-                raise ValueError(f"a check is about task {check.task}, of {len(bundle.tasks)}")
+        if bundle.checks > len(bundle.tasks):
+            raise ValueError(f"it has {bundle.checks} checks, and {len(bundle.tasks)} tasks to check with")
+        names = [task.name for task in bundle.tasks]
+        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+            raise ValueError(f"two tasks are called {twice!r}")
     except (OSError, ValueError) as error:  # ValidationError is a ValueError
         raise InvalidInputError(
             f"cannot read {os.fspath(file)!r} as a study ({_reason(error)}): pass the folder that study build wrote, "

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from spade_fast.errors import InvalidInputError
+from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import write_folder
 from spade_fast.study.bundle import ARMS, Arm, OpenBundle, open_bundle
-from spade_fast.study.journal import ANSWERS, Choice, Journal, Participant
+from spade_fast.study.journal import Choice, Journal, Participant, answers_file
+from spade_fast.study.schedule import Which
 
 #: What an answer says of a task.
 Verdict: TypeAlias = Literal["agree", "disagree", "undecided"]
@@ -39,10 +40,12 @@ PUBLISHED: Mapping[str, tuple[float, float]] = {
     "disagree_of_decided": (26.5, 20.3),
     "agree_of_decided": (73.5, 79.7),
 }
+#: The group of those that are none of a program's.
+PEOPLE = "people"
 _RESAMPLES, _AT_A_TIME = 10_000, 2**22
 _COLUMNS = (
-    "participant", "simulated", "excluded", "question", "kind", "image", "target", "target_name", "arm", "left",
-    "choice", "verdict", "milliseconds",
+    "participant", "simulated", "excluded", "question", "image", "target", "target_name", "trace_agrees", "shown",
+    "left", "choice", "verdict", "milliseconds",
 )  # fmt: skip
 
 
@@ -68,6 +71,8 @@ class GroupScore:
         "people", or what was simulated.
     participants, finished
         Those whose answers count, and those of them who answered every question.
+    left
+        Participants who began and answered nothing.
     excluded
         Participants whose answers do not count, by code: why.
     images
@@ -79,24 +84,25 @@ class GroupScore:
     seconds
         Median time of an answer to a task, by network, and the difference.
     agreement
-        Share of pairs of answers by two participants, to one image by one network's visualization, that say the same,
-        0..1; and Krippendorff's alpha, which is 0 for what chance would give and 1 for full agreement. NaN where no two
-        participants were asked the same.
+        By network: "share" of pairs of answers by two participants to one image that say the same, 0..1; and
+        Krippendorff's "alpha", which is 0 for what chance would give and 1 for full agreement. NaN where no two people
+        were asked the same, and of simulated participants, which are one program.
     """
 
     group: str
     participants: int
     finished: int
+    left: int
     excluded: Mapping[str, str]
     images: int
     answers: Mapping[str, int]
     rows: Mapping[str, Mapping[str, Estimate]]
     seconds: Mapping[str, Estimate]
-    agreement: Mapping[str, float]
+    agreement: Mapping[str, Mapping[str, float]]
 
     def table(self) -> list[list[str]]:
         """Cells of a table: a head, :data:`ROWS`, and time; of people with what the paper found beside."""
-        arms, beside = (*ARMS, "difference"), self.group == "people"
+        arms, beside = (*ARMS, "difference"), self.group == PEOPLE
         head = ["%", "dense", "SPADE", "difference", *(["paper: dense", "paper: SPADE"] if beside else [])]
         rows = [
             [title, *(str(self.rows[row][arm]) for arm in arms), *(map(str, PUBLISHED[row]) if beside else ())]
@@ -109,11 +115,14 @@ class GroupScore:
         """How many answered, and how far they agree."""
         who = f"{self.participants} participant{'' if self.participants == 1 else 's'}"
         counts = f"{self.answers['dense']} + {self.answers['spade']} answers to {self.images} images"
-        share, alpha = (_number(self.agreement[name], 2) for name in ("share", "alpha"))
-        return (
-            f"{who} ({self.finished} finished; {len(self.excluded)} more excluded), {counts}. Agreement of "
-            f"participants: {share} of pairs, Krippendorff's alpha {alpha}. In brackets: 95 % bootstrap intervals."
+        uncounted = f"not counted: {len(self.excluded)} excluded, {self.left} without an answer"
+        told = f"{who} ({self.finished} finished; {uncounted})"
+        agreement = "; ".join(
+            f"{arm} {_number(found['share'], 2)} of pairs, Krippendorff's alpha {_number(found['alpha'], 2)}"
+            for arm, found in self.agreement.items()
         )
+        agreement = f" Agreement of participants: {agreement}." if self.group == PEOPLE else ""
+        return f"{told}, {counts}.{agreement} In brackets: 95 % bootstrap intervals."
 
 
 @dataclass(frozen=True)
@@ -147,13 +156,15 @@ def score(
     bundle: str | os.PathLike[str],
     answers: str | os.PathLike[str] | None = None,
     *,
-    checks: float = 0.5,
+    least_checks: float = 0.75,
     seed: int = 0,
 ) -> Score:
     """Count the answers to a study (SPADE Table 3).
 
     Intervals come from 10,000 bootstrap samples in which participants and images are both drawn anew (Owen 2007), so
-    that they hold for other people and other images; of a single participant, images alone. People and simulated
+    that they hold for other people and other images; of a single participant, and of simulated ones, which are one
+    program, images alone. Images of one class are drawn together, as the dense network's visualization of them is the
+    same. Where all answers say the same, an interval has no width, however few they are. People and simulated
     participants are never counted together.
 
     Parameters
@@ -162,9 +173,10 @@ def score(
         The folder that :func:`spade_fast.study.build` wrote.
     answers
         The file of the answers. Default: ``answers.jsonl`` in the bundle.
-    checks
-        Share of the checks that a participant must have right, 0..1, for the answers to count. Of one who left before
-        the first check they count.
+    least_checks
+        Share of the checks that a participant must have right, 0..1, for the answers to count. Of four checks one who
+        always takes the same side has two right, and one who guesses three or more in 5 cases of 16. Of one who left
+        before the first check answers count.
     seed
         Of the bootstrap samples.
 
@@ -173,22 +185,22 @@ def score(
     InvalidInputError
         If bundle or answers cannot be used, or nothing was answered.
     """
-    if isinstance(checks, bool) or not isinstance(checks, (int, float)) or not 0 <= checks <= 1:
-        raise InvalidInputError(f"checks must be a share within 0..1, got {checks!r}")
+    if isinstance(least_checks, bool) or not isinstance(least_checks, (int, float)) or not 0 <= least_checks <= 1:
+        raise InvalidInputError(f"least_checks must be a share within 0..1, got {least_checks!r}")
+    check_whole("seed", seed, 0)
     study = open_bundle(bundle)
-    file = study.path / ANSWERS if answers is None else Path(answers)
+    file = answers_file(study, answers)
     journal = Journal(file, study)
     groups: dict[str, list[Participant]] = {}
     for participant in journal.participants.values():
-        if participant.answers:
-            simulated = participant.joined.simulated
-            groups.setdefault("people" if simulated is None else f"simulated: {simulated}", []).append(participant)
-    if not groups:
+        simulated = participant.joined.simulated
+        groups.setdefault(PEOPLE if simulated is None else f"simulated: {simulated}", []).append(participant)
+    if not any(participant.answers for participant in journal.participants.values()):
         raise InvalidInputError(f"{os.fspath(file)!r} has no answers: serve or simulate the study first")
     scores, lines = [], []
     for name, members in groups.items():
         excluded = {
-            member.joined.participant: reason for member in members if (reason := _failed(study, member, checks))
+            member.joined.participant: reason for member in members if (reason := _failed(member, least_checks))
         }
         told = [line for member in members for line in _lines(study, member, excluded)]
         scores.append(_scored(name, members, excluded, [line for line in told if not line["excluded"]], seed))
@@ -196,37 +208,35 @@ def score(
     return Score(tuple(scores), tuple(lines))
 
 
-def _failed(study: OpenBundle, participant: Participant, least: float) -> str | None:
+def _failed(participant: Participant, least: float) -> str | None:
     """Why a participant's answers do not count; None if they do."""
     asked = [
-        (study.bundle.checks[question.index].right, question.left, participant.answers[number].choice)
+        (question.shown == question.left, participant.answers[number].choice)
         for number, question in enumerate(participant.joined.questions)
-        if question.kind == "check" and number in participant.answers
+        if question.is_check and number in participant.answers
     ]
-    right = sum(choice != "undecided" and (choice == "left") == (left == which) for which, left, choice in asked)
+    right = sum(choice == ("left" if is_left else "right") for is_left, choice in asked)
     if not asked or right >= least * len(asked):
         return None
     return f"{right} of {len(asked)} checks right"
 
 
-def _verdict(left: Literal["high", "low"], choice: Choice) -> Verdict:
+def _verdict(left: Which, choice: Choice) -> Verdict:
     if choice == "undecided":
         return "undecided"
     return "agree" if (choice == "left") == (left == "high") else "disagree"
 
 
 def _lines(study: OpenBundle, participant: Participant, excluded: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The participant's answers, one a line, in the order of the questions."""
-    bundle = study.bundle
+    """The participant's answers, one a line, in the order of the questions; those to checks without a verdict."""
     found = []
     for number, answer in sorted(participant.answers.items()):
         question = participant.joined.questions[number]
-        is_task = question.kind == "task"
-        task = bundle.tasks[question.index if is_task else bundle.checks[question.index].task]
+        task = study.bundle.tasks[question.task]
         line = (
-            participant.joined.participant, participant.joined.simulated, excluded.get(answer.participant), number,
-            question.kind, task.name, task.target, task.target_name, question.arm, question.left, answer.choice,
-            _verdict(question.left, answer.choice) if is_task else None, answer.milliseconds,
+            answer.participant, participant.joined.simulated, excluded.get(answer.participant), number, task.name,
+            task.target, task.target_name, task.trace_agrees, question.shown, question.left, answer.choice,
+            None if question.is_check else _verdict(question.left, answer.choice), answer.milliseconds,
         )  # fmt: skip
         found.append(dict(zip(_COLUMNS, line, strict=True)))
     return found
@@ -239,62 +249,70 @@ def _scored(
     lines: Sequence[Mapping[str, Any]],
     seed: int,
 ) -> GroupScore:
-    counted = [line for line in lines if line["kind"] == "task"]
-    by_arm = {arm: [line for line in counted if line["arm"] == arm] for arm in ARMS}
-    samples = _Samples(counted, seed)
+    counted = [line for line in lines if line["verdict"] is not None]
+    by_arm = {arm: [line for line in counted if line["shown"] == arm] for arm in ARMS}
+    samples = _Samples(counted, seed, of_people=name == PEOPLE)
     shares = {arm: samples.shares(those) for arm, those in by_arm.items()}
+    answered = [member for member in members if member.answers]
     return GroupScore(
         group=name,
-        participants=len(members) - len(excluded),
-        finished=sum(member.next_question is None and member.joined.participant not in excluded for member in members),
+        participants=len(answered) - len(excluded),
+        finished=sum(member.next_question is None and member.joined.participant not in excluded for member in answered),
+        left=len(members) - len(answered),
         excluded=dict(excluded),
         images=len({line["image"] for line in counted}),
         answers={arm: len(those) for arm, those in by_arm.items()},
         rows={row: _estimates({arm: found[row] for arm, found in shares.items()}) for row in ROWS},
         seconds=_estimates({arm: samples.medians(those) for arm, those in by_arm.items()}),
-        agreement=_agreement(counted),
+        agreement={arm: _agreement(those if name == PEOPLE else ()) for arm, those in by_arm.items()},
     )
 
 
 class _Samples:
-    """Bootstrap samples of participants and images: the first row is the answers as they are, each other one a sample.
+    """Bootstrap samples of participants and of images by class: the first row is the answers as they are.
 
-    An answer counts as often as its participant is drawn, times as often as its image is.
+    In each other row an answer counts as often as its participant is drawn, times as often as its image's class is.
     """
 
-    def __init__(self, lines: Sequence[Mapping[str, Any]], seed: int) -> None:
+    def __init__(self, lines: Sequence[Mapping[str, Any]], seed: int, *, of_people: bool) -> None:
         generator = np.random.default_rng(seed)
-        self._person = {code: i for i, code in enumerate(dict.fromkeys(line["participant"] for line in lines))}
-        self._image = {image: i for i, image in enumerate(dict.fromkeys(line["image"] for line in lines))}
-        self._people, self._images = (_drawn(generator, len(each)) for each in (self._person, self._image))
+        # Simulated participants are one program, so that none of them could be another.
+        persons = (line["participant"] if of_people else "" for line in lines)
+        self._person = {code: i for i, code in enumerate(dict.fromkeys(persons))}
+        self._class = {target: i for i, target in enumerate(dict.fromkeys(line["target"] for line in lines))}
+        self._people, self._classes = (_drawn(generator, len(each)) for each in (self._person, self._class))
 
     def shares(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
         """:data:`ROWS` of these answers, in percent, [samples] each."""
         verdicts: tuple[Verdict, ...] = ("undecided", "disagree", "agree")
-        counts = {verdict: np.zeros((len(self._person), len(self._image))) for verdict in verdicts}
+        counts = {verdict: np.zeros((len(self._person), len(self._class))) for verdict in verdicts}
         for line in lines:
-            counts[line["verdict"]][self._person[line["participant"]], self._image[line["image"]]] += 1
-        totals = {verdict: ((self._people @ each) * self._images).sum(axis=1) for verdict, each in counts.items()}
+            counts[line["verdict"]][self._place(line)] += 1
+        totals = {verdict: ((self._people @ each) * self._classes).sum(axis=1) for verdict, each in counts.items()}
         decided = totals["agree"] + totals["disagree"]
         found = {verdict: 100 * _ratio(total, decided + totals["undecided"]) for verdict, total in totals.items()}
         return found | {f"{each}_of_decided": 100 * _ratio(totals[each], decided) for each in ("disagree", "agree")}
 
     def medians(self, lines: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        """Of the times of these answers, in seconds, [samples]: the least up to which half of the weight lies."""
+        """Of the times of these answers, in seconds, [samples], each counted as often as it is there."""
         timed = sorted((line for line in lines if line["milliseconds"] is not None), key=itemgetter("milliseconds"))
         if not timed:
             return np.full(len(self._people), np.nan)
         times = np.array([line["milliseconds"] / 1000 for line in timed])
-        people = [self._person[line["participant"]] for line in timed]
-        images = [self._image[line["image"]] for line in timed]
+        people, classes = map(list, zip(*(self._place(line) for line in timed), strict=True))
         found = []
         rows = max(1, _AT_A_TIME // len(timed))
         for start in range(0, len(self._people), rows):
-            weights = self._people[start : start + rows, people] * self._images[start : start + rows, images]
+            weights = self._people[start : start + rows, people] * self._classes[start : start + rows, classes]
             reached = weights.cumsum(axis=1)
-            medians = times[(reached >= reached[:, -1:] / 2).argmax(axis=1)]
+            half = reached[:, -1:] / 2
+            # The two in the middle, which are the same one but for an even count.
+            medians = (times[(reached >= half).argmax(axis=1)] + times[(reached > half).argmax(axis=1)]) / 2
             found.append(np.where(reached[:, -1] > 0, medians, np.nan))
         return np.concatenate(found)
+
+    def _place(self, line: Mapping[str, Any]) -> tuple[int, int]:
+        return self._person.get(line["participant"], 0), self._class[line["target"]]
 
 
 def _drawn(generator: np.random.Generator, count: int) -> NDArray[np.float64]:
@@ -324,24 +342,27 @@ def _estimate(samples: NDArray[np.float64]) -> Estimate:
 
 
 def _agreement(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Share of equal pairs, and Krippendorff's alpha for names (Krippendorff 2004, section 11.3)."""
-    units: dict[tuple[str, str], list[str]] = {}
+    """Share of equal pairs, and Krippendorff's alpha for names (Krippendorff 2004, section 11.3), of one network."""
+    units: dict[str, list[str]] = {}
     for line in lines:
-        units.setdefault((line["image"], line["arm"]), []).append(line["verdict"])
+        units.setdefault(line["image"], []).append(line["verdict"])
     verdicts = sorted({line["verdict"] for line in lines})
     coincidences = np.zeros((len(verdicts), len(verdicts)))
+    equal = pairs = 0
     for answers in units.values():
         if len(answers) < 2:
             continue
         counts = np.array([answers.count(verdict) for verdict in verdicts], float)
         coincidences += (np.outer(counts, counts) - np.diag(counts)) / (len(answers) - 1)
+        equal += int((counts * (counts - 1)).sum())
+        pairs += len(answers) * (len(answers) - 1)
+    if not pairs:
+        return {"share": math.nan, "alpha": math.nan}
     totals = coincidences.sum(axis=0)
     pairable = float(totals.sum())
-    if not pairable:
-        return {"share": math.nan, "alpha": math.nan}
-    share = float(np.trace(coincidences) / pairable)
-    expected = (pairable**2 - float((totals**2).sum())) / (pairable * (pairable - 1))
-    return {"share": share, "alpha": 1 - (1 - share) / expected if expected else math.nan}
+    observed = 1 - float(np.trace(coincidences)) / pairable
+    expected = 1 - float((totals * (totals - 1)).sum()) / (pairable * (pairable - 1))
+    return {"share": equal / pairs, "alpha": 1 - observed / expected if expected else math.nan}
 
 
 def _markdown(group: GroupScore) -> str:

@@ -11,13 +11,19 @@ import contextlib
 import ipaddress
 import logging
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import parse_qsl, urlsplit
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 import jinja2
 import uvicorn
@@ -28,18 +34,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import held_file
 from spade_fast.study.bundle import OpenBundle, Task, open_bundle
-from spade_fast.study.journal import ANSWERS, Choice, Journal, Participant
+from spade_fast.study.journal import LONGEST, Choice, Journal, Participant, answers_file
+from spade_fast.study.schedule import Question
 
 _PORT = 8765
 _MOST_BODY = 2048  # bytes of a form: the largest holds three short fields
-_MOST_SECONDS = 10.0  # for sending one
+_MOST_SECONDS = 10.0  # for sending a request
 _MOST_HEADERS = 16 * 1024
-_MOST_CONNECTIONS = 1024  # a browser has up to six
-_LONGEST = 24 * 3600 * 1000  # milliseconds: a page that was left open for longer tells nothing
+_MOST_CONNECTIONS = 1024  # a browser has up to six; half of the files that the system allows, where those are fewer
 _HEADERS = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
@@ -48,7 +55,6 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def serve(
@@ -57,6 +63,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = _PORT,
+    public_name: str | None = None,
     most_participants: int = 1000,
     started: Callable[[str], None] | None = None,
 ) -> Journal:
@@ -76,8 +83,11 @@ def serve(
         Address to listen at. Any other than this machine's own lets everybody in the network take part, unencrypted.
     port
         0 for any that is free.
+    public_name
+        The name by which people reach it, ``"study.example.org"``, where a proxy stands before it: requests that ask
+        for it are answered as well.
     most_participants
-        When so many have come, nobody else is let in.
+        When so many people have come, nobody else is let in.
     started
         Called with the address of the first page, once people can come.
 
@@ -94,44 +104,48 @@ def serve(
     check_whole("most_participants", most_participants, 1)
     if check_whole("port", port, 0) > 65535:
         raise InvalidInputError(f"port must be within 0..65535, got {port}")
+    if not isinstance(host, str) or not host:
+        raise InvalidInputError(f"host must be an address, got {host!r}")
     study = open_bundle(bundle)
-    file = study.path / ANSWERS if answers is None else Path(answers)
-    with held_file(file), _listening(host, port) as listener:
+    file = answers_file(study, answers)
+    hosts = None if public_name is None and not is_local(host) else _Hosts(public_name)
+    with held_file(file), _listening(host, port) as listener, _ended_by_sigterm():
         journal = Journal(file, study)
         config = uvicorn.Config(
-            make_app(study, journal, only_local=_is_local(host), most_participants=most_participants),
+            make_app(study, journal, hosts=hosts, most_participants=most_participants),
             log_level="warning",
             access_log=False,  # which would keep addresses
             server_header=False,
             date_header=False,
             proxy_headers=False,
-            limit_concurrency=_MOST_CONNECTIONS,
+            limit_concurrency=_most_connections(),
             h11_max_incomplete_event_size=_MOST_HEADERS,
-            http="h11",
+            http=_Connection,
             ws="none",
             lifespan="off",
             timeout_graceful_shutdown=5,
         )
         if started is not None:
-            started(_address(listener))
+            started(_address(listener, host))
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn passes on when it has ended
             uvicorn.Server(config).run(sockets=[listener])
         return journal
 
 
 def make_app(
-    study: OpenBundle, journal: Journal, *, only_local: bool = True, most_participants: int = 1000
-) -> Starlette:
+    study: OpenBundle, journal: Journal, *, hosts: Container[str] | None = None, most_participants: int = 1000
+) -> ASGIApp:
     """The study as an ASGI application, for a server of one's own; see :func:`serve`.
 
     Parameters
     ----------
     study, journal
         What is asked, and what takes the answers: the file must be this process's alone.
-    only_local
-        Refuse requests by other names than this machine's own, with which pages of other sites could reach it.
+    hosts
+        Names by which it may be asked for, so that pages of other sites cannot reach it by names of theirs. Default:
+        all.
     most_participants
-        When so many have come, nobody else is let in.
+        When so many people have come, nobody else is let in.
     """
     site = _Site(study, journal, most_participants, _templates())
     pages = resources.files("spade_fast") / "pages"
@@ -147,9 +161,7 @@ def make_app(
         Route("/study.js", _file((pages / "study.js").read_bytes(), "text/javascript"), methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {HTTPException: site.problem, InvalidInputError: site.unwritten}
-    app = Starlette(routes=routes, exception_handlers=handlers)
-    app.add_middleware(_Guard, only_local=only_local)
-    return app
+    return _Guard(Starlette(routes=routes, exception_handlers=handlers), hosts)
 
 
 @dataclass(frozen=True)
@@ -166,9 +178,9 @@ class _Site:
 
     async def join(self, request: Request) -> Response:
         await _form(request)
-        if self._is_full():
+        participant = await run_in_threadpool(self.journal.join, most=self.most_participants)
+        if participant is None:
             raise HTTPException(403, "This study has all the participants it needs. Thank you for your interest.")
-        participant = await run_in_threadpool(self.journal.join)
         return _see(participant)
 
     async def resume(self, request: Request) -> Response:
@@ -187,9 +199,7 @@ class _Site:
         if number is None:
             return self._page("finished.html", code=_spelt(code), questions=len(participant.joined.questions))
         asked = participant.joined.questions[number]
-        bundle = self.study.bundle
-        check = bundle.checks[asked.index] if asked.kind == "check" else None
-        task = bundle.tasks[asked.index if check is None else check.task]
+        task = self.study.bundle.tasks[asked.task]
         sides = (task.high, task.low) if asked.left == "high" else (task.low, task.high)
         return self._page(
             "question.html",
@@ -198,7 +208,7 @@ class _Site:
             questions=len(participant.joined.questions),
             photo=task.photo,
             patches=sides,
-            visualization=_shown(task, check.right) if check else task.dense if asked.arm == "dense" else task.spade,
+            visualization=shown_medium(task, asked),
         )
 
     async def answer(self, request: Request) -> Response:
@@ -208,7 +218,7 @@ class _Site:
         if choice is None or not _is_count(fields.get("question", "")):
             raise HTTPException(400, "This is no answer to the question. Please go back and choose once more.")
         time = fields.get("milliseconds", "")
-        milliseconds = int(time) if _is_count(time) and int(time) <= _LONGEST else None
+        milliseconds = int(time) if _is_count(time) and int(time) <= LONGEST else None
         await run_in_threadpool(self.journal.answer, participant, int(fields["question"]), choice, milliseconds)
         return _see(participant)
 
@@ -221,13 +231,15 @@ class _Site:
 
     async def problem(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        told = error.detail if error.status_code in _TOLD else "There is no such page."
-        return self._page("problem.html", told=told, status=error.status_code)
+        told = error.detail if error.detail.endswith(".") else "There is no such page."
+        page = self._page("problem.html", told=told, status=error.status_code)
+        page.headers["connection"] = "close"  # what is still to come of the request is not waited for
+        return page
 
     async def unwritten(self, _: Request, error: Exception) -> Response:
         """What went wrong is the researcher's to know, by the terminal, and not the participant's."""
         logging.getLogger("uvicorn.error").error("%s", error)
-        told = "Your answer could not be saved. Please tell those who run the study, and go back and try again."
+        told = "This could not be saved. Please tell those who run the study, and go back and try again."
         return self._page("problem.html", told=told, status=500)
 
     def _participant(self, request: Request) -> Participant:
@@ -237,25 +249,21 @@ class _Site:
         return participant
 
     def _is_full(self) -> bool:
-        return len(self.journal.participants) >= self.most_participants
+        return self.journal.people() >= self.most_participants
 
     def _count(self) -> int:
-        return len(self.study.bundle.tasks) + len(self.study.bundle.checks)
+        return len(self.study.bundle.tasks) + self.study.bundle.checks
 
     def _page(self, template: str, *, status: int = 200, **values: Any) -> Response:
         html = self.templates.get_template(template).render(**values)
         return HTMLResponse(html, status_code=status, headers={"cache-control": "no-store"})
 
 
-#: Statuses whose text says what the participant can do.
-_TOLD = (400, 403, 404, 408, 413, 421)
-
-
 class _Guard:
     """Adds headers to every answer, and refuses requests that only a page of another site would send."""
 
-    def __init__(self, app: ASGIApp, *, only_local: bool) -> None:
-        self.app, self.only_local = app, only_local
+    def __init__(self, app: ASGIApp, hosts: Container[str] | None) -> None:
+        self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_guarded(message: Message) -> None:
@@ -267,18 +275,36 @@ class _Guard:
         if scope["type"] != "http":
             return
         if refusal := self._refusal(Request(scope)):
-            await Response(refusal, status_code=421, media_type="text/plain")(scope, receive, send_guarded)
+            answer = Response(refusal, status_code=421, media_type="text/plain", headers={"connection": "close"})
+            await answer(scope, receive, send_guarded)
             return
         await self.app(scope, receive, send_guarded)
 
     def _refusal(self, request: Request) -> str | None:
-        host = request.headers.get("host", "")
-        if self.only_local and _hostname(f"//{host}") not in _LOCAL_NAMES:
-            return "This server is for this machine alone: ask for it by localhost."
+        host = _hostname(f"//{request.headers.get('host', '')}")
+        if self.hosts is not None and host not in self.hosts:
+            return "This server is not for that name: ask for it by the address that it printed."
         origin = request.headers.get("origin")
-        if request.method == "POST" and origin is not None and urlsplit(origin).netloc != host:
-            return "This comes from a page of another site."
+        if request.method == "POST" and origin is not None and _hostname(origin) != host:
+            own = self.hosts is not None and _hostname(origin) in self.hosts
+            return None if own else "This comes from a page of another site."
         return None
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed where a request does not come, or does not end, in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(_MOST_SECONDS, self._look)
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.more_body:
+            self.transport.close()
+        else:
+            self.loop.call_later(_MOST_SECONDS, self._look)
 
 
 def _hostname(url: str) -> str | None:
@@ -286,6 +312,36 @@ def _hostname(url: str) -> str | None:
         return urlsplit(url).hostname
     except ValueError:
         return None
+
+
+class _Hosts:
+    """Names of this machine, as it knows itself, and one by which others know it."""
+
+    def __init__(self, public_name: str | None) -> None:
+        self._public_name = None if public_name is None else public_name.lower()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (is_local(name) or name == self._public_name)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end the server as Ctrl-C does; uvicorn passes it on when it has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _most_connections() -> int:
+    if resource is None:
+        return _MOST_CONNECTIONS
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_CONNECTIONS if allowed < 0 else max(8, min(_MOST_CONNECTIONS, allowed // 2))
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -308,8 +364,9 @@ async def _form(request: Request) -> dict[str, str]:
         raise HTTPException(400, "This is no form of this study. Please go back and try again.") from error
 
 
-def _shown(task: Task, right: str) -> str:
-    return task.high.medium if right == "high" else task.low.medium
+def shown_medium(task: Task, question: Question) -> str:
+    """The picture that stands where participants look for the network's reasons."""
+    return {"dense": task.dense, "spade": task.spade, "high": task.high.medium, "low": task.low.medium}[question.shown]
 
 
 def _is_count(text: str) -> bool:
@@ -347,13 +404,15 @@ def _listening(host: str, port: int) -> socket.socket:
         raise InvalidInputError(f"cannot listen at {host!r}, port {port} ({reason}): choose another") from error
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Whether an address is this machine's own, which nobody else reaches."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+def _address(listener: socket.socket, host: str) -> str:
+    if host in ("0.0.0.0", "::"):  # all that this machine has
+        host = socket.gethostname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
