@@ -26,7 +26,7 @@ addEventListener("load", () => {
   }, QUIET);
 });
 addEventListener("pagehide", leave);
-addEventListener("visibilitychange", () => (document.visibilityState === "visible" ? come() : leave()));
+document.addEventListener("visibilitychange", () => (document.visibilityState === "visible" ? come() : leave()));
 
 // A page that the browser kept may be of a question that has its answer.
 addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); });
