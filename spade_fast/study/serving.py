@@ -135,7 +135,7 @@ def serve(
 def make_app(
     study: OpenBundle, journal: Journal, *, hosts: Container[str] | None = None, most_participants: int = 1000
 ) -> ASGIApp:
-    """The study as an ASGI application, for a server of one's own; see :func:`serve`.
+    """The study as an ASGI application, for a server of one's own; see :func:`spade_fast.study.serve`.
 
     Parameters
     ----------
