@@ -43,8 +43,12 @@ METHODS = {"saliency": "Gradient", "input_x_gradient": "Input \u00d7 gradient"}
 
 
 def legible(name: str) -> str:
-    """As a page has it, which may hold no control characters."""
-    return name.replace("\x07", "\\x07")
+    """As a page has it, which may hold no control characters and none that turn text around."""
+    return name.replace("\x07", "\\x07").replace("\u202e", "\\u202e")
+
+
+def page_of(what: Any, path: Path, **options: Any) -> Page:
+    return Page(sf.write_report(what, path, **options).path)
 
 
 def picture(source: str | None) -> np.ndarray[Any, Any]:
@@ -75,7 +79,8 @@ def single(
     explanation: sf.Explanation, model: LoadedModel, neuron: Visualization, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     path = tmp_path_factory.mktemp("single") / "page.html"
-    assert sf.write_report(explanation, path, model=model, visualizations=neuron) == path
+    summary = sf.write_report(explanation, path, model=model, visualizations=neuron)
+    assert (summary.path, summary.images, summary.left_out, summary.without_photograph) == (path, 1, {}, {})
     return path
 
 
@@ -97,7 +102,9 @@ def store(model: LoadedModel, images: dict[str, Path], tmp_path_factory: pytest.
 
 @pytest.fixture(scope="module")
 def many(store: sf.Store, images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sf.write_report(store, tmp_path_factory.mktemp("many") / "page.html", photographs=images)
+    summary = sf.write_report(store, tmp_path_factory.mktemp("many") / "page.html", photographs=images)
+    assert (summary.images, summary.left_out, summary.without_photograph) == (len(HOSTILE), store.refused, {})
+    return summary.path
 
 
 @pytest.fixture(params=["single", "many"])
@@ -185,7 +192,7 @@ def test_tables_have_the_numbers_of_the_trace(single: Path, explanation: sf.Expl
 
 def test_maps_and_photograph_are_those_of_the_explanation(single: Path, explanation: sf.Explanation) -> None:
     found = Page(single)
-    maps = [each for each in found.of("img") if "map of the evidence" in (each["alt"] or "")]
+    maps = [each for each in found.of("img") if "map of what counts" in (each["alt"] or "")]
     expected = [arm[method] for method in METHODS for arm in (explanation.dense, explanation.spade)]
     colours = pytest.importorskip("matplotlib").colormaps["magma"]
     for shown, heat in zip(maps, expected, strict=True):
@@ -220,7 +227,7 @@ def test_insertion_is_measured_with_the_model(single: Path, explanation: sf.Expl
 
 
 def test_without_a_model_there_are_no_curves(explanation: sf.Explanation, tmp_path: Path) -> None:
-    found = Page(sf.write_report(explanation, tmp_path / "page.html", title="A <title>"))
+    found = page_of(explanation, tmp_path / "page.html", title="A <title>")
     assert found.of("polyline") == []
     assert "How faithful" not in found.text
     assert found.text.count("A <title>") == 2  # the window's, and the heading
@@ -262,28 +269,29 @@ def test_damaged_files_and_other_photographs_are_told(store: sf.Store, images: d
         file.write(bytes([last[0] ^ 255]))
     other = tmp_path / "other.png"
     Image.new("RGB", (16, 16)).save(other)
-    found = Page(
-        sf.write_report(
-            tmp_path / "store", tmp_path / "page.html", photographs={third: other, "another list's": images[third]}
-        )
+    summary = sf.write_report(
+        tmp_path / "store", tmp_path / "page.html", photographs={third: other, "another list's": images[third]}
     )
+    found = Page(summary.path)
     left_out = {row[0].text: row[1].text for row in found.tables["Left out"][1:]}
     assert len(left_out) == 3
+    assert left_out == {legible(name): legible(reason) for name, reason in summary.left_out.items()}
     assert "damaged" in left_out[copied.file_of(first).name]
     assert "run again on its image" in left_out[legible(second)]
     unseen = {row[0].text: row[1].text for row in found.tables["Without a photograph"][1:]}
     assert "is another photograph than the one that was explained" in unseen[legible(third)]
     assert "have none of this name" in unseen[legible(fourth)]
+    assert unseen == {legible(name): legible(reason) for name, reason in summary.without_photograph.items()}
     assert found.of("image") == found.of("use") == []
     assert len([each for each in found.of("img") if each.get("class") == "thumbnail"]) == 2  # their maps
 
 
 def test_several_explanations_by_name(explanation: sf.Explanation, neuron: Visualization, tmp_path: Path) -> None:
     named = {"one": explanation, "other": replace(explanation, target=3)}
-    found = Page(sf.write_report(named, tmp_path / "page.html", visualizations={"other": [neuron, neuron]}))
+    found = page_of(named, tmp_path / "page.html", visualizations={"other": [neuron, neuron]})
     assert [each["data-name"] for each in found.of("details") if each.get("class") == "card"] == ["one", "other"]
     assert len([each for each in found.of("img") if "answers to most" in (each["alt"] or "")]) == 6
-    listed = Page(sf.write_report([explanation], tmp_path / "page.html"))
+    listed = page_of([explanation], tmp_path / "page.html")
     assert [each["data-name"] for each in listed.of("details") if each.get("class") == "card"] == ["Image 1"]
 
 
@@ -293,9 +301,9 @@ def test_images_of_many_are_small(
 ) -> None:
     maps = {"m": torch.eye(512, 1024)}
     wide = replace(explanation, image=torch.zeros(3, 512, 1024), dense=maps, spade=maps)
-    found = Page(sf.write_report([wide, *[explanation] * (count - 1)], tmp_path / "page.html"))
+    found = page_of([wide, *[explanation] * (count - 1)], tmp_path / "page.html")
     assert (found.of("image")[0]["width"], found.of("image")[0]["height"]) == tuple(map(str, photograph))
-    shown = next(each for each in found.of("img") if "map of the evidence" in (each["alt"] or ""))
+    shown = next(each for each in found.of("img") if "map of what counts" in (each["alt"] or ""))
     assert (shown["width"], shown["height"]) == tuple(map(str, heat))
     assert picture(shown["src"]).shape == (heat[1], heat[0], 3)
 
@@ -304,15 +312,15 @@ def test_a_trace_without_layers_and_an_image_without_maps(
     explanation: sf.Explanation, model: LoadedModel, tmp_path: Path
 ) -> None:
     bare = replace(explanation, dense={}, spade={}, trace=sf.Trace({}, {"stem": "first layer"}), layer_order=())
-    found = Page(sf.write_report(bare, tmp_path / "page.html", model=model))
+    found = page_of(bare, tmp_path / "page.html", model=model)
     assert "0.0 % of the weights in 0 layers" in found.text
     assert "Attribution maps" not in found.text
     stored = store_of(tmp_path / "store", {"a": trace_with({"fc": [[1, 0]]})}, answers={"a": (2, None)})
-    assert "class 2" in Page(sf.write_report(stored, tmp_path / "page.html")).text
+    assert "class 2" in page_of(stored, tmp_path / "page.html").text
 
 
 def test_same_explanation_same_bytes(explanation: sf.Explanation, model: LoadedModel, tmp_path: Path) -> None:
-    pages = [sf.write_report(explanation, tmp_path / f"{name}.html", model=model) for name in "ab"]
+    pages = [sf.write_report(explanation, tmp_path / f"{name}.html", model=model).path for name in "ab"]
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
