@@ -56,6 +56,11 @@ def page_of(what: Any, path: Path, **options: Any) -> Page:
     return Page(sf.write_report(what, path, **options).path)
 
 
+def texts(found: Page, caption: str) -> list[list[str]]:
+    """What a table says, but for its head."""
+    return [[cell.text for cell in row] for row in found.tables[caption][1:]]
+
+
 def picture(source: str | None) -> np.ndarray[Any, Any]:
     assert source is not None
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB"))
@@ -170,7 +175,8 @@ def test_every_image_and_chart_is_described(page: Path) -> None:
 
 
 def test_tables_have_the_numbers_of_the_trace(single: Path, explanation: sf.Explanation) -> None:
-    tables = Page(single).tables
+    found = Page(single)
+    tables = found.tables
     rows = tables["Pruned layers"][1:]
     assert len(rows) == len(explanation.trace.layers) > 3
     for row, expected in zip(rows, explanation.trace.rows(), strict=True):
@@ -191,8 +197,8 @@ def test_tables_have_the_numbers_of_the_trace(single: Path, explanation: sf.Expl
         for row, each in zip(answers, predictions, strict=True):
             assert row[0].text.startswith(legible(each.name))
             assert ("explained" in row[0].text) == (each.index == explanation.target)
-    assert ["seed", "0"] in [[cell.text for cell in row] for row in tables["Explanation"]]
-    assert ["torch", torch.__version__] in [[cell.text for cell in row] for row in tables["Versions"]]
+    assert ["seed", "0"] in texts(found, "Explanation")
+    assert ["torch", torch.__version__] in texts(found, "Versions")
 
 
 def test_maps_and_photograph_are_those_of_the_explanation(single: Path, explanation: sf.Explanation) -> None:
@@ -374,17 +380,16 @@ def stored(folder: Path, images: dict[str, dict[str, Any]], settings: dict[str, 
     writer = StoreWriter(folder, settings or {}, {"torch": "made up"})
     for name, more in images.items():
         listed = ListedImage(name, folder / name, labels=more.get("labels", {}))
-        trace = sf.Trace({"a": layer(more.get("pruned", 2), 0.1)}, {"b": "its input is dead"})
-        answers = {"dense": (1, "Lemon", 0.75), "spade": (0, "tabby", 0.625)}
+        trace = sf.Trace({"a": layer(2, 0.1)}, {"b": "its input is dead"})
+        dense = {"index": 1, "name": "Lemon", "probability": 0.75}
+        spade = {"index": 0, "name": "tabby", "probability": 0.625}
         record = {
             **writer.known(listed),
             "target": 1,
             "target_name": "Lemon",
             "sparsity": trace.sparsity,
             "probability": {"dense": 0.75, "spade": 0.375},
-            "answers": {
-                arm: [dict(zip(("index", "name", "probability"), of, strict=True))] for arm, of in answers.items()
-            },
+            "answers": {"dense": [dense], "spade": [spade]},
             "metrics": more.get("metrics", {}),
         }
         writer.put(listed, image_bytes(record, trace, *more.get("maps", ({}, {}))))
@@ -442,10 +447,10 @@ def test_answers_are_of_their_networks(small: sf.Explanation, tmp_path: Path) ->
     bars = [(each["class"], each["width"]) for each in found.of("rect") if each.get("class") in ("dense", "spade")]
     assert bars == [("dense", "0.75"), ("dense", "0.25"), ("spade", "0.625"), ("spade", "0.375")]
     for caption, rows in (
-        ("Dense network", [("Lemon explained", "75.0 %"), ("tabby", "25.0 %")]),
-        ("SPADE trace", [("tabby", "62.5 %"), ("Lemon explained", "37.5 %")]),
+        ("Dense network", [["Lemon explained", "75.0 %"], ["tabby", "25.0 %"]]),
+        ("SPADE trace", [["tabby", "62.5 %"], ["Lemon explained", "37.5 %"]]),
     ):
-        assert [tuple(cell.text for cell in row) for row in found.tables[caption][1:]] == rows
+        assert texts(found, caption) == rows
     assert "another answer" not in page_of(agreeing(small, 1), tmp_path / "page.html").words
 
 
@@ -482,38 +487,32 @@ def test_labels_are_told_and_searched(tmp_path: Path) -> None:
 def test_settings_are_told_whole(small: sf.Explanation, neuron: Visualization, tmp_path: Path) -> None:
     drawn = replace(neuron, name="lemon", settings={"transforms": {"jitter": 8}, "traces": [{"of": "its own"}]})
     found = page_of(small, tmp_path / "page.html", visualizations=drawn)
-    tables = {caption: [tuple(cell.text for cell in row) for row in rows[1:]] for caption, rows in found.tables.items()}
-    assert tables["Explanation"] == [("seed", "5"), ("nothing", "{}")]
-    assert tables["Trace"] == [("noise.kind.name", "blur"), ("noise.images", "4")]
-    assert tables["Visualization of lemon"] == [("transforms.jitter", "8")]
-    assert ("torch", torch.__version__) in tables["Versions"]
-    assert "Insertion" not in tables
+    assert texts(found, "Explanation") == [["seed", "5"], ["nothing", "{}"]]
+    assert texts(found, "Trace") == [["noise.kind.name", "blur"], ["noise.images", "4"]]
+    assert texts(found, "Visualization of lemon") == [["transforms.jitter", "8"]]
+    assert ["torch", torch.__version__] in texts(found, "Versions")
+    assert "Insertion" not in found.tables
     settings = {"model": "by hand", "metrics": {"insertion": {"steps": 4}}}
     found = page_of(stored(tmp_path / "store", {"a.png": {}}, settings), tmp_path / "page.html")
-    tables = {caption: [tuple(cell.text for cell in row) for row in rows[1:]] for caption, rows in found.tables.items()}
-    assert tables["Settings"] == [("model", "by hand"), ("metrics.insertion.steps", "4")]
-    assert tables["Versions"] == [("torch", "made up")]
+    assert texts(found, "Settings") == [["model", "by hand"], ["metrics.insertion.steps", "4"]]
+    assert texts(found, "Versions") == [["torch", "made up"]]
     assert "1 image, explained by by hand" in found.words
 
 
 def test_areas_have_three_decimals_and_the_sign_of_their_change(tmp_path: Path) -> None:
     """Of two methods of one title, whose rows are two."""
-    areas = {
-        "insertion": {"dense": {"saliency": 0.1234, "Gradient": 0.75}, "spade": {"saliency": 0.5, "Gradient": 0.25}}
-    }
-    other = {"insertion": {"dense": {"saliency": 0.3234}, "spade": {"saliency": 1.0}}}
-    images = {"a.png": {"metrics": areas}, "b.png": {"metrics": other}}
+    both = {"dense": {"saliency": 0.1234, "Gradient": 0.75}, "spade": {"saliency": 0.5, "Gradient": 0.25}}
+    one = {"dense": {"saliency": 0.3234}, "spade": {"saliency": 1.0}}
+    images = {name: {"metrics": {"insertion": areas}} for name, areas in (("a.png", both), ("b.png", one))}
     found = page_of(stored(tmp_path / "store", images), tmp_path / "page.html")
-    means = found.tables["Mean areas under the curves, by metric and method"][1:]
-    assert [[cell.text for cell in row] for row in means] == [
+    caption = "Mean areas under the curves, by metric and method"
+    assert texts(found, caption) == [
         ["Gradient", "insertion", "2", "0.223", "0.750", "+0.527"],
         ["Gradient", "insertion", "1", "0.750", "0.250", "-0.500"],
     ]
-    assert [float(cell.value or "") for cell in means[1][3:]] == [0.75, 0.25, -0.5]
-    found = page_of(stored(tmp_path / "one", {"a.png": {"metrics": areas}}), tmp_path / "page.html")
-    assert [
-        [cell.text for cell in row] for row in found.tables["Areas under the curves, by metric and method"][1:]
-    ] == [
+    assert [float(cell.value or "") for cell in found.tables[caption][2][3:]] == [0.75, 0.25, -0.5]
+    found = page_of(stored(tmp_path / "one", {"a.png": images["a.png"]}), tmp_path / "page.html")
+    assert texts(found, "Areas under the curves, by metric and method") == [
         ["Gradient", "insertion", "0.123", "0.500", "+0.377"],
         ["Gradient", "insertion", "0.750", "0.250", "-0.500"],
     ]
@@ -825,9 +824,7 @@ def test_what_a_browser_kept_of_an_earlier_visit_is_shown(chromium: Any, gallery
 @pytest.fixture
 def halves(small: sf.Explanation, tmp_path: Path) -> Path:
     """A page of two images: red to the left and blue to the right, with all attribution to the right."""
-    image = (
-        torch.tensor([[[0.8], [0.2], [0.2]], [[0.2], [0.2], [0.8]]])[:, :, 0].T[:, None].repeat_interleave(32, dim=2)
-    )
+    image = torch.tensor([[[0.8, 0.2]], [[0.2, 0.2]], [[0.2, 0.8]]]).repeat_interleave(32, dim=2)  # [3, 1, 64]
     heat = torch.zeros(64, 64)
     heat[:, 32:] = 1
     whole = replace(small, image=image.expand(3, 64, 64), dense={"saliency": heat}, spade={"saliency": heat})
