@@ -27,6 +27,7 @@ class Page(HTMLParser):
         super().__init__()
         self._rows: list[list[Cell]] = []
         self._caption: str | None = None
+        self._in_cell = False
         self._inside = ""  # the element that has just begun
         self.feed(self.path.read_text(encoding="utf-8"))
 
@@ -41,11 +42,15 @@ class Page(HTMLParser):
             self._rows.append([])
         elif tag in ("td", "th"):
             self._rows[-1].append(Cell())
+            self._in_cell = True
         elif tag == "data":
             self._rows[-1][-1].value = dict(attrs)["value"]
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = ""
+        if tag in ("td", "th"):
+            self._rows[-1][-1].text = self._rows[-1][-1].text.strip()
+            self._in_cell = False
         if tag == "table":
             self._rows = []
         if tag == "caption" and self._caption is not None:
@@ -58,8 +63,13 @@ class Page(HTMLParser):
         self.text += data
         if self._caption is not None:
             self._caption += data
-        elif self._rows and self._rows[-1]:
-            self._rows[-1][-1].text = (self._rows[-1][-1].text + data).strip()
+        elif self._in_cell:
+            self._rows[-1][-1].text += data
+
+    @property
+    def words(self) -> str:
+        """The text, with one space between words."""
+        return " ".join(self.text.split())
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -44,16 +45,30 @@ def test_page_of_a_store(store: Path, images: Path, tmp_path: Path) -> None:
     page = tmp_path / "deep" / "page.html"
     result = report(store, "--photographs", images, "--out", page, "--title", "Two <quarters>")
     assert result.exit_code == 0
-    assert result.stdout == f"written: {page}, {page.stat().st_size / 1e6:.1f} MB\n"
-    assert "refused: broken [x].png: image file" in result.stderr
+    assert result.stdout == f"written: {page}, 2 images, {page.stat().st_size / 1e6:.1f} MB\n"
+    assert "left out: broken [x].png: image file" in result.stderr
     text = page.read_text(encoding="utf-8")
     assert "<bdi>Two &lt;quarters&gt;</bdi></h1>" in text
     assert text.count("<image ") == 2
     result = report(store, "--out", page, "--json")
     document = json.loads(result.stdout)
-    assert (document["images"], document["damaged"], document["report"]) == (2, {}, str(page))
-    assert list(document["refused"]) == ["broken [x].png"]
+    assert list(document) == ["images", "left_out", "without_photograph", "report"]
+    assert (document["images"], document["without_photograph"], document["report"]) == (2, {}, str(page))
+    assert list(document["left_out"]) == ["broken [x].png"]
     assert page.read_text(encoding="utf-8").count("<image ") == 0
+
+
+def test_photographs_that_changed_are_told(store: Path, images: Path, tmp_path: Path) -> None:
+    (images / "00.png").write_bytes((images / "01.png").read_bytes())
+    page = tmp_path / "page.html"
+    options = (store, "--photographs", images, "--out", page)
+    result = report(*options)
+    assert re.findall(r"^without photograph: 00\.png: .* is another photograph than", result.stderr, re.MULTILINE)
+    assert result.stdout == f"written: {page}, 2 images, {page.stat().st_size / 1e6:.1f} MB\n"
+    told = json.loads(report(*options, "--json").stdout)["without_photograph"]
+    assert list(told) == ["00.png"]
+    assert "is another photograph than the one that was explained" in told["00.png"]
+    assert page.read_text(encoding="utf-8").count("<image ") == 1
 
 
 def test_refusals(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
