@@ -23,7 +23,7 @@ from PIL import Image
 from subjects import photographs, quarters, store_of, trace_with
 
 import spade_fast as sf
-from spade_fast import figures, markup, metrics
+from spade_fast import figures, markup, metrics, reports
 from spade_fast.errors import InvalidInputError, MissingDependencyError
 from spade_fast.explanation import Prediction
 from spade_fast.imagesets import ListedImage
@@ -761,13 +761,28 @@ def test_works_without_javascript(chromium: Any, many: Path) -> None:
         assert card.locator(".overlay img").first.is_visible()
 
 
+def test_a_page_that_is_too_large_for_browsers_is_warned_of(
+    small: sf.Explanation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "_LARGE", 1000)
+    with pytest.warns(
+        UserWarning, match=r"the page has 0 MB, which few .* fewer than its 1 images"
+    ):
+        sf.write_report(small, tmp_path / "page.html")
+    assert (tmp_path / "page.html").is_file()
+
+
 def test_printed_page_has_all_images_and_no_controls(chromium: Any, page: Path) -> None:
     found = Page(page)
     sources = {each["src"] for each in found.of("img")} | {each["href"] for each in found.of("image")}
     with opened(chromium, page) as shown:
         printed = shown.pdf(format="A4", print_background=True)
         assert printed.count(b"/Subtype /Image") == len(sources)
+        lowered = "all => all.forEach(each => { each.value = 0; each.dispatchEvent(new Event('input')); })"
+        shown.locator(".opacity input").evaluate_all(lowered)
         shown.emulate_media(media="print")
+        opacities = "all => all.map(each => getComputedStyle(each).opacity)"
+        assert set(shown.locator(".overlay img").evaluate_all(opacities)) == {"0.6"}
         for hidden in (".opacity", ".controls", ".skip"):
             assert shown.locator(hidden).count() == 0 or not shown.locator(hidden).first.is_visible()
         for unfolded in (".overlay img", ".methods"):
