@@ -765,9 +765,7 @@ def test_a_page_that_is_too_large_for_browsers_is_warned_of(
     small: sf.Explanation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reports, "_LARGE", 1000)
-    with pytest.warns(
-        UserWarning, match=r"the page has 0 MB, which few .* fewer than its 1 images"
-    ):
+    with pytest.warns(UserWarning, match=r"the page has 0 MB, which few .* fewer than its 1 images"):
         sf.write_report(small, tmp_path / "page.html")
     assert (tmp_path / "page.html").is_file()
 
