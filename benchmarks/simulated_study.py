@@ -9,8 +9,6 @@ residual network of CIFAR-10. Writes answers.jsonl, answers.csv, score.json, tab
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from textwrap import fill
 
@@ -23,7 +21,7 @@ from spade_fast.files import remove_file, write_folder
 
 HEADER = """# A study that programs answered
 
-Command: `{command}`, of a study of {tasks} photographs that `spade-fast study build PHOTOGRAPHS --limit {limit} --steps
+Command: `python benchmarks/simulated_study.py STUDY`, of a study of {tasks} photographs that `spade-fast study build PHOTOGRAPHS --limit {limit} --steps
 {steps}` made, {refused} refused. {machine}. The network is {model} ({weights}), sparsity {sparsity}, {views} views.
 
 No person answered. A simulated participant takes the patch whose features are nearer to the visualization's; two of
@@ -47,7 +45,6 @@ def main() -> None:
     found.save(arguments.results)
     settings = bundle.settings
     header = HEADER.format(
-        command=shlex.join(["python", *sys.argv]),
         tasks=len(bundle.tasks),
         limit=len(bundle.tasks),
         steps=settings["visualization_steps"],
