@@ -21,8 +21,9 @@ from spade_fast.files import remove_file, write_folder
 
 HEADER = """# A study that programs answered
 
-Command: `python benchmarks/simulated_study.py STUDY`, of a study of {tasks} photographs that `spade-fast study build PHOTOGRAPHS --limit {limit} --steps
-{steps}` made, {refused} refused. {machine}. The network is {model} ({weights}), sparsity {sparsity}, {views} views.
+Command: `python benchmarks/simulated_study.py STUDY`, of a study of {tasks} photographs that `spade-fast study build
+PHOTOGRAPHS --limit {limit} --steps {steps}` made, {refused} refused. {machine}. The network is {model} ({weights}),
+sparsity {sparsity}, {views} views.
 
 No person answered. A simulated participant takes the patch whose features are nearer to the visualization's; two of
 them see each photograph by both networks. That Score-CAM's patch is taken more often than the other one says that
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "study")
     arguments = parser.parse_args()
+    here = machine()  # before anything is written
     bundle = study.open_bundle(arguments.study).bundle
     answers = arguments.results / "answers.jsonl"
     remove_file(answers)
@@ -49,7 +51,7 @@ def main() -> None:
         limit=len(bundle.tasks),
         steps=settings["visualization_steps"],
         refused=len(bundle.refused),
-        machine=machine(),
+        machine=here,
         model=settings["model"],
         weights=settings["weights"],
         sparsity=settings["sparsity"],
