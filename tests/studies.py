@@ -113,8 +113,8 @@ def _serve(folder: Path, pipe: Any, options: dict[str, Any]) -> None:
 
 
 def _serve_in_a_hurry(folder: Path, pipe: Any, options: dict[str, Any]) -> None:
-    """A server that waits a fifth of a second for requests."""
-    study.serving._MOST_SECONDS = 0.2
+    """A server that waits little more than half a second for requests."""
+    study.serving._MOST_SECONDS = 0.6
     _serve(folder, pipe, options)
 
 
