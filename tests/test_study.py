@@ -751,8 +751,9 @@ def test_a_simulated_participant_takes_the_patch_that_is_shown(tmp_path: Path) -
         "right",
         "undecided",
     }
-    groups = study.score(tmp_path, least_checks=0).groups
+    groups = study.score(tmp_path).groups  # a program that is undecided in checks as well is not inattentive
     assert [group.rows["undecided"]["dense"].value for group in groups] == [0, 100]
+    assert [dict(group.excluded) for group in groups] == [{}, {}]
 
 
 def test_a_task_does_not_pull_its_own_networks_apart() -> None:

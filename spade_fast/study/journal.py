@@ -210,10 +210,11 @@ class Journal:
             participant = self.find(code)
             if participant is None:
                 raise InvalidInputError(f"nobody has the code {code!r} in {os.fspath(self.path)!r}: check it")
-            del self._participants[participant.joined.participant]
-            kept = [line for each in self._participants.values() for line in (each.joined, *each.answers.values())]
+            others = [other for other in self._participants.values() if other is not participant]
+            kept = [line for other in others for line in (other.joined, *other.answers.values())]
             write_whole(self.path, "".join(f"{described(line)}\n" for line in kept).encode())
             self._file = _identity(self.path)
+            del self._participants[participant.joined.participant]
 
     def answer(self, participant: Participant, question: int, choice: Choice, milliseconds: int | None) -> bool:
         """Take an answer, which is on the disk when this returns.

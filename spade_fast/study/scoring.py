@@ -174,7 +174,7 @@ def score(
     answers
         The file of the answers. Default: ``answers.jsonl`` in the bundle.
     least_checks
-        Share of the checks that a participant must have right, 0..1, for the answers to count. Of four checks one who
+        Share of the checks that a person must have right, 0..1, for the answers to count. Of four checks one who
         always takes the same side has two right, and one who guesses three or more in 5 cases of 16. Of one who left
         before the first check answers count.
     seed
@@ -200,7 +200,9 @@ def score(
     scores, lines = [], []
     for name, members in groups.items():
         excluded = {
-            member.joined.participant: reason for member in members if (reason := _failed(member, least_checks))
+            member.joined.participant: reason
+            for member in members
+            if name == PEOPLE and (reason := _failed(member, least_checks))
         }
         told = [line for member in members for line in _lines(study, member, excluded)]
         scores.append(_scored(name, members, excluded, [line for line in told if not line["excluded"]], seed))

@@ -208,7 +208,7 @@ class _Site:
             questions=len(participant.joined.questions),
             photo=task.photo,
             patches=sides,
-            visualization=shown_medium(task, asked),
+            visualization=_shown_medium(task, asked),
         )
 
     async def answer(self, request: Request) -> Response:
@@ -364,7 +364,7 @@ async def _form(request: Request) -> dict[str, str]:
         raise HTTPException(400, "This is no form of this study. Please go back and try again.") from error
 
 
-def shown_medium(task: Task, question: Question) -> str:
+def _shown_medium(task: Task, question: Question) -> str:
     """The picture that stands where participants look for the network's reasons."""
     return {"dense": task.dense, "spade": task.spade, "high": task.high.medium, "low": task.low.medium}[question.shown]
 

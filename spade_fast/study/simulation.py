@@ -7,19 +7,17 @@ is not what people find alike.
 from __future__ import annotations
 
 import functools
-import io
 import os
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from spade_fast.autocast import without_autocast
 from spade_fast.errors import InvalidInputError, check_whole
 from spade_fast.files import digest, held_file
-from spade_fast.images import image_tensor
+from spade_fast.images import decoded_image, image_tensor
 from spade_fast.models import LoadedModel
 from spade_fast.sparse_classifier import penultimate_features
 from spade_fast.study.bundle import OpenBundle, open_bundle
@@ -142,8 +140,7 @@ def _mean_of_others(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _read(study: OpenBundle, medium: str) -> Tensor:
-    with Image.open(io.BytesIO(study.picture(medium))) as picture:
-        return image_tensor(picture.convert("RGB"))
+    return image_tensor(decoded_image(study.picture(medium), medium))
 
 
 def _features(model: LoadedModel, images: list[Tensor]) -> Tensor:
